@@ -1,0 +1,209 @@
+"""Files that stages hand to each other: digests, atomic writes, validated JSON, and the card every model carries.
+
+Nothing here needs torch, onnx or a runtime, so that a board can read every artifact's description.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import IO, Literal, TypeVar
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+
+from eamdeploy.errors import CheckpointError, ConfigError
+
+_CHUNK_BYTES = 1 << 20
+
+RecordT = TypeVar("RecordT", bound="Record")
+
+
+def digest_bytes(data: bytes) -> str:
+    """SHA-256 of `data` as `sha256:<64 hex digits>`."""
+    return f"sha256:{hashlib.sha256(data).hexdigest()}"
+
+
+def digest_file(path: Path) -> str:
+    """SHA-256 of the file's bytes as `sha256:<64 hex digits>`, read in chunks.
+
+    Raises:
+        ConfigError: the file can't be read.
+    """
+    sha = hashlib.sha256()
+    try:
+        with path.open("rb") as file:
+            while chunk := file.read(_CHUNK_BYTES):
+                sha.update(chunk)
+    except OSError as err:
+        raise ConfigError(f"cannot read {path}: {err.strerror or err}") from err
+    return f"sha256:{sha.hexdigest()}"
+
+
+@contextmanager
+def atomic_output(path: Path) -> Iterator[IO[bytes]]:
+    """A binary file that becomes `path` when the block ends well, and leaves no trace when it does not.
+
+    The bytes go to a temporary file in the same folder, are flushed to the disk and then renamed over `path`, so a
+    full disk, an error or Ctrl-C leaves whatever was at `path` before.
+
+    Raises:
+        ConfigError: the folder does not exist, can't be written, or the disk is full.
+    """
+    if path.is_dir():
+        raise ConfigError(f"cannot write {path}", expected="a file name", got="an existing folder")
+    temporary: Path | None = None
+    try:
+        descriptor, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".partial", dir=path.parent)
+        temporary = Path(name)
+        with os.fdopen(descriptor, "wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.chmod(0o666 & ~_umask())
+        temporary.replace(path)
+    except BaseException as err:
+        if temporary is not None:
+            temporary.unlink(missing_ok=True)
+        if isinstance(err, OSError):
+            raise ConfigError(
+                f"cannot write {path}: {err.strerror or err}",
+                hint="Check that the folder exists, is writable and has free space; nothing there was changed.",
+            ) from err
+        raise
+
+
+def write_bytes(path: Path, data: bytes) -> None:
+    """`path` holds exactly `data`, or is unchanged if that fails (see `atomic_output`)."""
+    with atomic_output(path) as file:
+        file.write(data)
+
+
+def write_json(path: Path, document: object) -> None:
+    """`path` holds `document` as indented UTF-8 JSON, or is unchanged if that fails."""
+    write_bytes(path, (json.dumps(document, indent=2, ensure_ascii=False) + "\n").encode())
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
+class Record(BaseModel):
+    """An immutable, validated piece of JSON; an unknown or missing key is an error, never ignored."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    @classmethod
+    def parse(cls: type[RecordT], text: str | bytes, where: str) -> RecordT:
+        """The record in `text`.
+
+        Raises:
+            CheckpointError: it is no JSON or does not fit; the message names `where` and the key.
+        """
+        try:
+            return cls.model_validate_json(text)
+        except ValidationError as err:
+            first = err.errors()[0]
+            key = ".".join(str(part) for part in first["loc"]) or "document"
+            raise CheckpointError(f"{where} is not a valid {cls.__name__}: {key}: {first['msg']}") from err
+
+    def write(self, path: Path) -> None:
+        """`path` holds this record as JSON, or is unchanged if that fails."""
+        write_bytes(path, (self.model_dump_json(indent=2) + "\n").encode())
+
+    @classmethod
+    def read(cls: type[RecordT], path: Path) -> RecordT:
+        """The record in the file at `path`.
+
+        Raises:
+            ConfigError: the file can't be read.
+            CheckpointError: its contents don't fit.
+        """
+        try:
+            data = path.read_bytes()
+        except OSError as err:
+            raise ConfigError(f"cannot read {path}: {err.strerror or err}") from err
+        return cls.parse(data, str(path))
+
+
+class Preprocessing(Record):
+    """How a photograph becomes the model's input; the field names are timm's data-config names.
+
+    Attributes:
+        size: height and width of the input in pixels.
+        mean, std: per channel (RGB), on a 0…1 scale.
+        interpolation: Pillow's filter for the resize.
+        crop_pct: share of the resized shorter side that the centre crop keeps, in (0, 1].
+        crop_mode: `center` resizes the shorter side and crops; `squash` resizes both sides and ignores aspect.
+    """
+
+    size: tuple[int, int]
+    mean: tuple[float, float, float]
+    std: tuple[float, float, float]
+    interpolation: Literal["nearest", "bilinear", "bicubic", "lanczos", "box", "hamming"] = "bicubic"
+    crop_pct: float = Field(default=0.875, gt=0, le=1)
+    crop_mode: Literal["center", "squash"] = "center"
+
+    @field_validator("size")
+    @classmethod
+    def _positive(cls, size: tuple[int, int]) -> tuple[int, int]:
+        if min(size) < 1:
+            raise ValueError(f"size must be positive, got {size}")
+        return size
+
+    @field_validator("std")
+    @classmethod
+    def _nonzero(cls, std: tuple[float, float, float]) -> tuple[float, float, float]:
+        if min(std) <= 0:
+            raise ValueError(f"std must be positive, got {std}")
+        return std
+
+
+class Freezing(Record):
+    """What is frozen in a model and how it was chosen.
+
+    Attributes:
+        heads: frozen head indices by attention module path, e.g. `{"blocks.3.attn": [0, 2]}`.
+        sparsity: frozen entries ÷ all attention entries, in [0, 1]; `sparsity_asked` is what the user wanted.
+        score: what ranked the heads, and `scores` its value for every head of every attention module.
+    """
+
+    granularity: Literal["head", "row", "entry"] = "head"
+    bits: Literal[2, 3, 4, 8]
+    quantizer: Literal["uniform", "squared"]
+    score: str
+    scores: dict[str, list[float]] = {}
+    sparsity_asked: float | None
+    sparsity: float
+    heads: dict[str, list[int]]
+
+
+class ModelCard(Record):
+    """What a board must know about an ONNX model without torch; stored under `CARD_KEY` in its metadata.
+
+    Attributes:
+        weights: where the weights came from; `random` marks a model that is good for latency only.
+        freezing: None for an unfrozen model.
+        checkpoint_digest: SHA-256 of the EAM checkpoint this was exported from.
+        rewrites: names of the passes applied, in order.
+    """
+
+    timm_model: str
+    weights: str
+    num_classes: int
+    class_names: list[str] | None = None
+    preprocessing: Preprocessing
+    freezing: Freezing | None = None
+    checkpoint_digest: str | None = None
+    rewrites: list[str] = []
+    exporter: str = ""
+    versions: dict[str, str] = {}
+
+
+CARD_KEY = "eamdeploy"

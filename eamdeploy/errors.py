@@ -1,0 +1,75 @@
+"""What can go wrong, and the exit code each kind of failure has.
+
+An `EamDeployError` is the user's to mend: the command line prints its message in one line and no traceback. Anything
+else that escapes is our bug and keeps its traceback.
+"""
+
+from __future__ import annotations
+
+from enum import IntEnum
+
+
+class ExitCode(IntEnum):
+    """Process exit codes (DESIGN §9)."""
+
+    DONE = 0
+    BUG = 1
+    BAD_INPUT = 2
+    GATE_FAILED = 3
+    UNAVAILABLE = 4
+
+
+class EamDeployError(Exception):
+    """A failure described in four parts: what failed, where, expected and got, what to try.
+
+    Args:
+        what: what failed and where, as one clause without a final full stop.
+        expected: what would have been right, if that can be said.
+        got: what was found instead.
+        hint: what the user can try.
+    """
+
+    exit_code = ExitCode.BAD_INPUT
+
+    def __init__(self, what: str, *, expected: object = None, got: object = None, hint: str | None = None) -> None:
+        parts = [what]
+        if expected is not None:
+            parts.append(f"expected {expected}")
+        if got is not None:
+            parts.append(f"got {got}")
+        message = "; ".join(parts)
+        super().__init__(f"{message}. {hint}" if hint else message)
+
+
+class ConfigError(EamDeployError):
+    """An option, a configuration file or an input folder can't be used as given."""
+
+
+class CheckpointError(EamDeployError):
+    """A checkpoint, weights file or other artifact is damaged, foreign or contradicts itself."""
+
+
+class UnsupportedGraph(EamDeployError):
+    """A model or an ONNX graph has a structure that we refuse rather than get wrong."""
+
+
+class ParityError(EamDeployError):
+    """Two things that must compute the same do not, or an accuracy gate failed."""
+
+    exit_code = ExitCode.GATE_FAILED
+
+
+class EngineError(EamDeployError):
+    """A backend refused to build, load or run an engine."""
+
+
+class MissingDependency(EamDeployError):
+    """A package that this command needs is not installed here."""
+
+    exit_code = ExitCode.UNAVAILABLE
+
+
+class DeviceError(EamDeployError):
+    """The device asked for is not here, or can't do what was asked."""
+
+    exit_code = ExitCode.UNAVAILABLE

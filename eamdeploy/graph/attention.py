@@ -1,0 +1,418 @@
+"""Find multi-head self-attention in an ONNX graph by its structure, never by names.
+
+    x ──MatMul Wq──(+bq)──layout──[norm]──layout──(·s)──┐
+    x ──MatMul Wk──(+bk)──layout──[norm]──layout──(·s)──MatMul──(·s)──Softmax──┐
+    x ──MatMul Wv──(+bv)──layout─────────────────────────────────────────────MatMul──layout──▶ merged ──MatMul Wo
+
+Wq, Wk and Wv may be one matrix. A layout is any chain of reshapes, transposes, splits, slices and gathers; what it
+permutes is read off by `layout.probe`, so both of torch's exporters, with a fixed or a dynamic batch, look the same.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import onnx_graphsurgeon as gs
+from numpy.typing import NDArray
+
+from eamdeploy.errors import UnsupportedGraph
+from eamdeploy.graph.layout import LAYOUT_OPS, Origin, Probe, probe
+
+_NORM_OPS = frozenset(
+    {"Add", "Sub", "Mul", "Div", "Pow", "Sqrt", "Reciprocal", "ReduceMean", "Cast", "LayerNormalization"}
+    | {"RMSNormalization", "SimplifiedLayerNormalization"}
+)
+
+
+@dataclass(frozen=True)
+class Skip:
+    """A place that looked right at first and was left alone.
+
+    Attributes:
+        reason: which condition failed.
+        node: name of the node at which it failed.
+    """
+
+    reason: str
+    node: str
+
+
+@dataclass(frozen=True)
+class Projection:
+    """One of the three linear layers in front of attention, head by head.
+
+    Attributes:
+        weight: float32 `[D, H, d]`, so that q[h] = x · weight[:, h].
+        bias: float32 `[H, d]`, or None.
+    """
+
+    weight: NDArray[np.float32]
+    bias: NDArray[np.float32] | None
+
+    def take(self, heads: list[int]) -> Projection:
+        """The projection of `heads` alone, in that order."""
+        return Projection(self.weight[:, heads], None if self.bias is None else self.bias[heads])
+
+
+@dataclass(frozen=True)
+class Norm:
+    """A normalization of each head's vector on its own (q/k norm), as a piece of graph to copy.
+
+    Attributes:
+        source, result: the tensors it reads and writes, both `[B, H, N, d]`.
+        nodes: what lies between, in topological order.
+    """
+
+    source: gs.Tensor
+    result: gs.Tensor
+    nodes: tuple[gs.Node, ...]
+
+
+@dataclass(frozen=True)
+class Attention:
+    """One self-attention found in a graph.
+
+    Attributes:
+        x: its input `[B, N, D]`.
+        query, key, value: the projections, with heads in the order of the graph.
+        query_norm, key_norm: per-head norms between projection and product, or None.
+        scale: what the scores are multiplied with before the softmax.
+        heads, tokens, head_dim: H, N and d.
+        merged: the output `[B, N, H·d]`, heads side by side, in front of the output projection.
+        projection: the MatMul of `merged` with the constant output projection `[H·d, D]`.
+        softmax: the node that all this was found around.
+        layout: operators between the linear layers and the products: those of queries, of keys, of values.
+    """
+
+    x: gs.Tensor
+    query: Projection
+    key: Projection
+    value: Projection
+    query_norm: Norm | None
+    key_norm: Norm | None
+    scale: float
+    heads: int
+    tokens: int
+    head_dim: int
+    merged: gs.Tensor
+    projection: gs.Node
+    softmax: gs.Node
+    layout: tuple[tuple[str, ...], tuple[str, ...], tuple[str, ...]]
+
+
+@dataclass(frozen=True)
+class _Linear:
+    """x · weight + bias, with weight `[D, C]` and bias `[C]` or None, written to `out`."""
+
+    x: gs.Tensor
+    weight: NDArray[np.float32]
+    bias: NDArray[np.float32] | None
+    out: gs.Tensor
+
+
+@dataclass(frozen=True)
+class _Operand:
+    """One input of an attention product, followed back to its linear layer; `scale` is applied behind the norm."""
+
+    tensor: gs.Tensor
+    linear: _Linear
+    norm: Norm | None
+    scale: float
+    layout: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class _Candidate:
+    """All tensors around one softmax, before the layouts between them are proved."""
+
+    softmax: gs.Node
+    query: _Operand
+    key: _Operand
+    value: _Operand
+    scale: float
+    context: gs.Tensor
+    merged: gs.Tensor
+    projection: gs.Node
+
+
+class _Refused(Exception):
+    """Internal: this softmax is no attention that we rewrite."""
+
+    def __init__(self, reason: str, node: gs.Node) -> None:
+        super().__init__(reason)
+        self.skip = Skip(reason, node.name or node.op)
+
+
+def find_attention(graph: gs.Graph) -> list[Attention | Skip]:
+    """Every softmax of `graph`, in topological order: an `Attention`, or a `Skip` that says why it is none.
+
+    Raises:
+        UnsupportedGraph: the layouts can't be probed.
+    """
+    found: list[_Candidate | Skip] = []
+    for node in graph.nodes:
+        if node.op == "Softmax":
+            try:
+                found.append(_candidate(node))
+            except _Refused as refused:
+                found.append(refused.skip)
+    candidates = [c for c in found if isinstance(c, _Candidate)]
+    if not candidates:
+        return [skip for skip in found if isinstance(skip, Skip)]
+    origins = _probe_all(graph, candidates)
+    result: list[Attention | Skip] = []
+    for item in found:
+        if isinstance(item, Skip):
+            result.append(item)
+            continue
+        try:
+            result.append(_attention(item, origins))
+        except _Refused as refused:
+            result.append(refused.skip)
+    return result
+
+
+def _candidate(softmax: gs.Node) -> _Candidate:
+    """The tensors around `softmax`, by walking the graph only."""
+    rank = len(softmax.outputs[0].shape or softmax.inputs[0].shape or ())
+    if softmax.attrs.get("axis", -1) not in (-1, rank - 1):
+        raise _Refused(f"softmax over axis {softmax.attrs.get('axis')}, not over the keys", softmax)
+    scores, scale = _peel_scale(softmax.inputs[0])
+    product = _producer(scores, softmax)
+    if product.op != "MatMul":
+        raise _Refused(f"its scores come from {product.op}, not from a plain product of queries and keys", softmax)
+    query, key = (_operand(tensor, product) for tensor in product.inputs)
+    context_product = _only_consumer(softmax.outputs[0], softmax)
+    if context_product.op != "MatMul" or context_product.inputs[0] is not softmax.outputs[0]:
+        raise _Refused(f"the map feeds {context_product.op}, not a product with values", softmax)
+    value = _operand(context_product.inputs[1], context_product)
+    if value.norm is not None or value.scale != 1.0:
+        raise _Refused("values are normalized or scaled", softmax)
+    if not (query.linear.x is key.linear.x is value.linear.x):
+        raise _Refused("queries, keys and values have different inputs (cross-attention)", softmax)
+    context = context_product.outputs[0]
+    merged = context
+    node = _only_consumer(merged, context_product)
+    while node.op in LAYOUT_OPS:
+        merged = node.outputs[0]
+        node = _only_consumer(merged, node)
+    if merged is context:
+        raise _Refused("heads are not merged behind the product with values", softmax)
+    if node.op != "MatMul" or node.inputs[0] is not merged or not isinstance(node.inputs[1], gs.Constant):
+        raise _Refused(f"the merged heads feed {node.op}, not a constant output projection", softmax)
+    return _Candidate(softmax, query, key, value, scale, context, merged, node)
+
+
+def _operand(tensor: gs.Tensor, at: gs.Node) -> _Operand:
+    """`tensor` followed back through layouts, constant factors and at most one norm to a linear layer."""
+    current, scale, norm = tensor, 1.0, None
+    layout: list[str] = []
+    while True:
+        current, factor = _peel_scale(current)
+        if norm is not None and factor != 1.0:
+            raise _Refused("a factor in front of a norm", at)
+        scale *= factor
+        linear = _linear(current)
+        if linear is not None:
+            return _Operand(tensor, linear, norm, scale, tuple(reversed(layout)))
+        node = _producer(current, at)
+        if node.op in LAYOUT_OPS:
+            layout.append(node.op)
+            current = node.inputs[0]
+        elif node.op in _NORM_OPS and norm is None:
+            norm = _norm(current, at)
+            current = norm.source
+        else:
+            raise _Refused(f"an operand of the product comes from {node.op}, not from a linear layer", node)
+
+
+def _peel_scale(tensor: gs.Tensor) -> tuple[gs.Tensor, float]:
+    """`tensor` without the constant scalar factors in front of it, and their product."""
+    scale = 1.0
+    while len(tensor.inputs) == 1 and tensor.inputs[0].op in ("Mul", "Div"):
+        node = tensor.inputs[0]
+        left, right = node.inputs
+        if isinstance(right, gs.Constant) and right.values.size == 1:
+            factor = float(right.values.reshape(()))
+            scale, tensor = scale * (factor if node.op == "Mul" else 1.0 / factor), left
+        elif node.op == "Mul" and isinstance(left, gs.Constant) and left.values.size == 1:
+            scale, tensor = scale * float(left.values.reshape(())), right
+        else:
+            break
+    return tensor, scale
+
+
+def _linear(tensor: gs.Tensor) -> _Linear | None:
+    """The linear layer that writes `tensor`, if one does: MatMul with a constant matrix, with or without a bias."""
+    if len(tensor.inputs) != 1:
+        return None
+    node, bias = tensor.inputs[0], None
+    if node.op == "Add":
+        constants = [t for t in node.inputs if isinstance(t, gs.Constant) and t.values.ndim == 1]
+        others = [t for t in node.inputs if not isinstance(t, gs.Constant)]
+        if len(constants) != 1 or len(others) != 1 or len(others[0].inputs) != 1:
+            return None
+        bias, node = constants[0].values, others[0].inputs[0]
+    if node.op != "MatMul" or not isinstance(node.inputs[1], gs.Constant) or node.inputs[1].values.ndim != 2:
+        return None
+    weight = node.inputs[1].values
+    if bias is not None and bias.shape != weight.shape[1:]:
+        return None
+    return _Linear(node.inputs[0], weight, bias, tensor)
+
+
+def _norm(result: gs.Tensor, at: gs.Node) -> Norm:
+    """The norm that writes `result`, in one node or spelled out, back to the single tensor it reads."""
+    nodes: list[gs.Node] = []
+    sources: list[gs.Tensor] = []
+
+    def visit(tensor: gs.Tensor) -> None:
+        if isinstance(tensor, gs.Constant) or any(tensor is source for source in sources):
+            return
+        node = _producer(tensor, at)
+        if node.op not in _NORM_OPS or _linear(tensor) is not None:
+            sources.append(tensor)
+        elif not any(node is seen for seen in nodes):
+            for operand in node.inputs:
+                visit(operand)
+            nodes.append(node)
+
+    visit(result)
+    if len(sources) != 1:
+        raise _Refused(f"a norm in front of the product reads {len(sources)} tensors, not one", at)
+    for node in nodes:
+        if not _per_vector(node):
+            raise _Refused(f"{node.op} in front of the product is not a norm over one head's vector", node)
+    return Norm(sources[0], result, tuple(nodes))
+
+
+def _per_vector(node: gs.Node) -> bool:
+    """Whether `node` treats every vector along the last axis of a 4-D tensor alike."""
+    if node.op == "ReduceMean":
+        axes = node.attrs.get("axes")
+        if axes is None and len(node.inputs) == 2 and isinstance(node.inputs[1], gs.Constant):
+            axes = node.inputs[1].values.tolist()
+        return axes is not None and list(axes) in ([-1], [3]) and node.attrs.get("keepdims", 1) == 1
+    if node.op.endswith("Normalization"):
+        return node.attrs.get("axis", -1) in (-1, 3)
+    return all(t.values.ndim <= 1 for t in node.inputs if isinstance(t, gs.Constant))
+
+
+def _producer(tensor: gs.Tensor, at: gs.Node) -> gs.Node:
+    if len(tensor.inputs) != 1:
+        raise _Refused(f"{tensor.name} is a constant or an input of the graph", at)
+    return tensor.inputs[0]
+
+
+def _only_consumer(tensor: gs.Tensor, at: gs.Node) -> gs.Node:
+    if len(tensor.outputs) != 1:
+        raise _Refused(f"{tensor.name} has {len(tensor.outputs)} consumers, not one", at)
+    return tensor.outputs[0]
+
+
+# --- proving the layouts ---------------------------------------------------------------------------------------------
+
+
+def _probe_all(graph: gs.Graph, candidates: list[_Candidate]) -> dict[str, Origin]:
+    """The origin of every operand, norm input and merged output, by the target's name."""
+    sources: dict[str, tuple[int, ...]] = {}
+    probes: dict[str, Probe] = {}
+    for candidate in candidates:
+        for segment in _segments(candidate):
+            source = segment.source
+            shape = tuple(source.shape or ())[1:]
+            if not shape or not all(isinstance(size, int) for size in shape):
+                raise UnsupportedGraph(
+                    f"the shape of {source.name} in front of attention is not known",
+                    expected="every dimension but the batch fixed",
+                    got=source.shape,
+                    hint="Export the model with a fixed image size.",
+                )
+            sources[source.name] = shape
+            probes[segment.target.name] = segment
+    return dict(zip(probes, probe(graph, sources, list(probes.values())), strict=True))
+
+
+def _segments(candidate: _Candidate) -> Iterator[Probe]:
+    """Every layout chain of `candidate`."""
+    for operand in (candidate.query, candidate.key, candidate.value):
+        if operand.norm is None:
+            yield Probe(operand.linear.out, operand.tensor, operand.scale)
+        else:
+            yield Probe(operand.linear.out, operand.norm.source)
+            yield Probe(operand.norm.result, operand.tensor, operand.scale)
+    yield Probe(candidate.context, candidate.merged)
+
+
+def _attention(candidate: _Candidate, origins: dict[str, Origin]) -> Attention:
+    """The proved `Attention`; every layout must be the one self-attention needs."""
+    query = _head_columns(candidate, candidate.query, origins, transposed=False)
+    key = _head_columns(candidate, candidate.key, origins, transposed=True)
+    value = _head_columns(candidate, candidate.value, origins, transposed=False)
+    if not query.shape == key.shape == value.shape:
+        raise _Refused("queries, keys and values differ in heads or size", candidate.softmax)
+    heads, head_dim = query.shape
+    merged = origins[candidate.merged.name]
+    batch, tokens = merged.row.shape[:2]
+    b, n, h, j = np.ogrid[:batch, :tokens, :heads, :head_dim]
+    same = merged.row.shape == (batch, tokens, heads * head_dim)
+    if not same or not _equal(merged, (b * heads + h) * tokens + n, j, (batch, tokens, heads, head_dim)):
+        raise _Refused("heads are not merged side by side, token by token", candidate.softmax)
+    return Attention(
+        x=candidate.query.linear.x,
+        query=_project(candidate.query.linear, query),
+        key=_project(candidate.key.linear, key),
+        value=_project(candidate.value.linear, value),
+        query_norm=candidate.query.norm,
+        key_norm=candidate.key.norm,
+        scale=candidate.scale * candidate.query.scale * candidate.key.scale,
+        heads=heads,
+        tokens=tokens,
+        head_dim=head_dim,
+        merged=candidate.merged,
+        projection=candidate.projection,
+        softmax=candidate.softmax,
+        layout=(candidate.query.layout, candidate.key.layout, candidate.value.layout),
+    )
+
+
+def _head_columns(
+    candidate: _Candidate, operand: _Operand, origins: dict[str, Origin], *, transposed: bool
+) -> NDArray[np.int64]:
+    """`[H, d]`: which column of the linear layer each head's vector is made of.
+
+    Raises:
+        _Refused: the operand is not `[B, H, N, d]` (keys: `[B, H, d, N]`) with every token in its own place.
+    """
+    final = origins[operand.tensor.name]
+    row, column = final.row, final.column
+    if transposed:
+        row, column = row.swapaxes(-1, -2), column.swapaxes(-1, -2)
+    if row.ndim != 4:
+        raise _Refused(f"an operand of the product has {row.ndim} dimensions, not 4", candidate.softmax)
+    batch, heads, tokens, head_dim = row.shape
+    b, h, n, j = np.ogrid[:batch, :heads, :tokens, :head_dim]
+    if operand.norm is not None:
+        if not _equal(Origin(row, column), (b * heads + h) * tokens + n, j, row.shape):
+            raise _Refused("heads or tokens change places behind the norm", candidate.softmax)
+        origin = origins[operand.norm.source.name]
+        row, column = origin.row, origin.column
+        if row.shape != (batch, heads, tokens, head_dim):
+            raise _Refused("a norm works on another shape than the product", candidate.softmax)
+    columns = column[0, :, 0, :]
+    if not _equal(Origin(row, column), b * tokens + n, columns[None, :, None, :], row.shape):
+        raise _Refused("tokens or images are mixed in front of the product", candidate.softmax)
+    return columns
+
+
+def _equal(origin: Origin, row: NDArray[np.int64], column: NDArray[np.int64], shape: tuple[int, ...]) -> bool:
+    return bool(
+        np.array_equal(origin.row.reshape(shape), np.broadcast_to(row, shape))
+        and np.array_equal(origin.column.reshape(shape), np.broadcast_to(column, shape))
+    )
+
+
+def _project(linear: _Linear, columns: NDArray[np.int64]) -> Projection:
+    return Projection(linear.weight[:, columns], None if linear.bias is None else linear.bias[columns])

@@ -1,0 +1,65 @@
+"""Load an ONNX model for editing, and turn it back into one that `onnx.checker` accepts.
+
+The rest of `graph` and all passes work on an onnx-graphsurgeon graph (`gs.Graph`): tensors know their producer
+(`tensor.inputs`) and consumers (`tensor.outputs`), constants hold numpy arrays.
+"""
+
+from __future__ import annotations
+
+import logging
+
+import onnx
+import onnx_graphsurgeon as gs
+
+from eamdeploy.artifact import CARD_KEY, ModelCard
+from eamdeploy.errors import UnsupportedGraph
+
+logging.getLogger("onnx_graphsurgeon").setLevel(logging.ERROR)
+
+
+def to_graph(model: onnx.ModelProto) -> gs.Graph:
+    """An editable copy of `model` with constants folded, shapes inferred and nodes in topological order.
+
+    Folding turns an exporter's `Constant`, `Identity` and shape arithmetic into initializers, so that what follows sees
+    one spelling of either exporter. Quantize and dequantize nodes are never folded.
+    """
+    graph = gs.import_onnx(onnx.shape_inference.infer_shapes(model, data_prop=True))
+    graph.fold_constants()
+    return graph.cleanup().toposort()
+
+
+def to_model(graph: gs.Graph) -> onnx.ModelProto:
+    """`graph` as a model that passes `onnx.checker` with full shape inference.
+
+    Raises:
+        UnsupportedGraph: the checker refuses it; the message is the checker's.
+    """
+    model = gs.export_onnx(graph)
+    del model.graph.value_info[:]
+    inferred = onnx.shape_inference.infer_shapes(model, strict_mode=True, data_prop=True)
+    try:
+        onnx.checker.check_model(inferred, full_check=True)
+    except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as err:
+        raise UnsupportedGraph(f"the rewritten graph is not valid ONNX: {err}") from err
+    return inferred
+
+
+def with_card(model: onnx.ModelProto, card: ModelCard) -> onnx.ModelProto:
+    """A copy of `model` whose metadata holds `card` under `CARD_KEY`, in place of any earlier one."""
+    copy = onnx.ModelProto()
+    copy.CopyFrom(model)
+    del copy.metadata_props[:]
+    for entry in model.metadata_props:
+        if entry.key != CARD_KEY:
+            copy.metadata_props.add(key=entry.key, value=entry.value)
+    copy.metadata_props.add(key=CARD_KEY, value=card.model_dump_json())
+    copy.producer_name = "eamdeploy"
+    return copy
+
+
+def card_of(model: onnx.ModelProto, where: str) -> ModelCard | None:
+    """The card in `model`'s metadata, or None if it carries none."""
+    for entry in model.metadata_props:
+        if entry.key == CARD_KEY:
+            return ModelCard.parse(entry.value, where)
+    return None

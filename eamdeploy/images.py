@@ -1,0 +1,181 @@
+"""From image files to the model's input, bit for bit as timm's evaluation transform does it, without torch."""
+
+from __future__ import annotations
+
+import math
+import struct
+import zlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image, UnidentifiedImageError
+
+from eamdeploy.artifact import Preprocessing
+from eamdeploy.errors import ConfigError
+from eamdeploy.folder import ImageFolder, folder_digest, open_folder
+
+__all__ = ["ImageBatch", "ImageFolder", "folder_digest", "iter_batches", "normalize", "open_folder", "preprocess"]
+
+_FILTERS = {
+    "nearest": Image.Resampling.NEAREST,
+    "bilinear": Image.Resampling.BILINEAR,
+    "bicubic": Image.Resampling.BICUBIC,
+    "lanczos": Image.Resampling.LANCZOS,
+    "box": Image.Resampling.BOX,
+    "hamming": Image.Resampling.HAMMING,
+}
+
+# A photograph of 1 × 60000 pixels grows to gigabytes when its shorter side becomes 256; boards have few.
+_MAX_RESIZED_PIXELS = 1 << 26
+
+# What Pillow's decoders let escape for damaged files, beyond the OSError that they document.
+_DECODE_FAILURES = (
+    OSError,
+    SyntaxError,
+    ValueError,
+    TypeError,
+    EOFError,
+    LookupError,
+    ArithmeticError,
+    NotImplementedError,
+    MemoryError,
+    struct.error,
+    zlib.error,
+    Image.DecompressionBombError,
+)
+
+
+@dataclass(frozen=True, eq=False)
+class ImageBatch:
+    """Preprocessed images.
+
+    Attributes:
+        pixels: uint8 [B, H, W, 3], RGB.
+        labels: int64 [B], or None for unlabelled images.
+        files: the B files they come from.
+    """
+
+    pixels: NDArray[np.uint8]
+    labels: NDArray[np.int64] | None
+    files: tuple[Path, ...]
+
+
+def preprocess(image: Image.Image, how: Preprocessing) -> NDArray[np.uint8]:
+    """The image as uint8 [H, W, 3] RGB, resized and centre-cropped to `how.size`.
+
+    An EXIF orientation is ignored, as timm's and torchvision's data sets do.
+
+    Raises:
+        ConfigError: the image is so elongated that the resized one would not fit into memory.
+
+    Source: `timm.data.transforms_factory.transforms_imagenet_eval`, `torchvision.transforms.functional`.
+    """
+    H, W = how.size
+    height, width = _resized_size(image.height, image.width, how)
+    if height * width > _MAX_RESIZED_PIXELS:
+        raise ConfigError(
+            f"an image of {image.width} × {image.height} pixels is too elongated to resize",
+            expected=f"at most {_MAX_RESIZED_PIXELS} pixels afterwards",
+            got=f"{width} × {height}",
+        )
+    resized = image.convert("RGB").resize((width, height), _FILTERS[how.interpolation])
+    # torchvision rounds half to even here, as Python does; it never pads, as no side is below the crop's
+    top, left = round((height - H) / 2), round((width - W) / 2)
+    return np.array(resized.crop((left, top, left + W, top + H)), dtype=np.uint8)
+
+
+def _resized_size(height: int, width: int, how: Preprocessing) -> tuple[int, int]:
+    """Height and width after the resize; each at least that of `how.size`."""
+    target_h, target_w = (math.floor(side / how.crop_pct) for side in how.size)
+    if how.crop_mode == "squash":
+        return target_h, target_w
+    if target_h == target_w:  # torchvision's Resize: the longer side is cut off, not rounded
+        if width <= height:
+            return int(target_w * height / width), target_w
+        return target_h, int(target_h * width / height)
+    ratio = min(height / target_h, width / target_w)  # timm's ResizeKeepRatio
+    return round(height / ratio), round(width / ratio)
+
+
+def normalize(pixels: NDArray[np.uint8], how: Preprocessing) -> NDArray[np.float32]:
+    """float32 [B, 3, H, W] of uint8 [B, H, W, 3]: (x ÷ 255 − mean) ÷ std, each step rounded to float32.
+
+    The same bits as torchvision's ToTensor and Normalize.
+    """
+    images = np.ascontiguousarray(pixels.transpose(0, 3, 1, 2)).astype(np.float32)
+    images /= np.float32(255)
+    images -= np.asarray(how.mean, np.float32).reshape(3, 1, 1)
+    images /= np.asarray(how.std, np.float32).reshape(3, 1, 1)
+    return images
+
+
+def iter_batches(
+    folder: ImageFolder,
+    how: Preprocessing,
+    batch_size: int,
+    skip_bad: bool = False,
+    on_skip: Callable[[Path, str], None] | None = None,
+) -> Iterator[ImageBatch]:
+    """Batches of `batch_size` images in the folder's order, the last perhaps smaller; one batch in memory at a time.
+
+    Args:
+        skip_bad: leave out files that can't be decoded, and fill the batch from those after them.
+        on_skip: is called with each file left out and the reason.
+
+    Raises:
+        ConfigError: a file can't be decoded and `skip_bad` is off, or no file can, or `batch_size` is below 1.
+    """
+    if batch_size < 1:
+        raise ConfigError("the batch size can't be used", expected="at least 1", got=batch_size)
+    waiting: list[tuple[int, NDArray[np.uint8]]] = []
+    n_bad = 0
+    for index, file in enumerate(folder.files):
+        try:
+            waiting.append((index, _read_pixels(file, how)))
+        except _UnusableImage as err:
+            if not skip_bad:
+                raise ConfigError(
+                    f"cannot use image {file}: {err}", hint="Leave such images out with --skip-bad."
+                ) from err
+            n_bad += 1
+            if on_skip is not None:
+                on_skip(file, str(err))
+        if len(waiting) == batch_size:
+            yield _batch(folder, waiting)
+            waiting = []
+    if waiting:
+        yield _batch(folder, waiting)
+    if n_bad == len(folder.files):
+        raise ConfigError(f"no image of {folder.root} can be used", expected="at least 1", got=f"{n_bad} bad files")
+
+
+class _UnusableImage(Exception):
+    """Its text is the reason, without the file's name."""
+
+
+def _read_pixels(file: Path, how: Preprocessing) -> NDArray[np.uint8]:
+    try:
+        with Image.open(file) as image:
+            rgb = image.convert("RGB")
+    except UnidentifiedImageError as err:
+        raise _UnusableImage("not an image that Pillow can read") from err
+    except _DECODE_FAILURES as err:
+        reason = err.strerror if isinstance(err, OSError) else None
+        raise _UnusableImage(reason or str(err) or type(err).__name__) from err
+    try:
+        return preprocess(rgb, how)
+    except ConfigError as err:
+        raise _UnusableImage(str(err)) from err
+
+
+def _batch(folder: ImageFolder, images: list[tuple[int, NDArray[np.uint8]]]) -> ImageBatch:
+    indices = [index for index, _ in images]
+    labels = folder.labels
+    return ImageBatch(
+        pixels=np.stack([pixels for _, pixels in images]),
+        labels=None if labels is None else np.array([labels[i] for i in indices], np.int64),
+        files=tuple(folder.files[i] for i in indices),
+    )

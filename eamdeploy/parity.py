@@ -1,0 +1,254 @@
+"""Do two models compute the same logits? One table of tolerances, one comparison, and the outputs to compare with.
+
+A reference set travels beside the ONNX model, so that an engine can be checked on the machine that runs it.
+"""
+
+from __future__ import annotations
+
+import zipfile
+import zlib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from types import MappingProxyType
+
+import numpy as np
+from numpy.typing import NDArray
+
+from eamdeploy.artifact import Record, atomic_output
+from eamdeploy.errors import CheckpointError, ConfigError, ParityError
+
+_REFERENCE_FORMAT = 1
+_REFERENCE_KEYS = ("format", "logits", "pixels", "source")
+
+
+@dataclass(frozen=True)
+class Tolerance:
+    """How far logits may be apart; every limit must hold.
+
+    Attributes:
+        max_abs: largest |Δ| of any logit.
+        span_fraction: largest |Δ| of any logit as a share of max − min of the reference's logits.
+        top1_agreement: percent of images that need the same first class, in [0, 100].
+    """
+
+    name: str
+    max_abs: float
+    span_fraction: float
+    top1_agreement: float
+
+
+TOLERANCES: Mapping[str, Tolerance] = MappingProxyType(
+    {
+        tolerance.name: tolerance
+        for tolerance in (
+            # the same float32 function with terms in another order: what a rewrite may change
+            Tolerance("f32-reassoc", max_abs=1e-4, span_fraction=1e-4, top1_agreement=100.0),
+            # another runtime's float32 kernels (erf, exp, blocked sums) through a dozen layers
+            Tolerance("f32-engine", max_abs=2e-3, span_fraction=1e-3, top1_agreement=100.0),
+        )
+    }
+)
+
+
+class ParityReport(Record):
+    """What `compare` found.
+
+    Attributes:
+        tolerance: name of the tolerance it was judged by.
+        n: images compared.
+        max_abs: largest |Δ| of any logit; None when a side holds NaN or infinity.
+        max_rel: `max_abs` ÷ (max − min of the reference's logits); None as above or when those are all equal.
+        where: image and class index of that difference, or of the first logit that is not finite.
+        top1_agreement: percent of images with the same first class.
+        reason: what failed; None when it passed.
+    """
+
+    passed: bool
+    tolerance: str
+    n: int
+    max_abs: float | None
+    max_rel: float | None
+    where: tuple[int, int]
+    top1_agreement: float
+    reason: str | None
+
+
+def compare(reference: NDArray[np.float32], got: NDArray[np.float32], tolerance: Tolerance) -> ParityReport:
+    """Whether `got` equals `reference` within the tolerance, and by how much it does not.
+
+    Args:
+        reference: float32 [B, classes], B ≥ 1.
+        got: float32 of the same shape.
+
+    Raises:
+        ParityError: shapes or dtypes differ, or there is nothing to compare.
+    """
+    _require_comparable(reference, got)
+    agreement = 100.0 * float(np.mean(reference.argmax(axis=1) == got.argmax(axis=1)))
+    for name, logits in (("reference", reference), ("result", got)):
+        finite = np.isfinite(logits)
+        if not finite.all():
+            where = _index(~finite)
+            reason = f"the {name} has {np.count_nonzero(~finite)} logits that are not finite"
+            return _report(tolerance, len(got), None, None, where, agreement, [reason])
+    difference = np.abs(got.astype(np.float64) - reference.astype(np.float64))
+    where = _index(difference == difference.max())
+    max_abs = float(difference[where])
+    span = float(reference.max()) - float(reference.min())
+    reasons = []
+    if max_abs > tolerance.max_abs:
+        reasons.append(f"max |Δ logit| {max_abs:.3g} > {tolerance.max_abs:g}")
+    if max_abs > tolerance.span_fraction * span:
+        reasons.append(f"max |Δ logit| {max_abs:.3g} > {tolerance.span_fraction:g} of the logits' span {span:.3g}")
+    if agreement < tolerance.top1_agreement:
+        reasons.append(f"first class equal for {agreement:.4g} % of the images < {tolerance.top1_agreement:g} %")
+    return _report(tolerance, len(got), max_abs, max_abs / span if span > 0 else None, where, agreement, reasons)
+
+
+def require(report: ParityReport, what: str) -> None:
+    """The report passed.
+
+    Args:
+        what: what was compared, for the message: "x.ort.onnx against its reference set".
+
+    Raises:
+        ParityError: it did not; the message has its numbers.
+    """
+    if report.passed:
+        return
+    image, klass = report.where
+    raise ParityError(
+        f"parity of {what} failed at tolerance {report.tolerance}: {report.reason}"
+        f" (worst at image {image}, class {klass}; {report.n} images, first class equal for"
+        f" {report.top1_agreement:.4g} %)",
+        hint="Nothing was written. Compare the ONNX model with the checkpoint to find where they part.",
+    )
+
+
+def _report(
+    tolerance: Tolerance,
+    n: int,
+    max_abs: float | None,
+    max_rel: float | None,
+    where: tuple[int, int],
+    agreement: float,
+    reasons: list[str],
+) -> ParityReport:
+    return ParityReport(
+        passed=not reasons,
+        tolerance=tolerance.name,
+        n=n,
+        max_abs=max_abs,
+        max_rel=max_rel,
+        where=where,
+        top1_agreement=agreement,
+        reason="; ".join(reasons) or None,
+    )
+
+
+def _require_comparable(reference: NDArray[np.float32], got: NDArray[np.float32]) -> None:
+    wanted, found = (f"{array.dtype} {list(array.shape)}" for array in (reference, got))
+    if reference.dtype != np.float32 or reference.ndim != 2 or reference.size == 0:
+        raise ParityError(
+            "the reference logits can't be compared with", expected="float32 [images, classes]", got=wanted
+        )
+    if wanted != found:
+        raise ParityError("the logits have another shape or type than the reference's", expected=wanted, got=found)
+
+
+def _index(mask: NDArray[np.bool_]) -> tuple[int, int]:
+    """Row and column of the first True of a 2-D mask."""
+    image, klass = np.unravel_index(int(mask.argmax()), mask.shape)
+    return int(image), int(klass)
+
+
+@dataclass(frozen=True, eq=False)
+class ReferenceSet:
+    """Images and the logits that every engine of the model must give for them.
+
+    Attributes:
+        pixels: uint8 [n, H, W, 3], RGB, resized and cropped, not normalized.
+        logits: float32 [n, classes], finite.
+        source: where the images come from: "12 images of calibration folder …" or "synthetic".
+
+    Raises:
+        CheckpointError: the arrays don't have these types and shapes.
+    """
+
+    pixels: NDArray[np.uint8]
+    logits: NDArray[np.float32]
+    source: str
+
+    def __post_init__(self) -> None:
+        _check_arrays(self.pixels, self.logits, "reference set")
+
+    def save(self, path: Path) -> None:
+        """`path` holds this set as compressed npz, the same bytes each time, or is unchanged if that fails.
+
+        Raises:
+            ConfigError: the file can't be written.
+        """
+        with atomic_output(path) as file:
+            np.savez_compressed(
+                file, format=np.int64(_REFERENCE_FORMAT), pixels=self.pixels, logits=self.logits, source=self.source
+            )
+
+    @classmethod
+    def load(cls, path: Path) -> ReferenceSet:
+        """The reference set in the file; nothing in it is unpickled.
+
+        Raises:
+            ConfigError: the file can't be opened.
+            CheckpointError: it is damaged, foreign, or an array is not what `save` writes; names the file and key.
+        """
+        arrays = _read_npz(path)
+        source = arrays["source"]
+        if source.ndim != 0 or source.dtype.kind != "U":
+            raise _misfit(f"{path}: source", "one text", source)
+        _check_arrays(arrays["pixels"], arrays["logits"], str(path))
+        return cls(arrays["pixels"], arrays["logits"], str(source))
+
+
+def reference_path(model: Path) -> Path:
+    """Where the reference set of an ONNX model lies: `eam.reference.npz` beside `eam.onnx`."""
+    return model.with_suffix(".reference.npz")
+
+
+def _read_npz(path: Path) -> dict[str, NDArray[np.generic]]:
+    """The arrays of a reference file of our format, by key."""
+    hint = "Export the model again to make a new reference set."
+    try:
+        with np.load(path, allow_pickle=False) as archive:
+            if not isinstance(archive, np.lib.npyio.NpzFile):
+                raise ValueError("not an npz archive")
+            keys = tuple(sorted(archive.files))
+            if keys != _REFERENCE_KEYS:
+                raise CheckpointError(
+                    f"{path} is not a reference set: its keys don't fit", expected=_REFERENCE_KEYS, got=keys, hint=hint
+                )
+            arrays = {key: archive[key] for key in keys}
+    except (zipfile.BadZipFile, zlib.error, ValueError, EOFError, KeyError, NotImplementedError) as err:
+        raise CheckpointError(f"{path} is not a reference set: {err}", hint=hint) from err
+    except OSError as err:
+        raise ConfigError(f"cannot read {path}: {err.strerror or err}") from err
+    if arrays["format"].shape != () or arrays["format"] != _REFERENCE_FORMAT:
+        raise CheckpointError(
+            f"{path} has another format", expected=_REFERENCE_FORMAT, got=arrays["format"], hint=hint
+        )
+    return arrays
+
+
+def _check_arrays(pixels: NDArray[np.generic], logits: NDArray[np.generic], where: str) -> None:
+    if pixels.dtype != np.uint8 or pixels.ndim != 4 or pixels.shape[3] != 3 or pixels.size == 0:
+        raise _misfit(f"{where}: pixels", "uint8 [images, height, width, 3]", pixels)
+    if logits.dtype != np.float32 or logits.ndim != 2 or logits.size == 0:
+        raise _misfit(f"{where}: logits", "float32 [images, classes]", logits)
+    if len(logits) != len(pixels):
+        raise _misfit(f"{where}: logits", f"{len(pixels)} rows, one for each image", logits)
+    if not np.isfinite(logits).all():
+        raise CheckpointError(f"{where}: logits has NaN or infinity", expected="finite values")
+
+
+def _misfit(where: str, expected: str, array: NDArray[np.generic]) -> CheckpointError:
+    return CheckpointError(where, expected=expected, got=f"{array.dtype} {list(array.shape)}")

@@ -1,0 +1,105 @@
+"""Frozen heads become integer constants; their queries, keys, scores and softmax are gone.
+
+Before:  o = concat_h softmax(s·q_h·k_hᵀ)·v_h ; y = o·Wo
+After:   o = concat(live heads as before, F_h·v_h of the frozen ones) ; y = o·Wo[live rows, then frozen rows]
+Shapes:  q, k [B,L,N,d]  F [F,N,N] = scales·integers  v of frozen heads [B,F,N,d]  Wo [H·d,D]
+Needs:   the attention's value projection is the checkpoint's, head for head, and it has the checkpoint's N tokens
+Exact:   against the reference forward of the checkpoint, up to float32 reassociation (tolerance f32-reassoc)
+Source:  DESIGN §4, §5.1
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import onnx_graphsurgeon as gs
+from numpy.typing import NDArray
+
+from eamdeploy.errors import UnsupportedGraph
+from eamdeploy.graph.attention import Attention, Skip, find_attention
+from eamdeploy.graph.emit import GraphWriter, IntegerMaps, emit_attention
+
+
+@dataclass(frozen=True)
+class AttentionModule:
+    """An attention module of the checkpoint, in the model's order.
+
+    Attributes:
+        path: its timm module path.
+        value_weight: float32 `[H·d, D]`, the rows of the checkpoint that compute values: how the module is recognised.
+        frozen: its frozen maps, or None.
+    """
+
+    path: str
+    value_weight: NDArray[np.float32]
+    frozen: IntegerMaps | None
+
+
+@dataclass(frozen=True)
+class _Match:
+    module: AttentionModule
+    attention: Attention
+
+
+class FreezeHeads:
+    """Folds the frozen maps of `modules` into the graph.
+
+    Args:
+        modules: every attention module of the model, in its order, frozen or not.
+    """
+
+    name = "freeze_heads"
+
+    def __init__(self, modules: Sequence[AttentionModule]) -> None:
+        self._modules = tuple(modules)
+
+    def match(self, graph: gs.Graph) -> list[_Match | Skip]:
+        """One match for every module with frozen heads.
+
+        Raises:
+            UnsupportedGraph: a module with frozen heads is not found, or another one stands in its place.
+        """
+        items = find_attention(graph)
+        found = [item for item in items if isinstance(item, Attention)]
+        result: list[_Match | Skip] = [item for item in items if isinstance(item, Skip)]
+        for module in self._modules:
+            if module.frozen is None:
+                continue
+            attention = next((item for item in found if _is_module(item, module)), None)
+            if attention is None:
+                result.append(Skip(f"no attention of the graph has the value weights of {module.path}", module.path))
+                continue
+            _check_maps(module.path, module.frozen, attention)
+            result.append(_Match(module, attention))
+        return result
+
+    def rewrite(self, graph: gs.Graph, match: _Match) -> None:
+        """The output projection reads live heads, then frozen ones, and its rows follow that order."""
+        frozen, attention = match.module.frozen, match.attention
+        assert frozen is not None, "match only returns modules with frozen maps"
+        writer = GraphWriter(graph, match.module.path)
+        projection = attention.projection
+        projection.inputs[0] = emit_attention(writer, attention, frozen)
+        live = [head for head in range(attention.heads) if head not in frozen.heads]
+        rows = projection.inputs[1].values.reshape(attention.heads, attention.head_dim, -1)
+        ordered = rows[[*live, *frozen.heads]].reshape(projection.inputs[1].values.shape)
+        projection.inputs[1] = writer.constant("proj_weight", ordered)
+
+
+def _is_module(attention: Attention, module: AttentionModule) -> bool:
+    weight = attention.value.weight
+    return np.array_equal(weight.reshape(weight.shape[0], -1).T, module.value_weight)
+
+
+def _check_maps(path: str, frozen: IntegerMaps, attention: Attention) -> None:
+    expected = (len(frozen.heads), attention.tokens, attention.tokens)
+    if frozen.integers.shape != expected:
+        raise UnsupportedGraph(
+            f"the frozen maps of {path} do not fit the graph", expected=list(expected), got=list(frozen.integers.shape)
+        )
+    if frozen.heads and not 0 <= min(frozen.heads) <= max(frozen.heads) < attention.heads:
+        raise UnsupportedGraph(
+            f"{path} freezes a head that the graph lacks", expected=f"0…{attention.heads - 1}", got=max(frozen.heads)
+        )
