@@ -17,7 +17,6 @@ import numpy as np
 import onnx_graphsurgeon as gs
 from numpy.typing import NDArray
 
-from eamdeploy.errors import UnsupportedGraph
 from eamdeploy.graph.layout import LAYOUT_OPS, Origin, Probe, probe
 
 _NORM_OPS = frozenset(
@@ -317,22 +316,8 @@ def _only_consumer(tensor: gs.Tensor, at: gs.Node) -> gs.Node:
 
 def _probe_all(graph: gs.Graph, candidates: list[_Candidate]) -> dict[str, Origin]:
     """The origin of every operand, norm input and merged output, by the target's name."""
-    sources: dict[str, tuple[int, ...]] = {}
-    probes: dict[str, Probe] = {}
-    for candidate in candidates:
-        for segment in _segments(candidate):
-            source = segment.source
-            shape = tuple(source.shape or ())[1:]
-            if not shape or not all(isinstance(size, int) for size in shape):
-                raise UnsupportedGraph(
-                    f"the shape of {source.name} in front of attention is not known",
-                    expected="every dimension but the batch fixed",
-                    got=source.shape,
-                    hint="Export the model with a fixed image size.",
-                )
-            sources[source.name] = shape
-            probes[segment.target.name] = segment
-    return dict(zip(probes, probe(graph, sources, list(probes.values())), strict=True))
+    probes = {segment.target.name: segment for candidate in candidates for segment in _segments(candidate)}
+    return dict(zip(probes, probe(graph, list(probes.values())), strict=True))
 
 
 def _segments(candidate: _Candidate) -> Iterator[Probe]:

@@ -50,6 +50,12 @@ class GraphWriter:
         self._graph = graph
         self._prefix = prefix
 
+    @property
+    def batch(self) -> int | str:
+        """B of the graph's input: a number, or a name where it is dynamic."""
+        size: int | str = self._graph.inputs[0].shape[0]
+        return size
+
     def constant(self, name: str, values: NDArray[np.generic]) -> gs.Constant:
         """A new initializer."""
         return gs.Constant(f"{self._prefix}/{name}", np.ascontiguousarray(values))
@@ -92,7 +98,7 @@ def emit_attention(writer: GraphWriter, attention: Attention, frozen: IntegerMap
 
     Nothing of the original is removed or rewired: that is the caller's.
     """
-    batch, tokens, head_dim = attention.x.shape[0], attention.tokens, attention.head_dim
+    batch, tokens, head_dim = writer.batch, attention.tokens, attention.head_dim
     frozen_heads = list(frozen.heads) if frozen else []
     live_heads = [head for head in range(attention.heads) if head not in frozen_heads]
     parts: dict[str, Projection] = {}
@@ -142,7 +148,7 @@ def is_canonical(attention: Attention) -> bool:
 
 def _project(writer: GraphWriter, attention: Attention, parts: Mapping[str, Projection]) -> dict[str, gs.Variable]:
     """One linear layer for all `parts`, split into one `[B, N, heads·d]` per part."""
-    batch, tokens = attention.x.shape[0], attention.tokens
+    batch, tokens = writer.batch, attention.tokens
     width = attention.query.weight.shape[0]
     weights = [part.weight.reshape(width, -1) for part in parts.values()]
     sizes = [weight.shape[1] for weight in weights]
@@ -167,7 +173,7 @@ def _live_context(
     writer: GraphWriter, attention: Attention, projected: Mapping[str, gs.Variable], live: int
 ) -> gs.Variable:
     """softmax(s·q·kᵀ)·v of the live heads, `[B, L, N, d]`."""
-    batch, tokens = attention.x.shape[0], attention.tokens
+    batch, tokens = writer.batch, attention.tokens
     query = _split_heads(writer, "q", projected["q"], attention, live)
     if attention.query_norm is not None:
         query = writer.copy_norm("q_norm", attention.query_norm, query)
@@ -198,7 +204,7 @@ def _split_heads(
     perm: tuple[int, ...] = (0, 2, 1, 3),
 ) -> gs.Variable:
     """`[B, N, heads·d]` as `[B, heads, N, d]`, or in another order of the axes B, N, heads, d by `perm`."""
-    split = [attention.x.shape[0], attention.tokens, heads, attention.head_dim]
+    split = [writer.batch, attention.tokens, heads, attention.head_dim]
     shape = writer.integers(f"{name}_shape", 0, 0, heads, attention.head_dim)
     by_token = writer.node(f"{name}_heads", "Reshape", [tensor, shape], split)
     return writer.node(f"{name}_transposed", "Transpose", [by_token], [split[axis] for axis in perm], perm=list(perm))

@@ -50,46 +50,53 @@ class Probe:
     factor: float = 1.0
 
 
-def probe(graph: gs.Graph, sources: Mapping[str, tuple[int, ...]], probes: Sequence[Probe]) -> list[Origin]:
+def probe(graph: gs.Graph, probes: Sequence[Probe]) -> list[Origin]:
     """For each probe, where the elements of its target come from in its source.
 
     All sources are cut loose from their producers and fed with element numbers at once, so a target must depend on no
-    other source through its data. Only layout operators and constant factors may lie between a source and its
-    target.
+    other source through its data. Only layout operators and constant factors may lie between a source and its target.
 
     Args:
-        sources: for every cut tensor, by name, its shape without the batch dimension; the last axis is C.
-        probes: pairs of tensors of `graph`, both `[B, …]`.
+        probes: pairs of tensors of `graph`, both `[B, …]`; the last axis of a source is C.
 
     Raises:
         UnsupportedGraph: the graph between can't be run on numbers.
     """
-    batch = graph.inputs[0].shape[0] if isinstance(graph.inputs[0].shape[0], int) else _PROBE_BATCH
-    session = _cut_session(graph, sources, [p.target.name for p in probes])
+    sources = {p.source.name: p.source for p in probes}
+    shapes = _measured_shapes(graph, list(sources))
+    session = _cut_session(graph, shapes, [p.target.name for p in probes])
     wanted = {value.name for value in session.get_inputs()}
+    feed = {name: value for name, value in _blank_inputs(graph).items() if name in wanted}
     rows_of: dict[str, NDArray[np.float32]] = {}
     columns_of: dict[str, NDArray[np.float32]] = {}
-    for name, shape in sources.items():
-        full = (batch, *shape)
-        rows, columns = int(np.prod(full[:-1])), full[-1]
-        rows_of[name] = np.repeat(np.arange(rows, dtype=np.float32), columns).reshape(full)
-        columns_of[name] = np.tile(np.arange(columns, dtype=np.float32), rows).reshape(full)
-    fixed = {
-        tensor.name: np.zeros((batch, *tensor.shape[1:]), dtype=tensor.dtype)
-        for tensor in graph.inputs
-        if tensor.name in wanted
-    }
-    answers = []
-    for numbers in (rows_of, columns_of):
-        feed = {**fixed, **{name: value for name, value in numbers.items() if name in wanted}}
-        try:
-            answers.append(session.run(None, feed))
-        except Exception as err:  # onnxruntime raises many kinds
-            raise UnsupportedGraph(f"cannot run the layout around attention on element numbers: {err}") from err
+    for name, shape in shapes.items():
+        rows, columns = int(np.prod(shape[:-1])), shape[-1]
+        rows_of[name] = np.repeat(np.arange(rows, dtype=np.float32), columns).reshape(shape)
+        columns_of[name] = np.tile(np.arange(columns, dtype=np.float32), rows).reshape(shape)
+    answers = [
+        _run(session, feed | {name: value for name, value in numbers.items() if name in wanted})
+        for numbers in (rows_of, columns_of)
+    ]
     return [
         Origin(np.rint(row / p.factor).astype(np.int64), np.rint(column / p.factor).astype(np.int64))
         for p, row, column in zip(probes, *answers, strict=True)
     ]
+
+
+def _measured_shapes(graph: gs.Graph, names: Sequence[str]) -> dict[str, tuple[int, ...]]:
+    """The shapes the named tensors have when the graph runs; static inference does not see through every export."""
+    session = _session(_with_outputs(graph.copy(), names))
+    return {name: value.shape for name, value in zip(names, _run(session, _blank_inputs(graph)), strict=True)}
+
+
+def _blank_inputs(graph: gs.Graph) -> dict[str, NDArray[np.generic]]:
+    """A black image per image of the batch, for every input of `graph`; a dynamic batch becomes 2."""
+    return {
+        tensor.name: np.zeros(
+            [size if isinstance(size, int) else _PROBE_BATCH for size in tensor.shape], dtype=tensor.dtype
+        )
+        for tensor in graph.inputs
+    }
 
 
 def _cut_session(
@@ -98,23 +105,38 @@ def _cut_session(
     """A session of a copy of `graph` in which `sources` are inputs and `targets` the outputs."""
     copy = graph.copy()
     tensors = copy.tensors()
-    for name in sources:
+    for name, shape in sources.items():
         original = tensors[name]
-        fed = gs.Variable(f"{name}/probe", dtype=np.float32)
+        fed = gs.Variable(name, dtype=np.float32, shape=list(shape))
         for consumer in list(original.outputs):
             consumer.inputs = [fed if tensor is original else tensor for tensor in consumer.inputs]
-        original.name, fed.name = f"{name}/uncut", name
-        fed.shape = ["probe_batch", *sources[name]]
+        original.name = f"{name}/uncut"
         copy.inputs.append(fed)
-    copy.outputs = [tensors[name] for name in targets]
-    for output in copy.outputs:
+    return _session(_with_outputs(copy, targets, tensors))
+
+
+def _with_outputs(graph: gs.Graph, names: Sequence[str], tensors: Mapping[str, gs.Tensor] | None = None) -> gs.Graph:
+    tensors = graph.tensors() if tensors is None else tensors
+    graph.outputs = [tensors[name] for name in names]
+    for output in graph.outputs:
         output.dtype = np.float32
-    copy.cleanup(remove_unused_graph_inputs=True).toposort()
+    return graph.cleanup(remove_unused_graph_inputs=True).toposort()
+
+
+def _session(graph: gs.Graph) -> onnxruntime.InferenceSession:
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 4
     options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
-    model = gs.export_onnx(copy)
+    model = gs.export_onnx(graph)
     del model.graph.value_info[:]
     return onnxruntime.InferenceSession(
         model.SerializeToString(), sess_options=options, providers=["CPUExecutionProvider"]
     )
+
+
+def _run(session: onnxruntime.InferenceSession, feed: Mapping[str, NDArray[np.generic]]) -> list[NDArray[np.float32]]:
+    try:
+        result: list[NDArray[np.float32]] = session.run(None, dict(feed))
+    except Exception as err:  # onnxruntime raises many kinds
+        raise UnsupportedGraph(f"cannot run the layout around attention on element numbers: {err}") from err
+    return result

@@ -1,0 +1,145 @@
+"""The ONNX graph that torch's own exporters make of a timm model, before any rewrite.
+
+Either exporter will do, because the passes find attention by what it computes. `auto` takes `dynamo` where it can: it
+is the one torch maintains, and it keeps symbolic shapes, so that a dynamic batch costs one `Shape` node instead of a chain
+of shape arithmetic around every reshape. Its operators start at opset 18, and onnx's version converter brings most but
+not all of them down to 17 and none to 16, which has no LayerNormalization; there `auto` falls back on `torchscript`.
+"""
+
+from __future__ import annotations
+
+import io
+import logging
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import onnx
+import torch
+from torch import nn
+
+from eamdeploy.errors import ConfigError, UnsupportedGraph
+from eamdeploy.graph.invariants import INPUT_NAME, OUTPUT_NAME
+
+Exporter = Literal["auto", "dynamo", "torchscript"]
+
+MIN_OPSET = 16
+MAX_OPSET = 22
+
+
+@dataclass(frozen=True)
+class StockExport:
+    """A graph as torch wrote it.
+
+    Attributes:
+        exporter: which of torch's exporters wrote it.
+    """
+
+    model: onnx.ModelProto
+    exporter: str
+
+
+def export_stock(
+    model: nn.Module, image_size: tuple[int, int], *, batch: int | None, opset: int, exporter: Exporter = "auto"
+) -> StockExport:
+    """`model` as ONNX with input `image` `[B, 3, H, W]` and output `logits`, as torch exports it.
+
+    Args:
+        image_size: H and W in pixels.
+        batch: fixed B, or None for a dynamic one.
+
+    Raises:
+        ConfigError: the opset is out of range.
+        UnsupportedGraph: torch can't export the model, or not at this opset.
+    """
+    if not MIN_OPSET <= opset <= MAX_OPSET:
+        raise ConfigError("opset out of range", expected=f"{MIN_OPSET} … {MAX_OPSET}", got=opset)
+    failures = []
+    for name in ("dynamo", "torchscript") if exporter == "auto" else (exporter,):
+        try:
+            return StockExport(_export(name, model, image_size, batch, opset), name)
+        except UnsupportedGraph as err:
+            failures.append(err)
+    reasons = "; ".join(str(err) for err in failures)
+    raise UnsupportedGraph(reasons, hint="Try another --exporter or --opset; 18 suits most models.") from failures[0]
+
+
+def _export(
+    exporter: str, model: nn.Module, image_size: tuple[int, int], batch: int | None, opset: int
+) -> onnx.ModelProto:
+    # 2, because exporters treat a 1 as a constant even where the batch is declared dynamic
+    example = torch.zeros(2 if batch is None else batch, 3, *image_size)
+    write = _dynamo if exporter == "dynamo" else _torchscript
+    with _unfused(model), _quiet():
+        try:
+            exported = write(model, example, batch, opset)
+        except Exception as err:  # torch's exporters raise many kinds
+            first = str(err).splitlines()[0] if str(err) else type(err).__name__
+            raise UnsupportedGraph(f"torch's {exporter} exporter failed at opset {opset}: {first}") from err
+    version = next(entry.version for entry in exported.opset_import if entry.domain in ("", "ai.onnx"))
+    if version != opset:
+        raise UnsupportedGraph(f"torch's {exporter} exporter wrote another opset", expected=opset, got=version)
+    return exported
+
+
+def _dynamo(model: nn.Module, example: torch.Tensor, batch: int | None, opset: int) -> onnx.ModelProto:
+    shapes = ({0: torch.export.Dim("batch")},) if batch is None else None
+    program = torch.onnx.export(
+        model,
+        (example,),
+        dynamo=True,
+        opset_version=opset,
+        input_names=[INPUT_NAME],
+        output_names=[OUTPUT_NAME],
+        dynamic_shapes=shapes,
+        verbose=False,
+    )
+    assert program is not None, "torch returns a program when no file is named"
+    return program.model_proto
+
+
+def _torchscript(model: nn.Module, example: torch.Tensor, batch: int | None, opset: int) -> onnx.ModelProto:
+    buffer: Any = io.BytesIO()  # allowed with dynamo=False, whatever the annotation says
+    axes = {INPUT_NAME: {0: "batch"}, OUTPUT_NAME: {0: "batch"}} if batch is None else None
+    torch.onnx.export(
+        model,
+        (example,),
+        buffer,
+        dynamo=False,
+        opset_version=opset,
+        input_names=[INPUT_NAME],
+        output_names=[OUTPUT_NAME],
+        dynamic_axes=axes,
+    )
+    return onnx.load_from_string(buffer.getvalue())
+
+
+@contextmanager
+def _unfused(model: nn.Module) -> Iterator[None]:
+    """Inside the block, attention is spelled out as products and a softmax instead of one fused operator."""
+    modules: list[Any] = [module for module in model.modules() if getattr(module, "fused_attn", False)]
+    for module in modules:
+        module.fused_attn = False
+    try:
+        yield
+    finally:
+        for module in modules:
+            module.fused_attn = True
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Inside the block, the exporters' progress, warnings about our own choice of exporter, and logs are held back."""
+    loggers = [logging.getLogger(name) for name in ("torch.onnx", "onnxscript", "onnx_ir")]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings(), redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()):
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
