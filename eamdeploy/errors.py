@@ -6,6 +6,8 @@ else that escapes is our bug and keeps its traceback.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from enum import IntEnum
 
 
@@ -73,3 +75,17 @@ class DeviceError(EamDeployError):
     """The device asked for is not here, or can't do what was asked."""
 
     exit_code = ExitCode.UNAVAILABLE
+
+
+@contextmanager
+def host_packages(purpose: str) -> Iterator[None]:
+    """Inside the block, importing a package that only the host has raises `MissingDependency` where it is missing."""
+    try:
+        yield
+    except ModuleNotFoundError as err:
+        if err.name is None or err.name.partition(".")[0] == "eamdeploy":
+            raise
+        raise MissingDependency(
+            f"{purpose} needs the package {err.name}, which is not installed here",
+            hint="Install the host packages with: pip install 'eamdeploy[host]'.",
+        ) from err

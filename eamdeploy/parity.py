@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -122,7 +123,7 @@ def require(report: ParityReport, what: str) -> None:
         f"parity of {what} failed at tolerance {report.tolerance}: {report.reason}"
         f" (worst at image {image}, class {klass}; {report.n} images, first class equal for"
         f" {report.top1_agreement:.4g} %)",
-        hint="Nothing was written. Compare the ONNX model with the checkpoint to find where they part.",
+        hint="Don't use it; compare the ONNX model with its checkpoint to find where they part.",
     )
 
 
@@ -215,31 +216,30 @@ def reference_path(model: Path) -> Path:
     return model.with_suffix(".reference.npz")
 
 
-def _read_npz(path: Path) -> dict[str, NDArray[np.generic]]:
+def _read_npz(path: Path) -> dict[str, NDArray[Any]]:
     """The arrays of a reference file of our format, by key."""
     hint = "Export the model again to make a new reference set."
     try:
-        with np.load(path, allow_pickle=False) as archive:
-            if not isinstance(archive, np.lib.npyio.NpzFile):
-                raise ValueError("not an npz archive")
+        archive = np.load(path, allow_pickle=False)
+        if not isinstance(archive, np.lib.npyio.NpzFile):
+            raise ValueError("not an npz archive")
+        with archive:
             keys = tuple(sorted(archive.files))
             if keys != _REFERENCE_KEYS:
                 raise CheckpointError(
                     f"{path} is not a reference set: its keys don't fit", expected=_REFERENCE_KEYS, got=keys, hint=hint
                 )
             arrays = {key: archive[key] for key in keys}
-    except (zipfile.BadZipFile, zlib.error, ValueError, EOFError, KeyError, NotImplementedError) as err:
+    except (zipfile.BadZipFile, zlib.error, ValueError, EOFError, KeyError, NotImplementedError, MemoryError) as err:
         raise CheckpointError(f"{path} is not a reference set: {err}", hint=hint) from err
     except OSError as err:
         raise ConfigError(f"cannot read {path}: {err.strerror or err}") from err
     if arrays["format"].shape != () or arrays["format"] != _REFERENCE_FORMAT:
-        raise CheckpointError(
-            f"{path} has another format", expected=_REFERENCE_FORMAT, got=arrays["format"], hint=hint
-        )
+        raise CheckpointError(f"{path} has another format", expected=_REFERENCE_FORMAT, got=arrays["format"], hint=hint)
     return arrays
 
 
-def _check_arrays(pixels: NDArray[np.generic], logits: NDArray[np.generic], where: str) -> None:
+def _check_arrays(pixels: NDArray[Any], logits: NDArray[Any], where: str) -> None:
     if pixels.dtype != np.uint8 or pixels.ndim != 4 or pixels.shape[3] != 3 or pixels.size == 0:
         raise _misfit(f"{where}: pixels", "uint8 [images, height, width, 3]", pixels)
     if logits.dtype != np.float32 or logits.ndim != 2 or logits.size == 0:
@@ -250,5 +250,5 @@ def _check_arrays(pixels: NDArray[np.generic], logits: NDArray[np.generic], wher
         raise CheckpointError(f"{where}: logits has NaN or infinity", expected="finite values")
 
 
-def _misfit(where: str, expected: str, array: NDArray[np.generic]) -> CheckpointError:
+def _misfit(where: str, expected: str, array: NDArray[Any]) -> CheckpointError:
     return CheckpointError(where, expected=expected, got=f"{array.dtype} {list(array.shape)}")

@@ -117,7 +117,9 @@ class FrozenAttention(nn.Module):
 
     def __init__(self, attention: nn.Module, heads: torch.Tensor, maps: torch.Tensor) -> None:
         super().__init__()
-        self.attention = attention
+        self.attention: Any = attention
+        self.heads: torch.Tensor
+        self.maps: torch.Tensor
         self.register_buffer("heads", heads, persistent=False)
         self.register_buffer("maps", maps, persistent=False)
 

@@ -38,6 +38,11 @@ class ModelSpec:
     kwargs: Mapping[str, Any] = field(default_factory=dict)
     seed: int = 0
 
+    @property
+    def source(self) -> str:
+        """Where the weights come from, without the user's folders: `pretrained`, `random` or a file name."""
+        return self.weights if self.weights in (PRETRAINED, RANDOM) else Path(self.weights).name
+
 
 @dataclass(frozen=True)
 class PreprocessingOverrides:
@@ -49,7 +54,10 @@ class PreprocessingOverrides:
     interpolation: str | None = None
 
 
-def load_model(spec: ModelSpec) -> nn.Module:
+TIMM_PREPROCESSING = PreprocessingOverrides()
+
+
+def load_model(spec: ModelSpec) -> Any:
     """The model of `spec`, in evaluation mode, with finite float32 weights.
 
     Raises:
@@ -61,7 +69,7 @@ def load_model(spec: ModelSpec) -> nn.Module:
     if spec.weights not in (PRETRAINED, RANDOM):
         load_weights(model, read_weights(Path(spec.weights)), spec.weights)
     _check_finite(model, spec.weights)
-    return model.float().eval()
+    return model.float().eval()  # Any: the attributes are timm's, not torch's
 
 
 def read_weights(path: Path) -> dict[str, torch.Tensor]:

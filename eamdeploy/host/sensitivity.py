@@ -35,7 +35,8 @@ def sensitivity(
 
     Args:
         maps: by module path, the maps to freeze, float32 `[H, N, N]`.
-        batches: normalized images, float32 `[B, 3, H, W]`, `n_images` in all.
+        batches: normalized images, float32 `[B, 3, H, W]`.
+        n_images: how many images to expect, for the progress only.
         on_progress: called with (units done, units in all, seconds left by the speed so far) after every head and
             batch; a unit is an image through one transformer block.
 
@@ -44,8 +45,9 @@ def sensitivity(
     totals = {site.path: np.zeros(site.heads) for site in sites}
     depth = len(sites)
     units = n_images * (depth + sum(site.heads * (depth - layer) for layer, site in enumerate(sites)))
-    done, started = 0, time.monotonic()
+    done, seen, started = 0, 0, time.monotonic()
     for images in batches:
+        seen += len(images)
         inputs, reference = _block_inputs(model, images)
         done += depth * len(images)
         for layer, site in enumerate(sites):
@@ -53,7 +55,7 @@ def sensitivity(
                 totals[site.path][head] += kl
                 done += (depth - layer) * len(images)
                 on_progress(done, units, (time.monotonic() - started) / done * (units - done))
-    return {path: total / n_images for path, total in totals.items()}
+    return {path: total / seen for path, total in totals.items()}
 
 
 def _block_inputs(model: Any, images: torch.Tensor) -> tuple[list[torch.Tensor], torch.Tensor]:

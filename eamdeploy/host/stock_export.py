@@ -1,9 +1,10 @@
 """The ONNX graph that torch's own exporters make of a timm model, before any rewrite.
 
 Either exporter will do, because the passes find attention by what it computes. `auto` takes `dynamo` where it can: it
-is the one torch maintains, and it keeps symbolic shapes, so that a dynamic batch costs one `Shape` node instead of a chain
-of shape arithmetic around every reshape. Its operators start at opset 18, and onnx's version converter brings most but
-not all of them down to 17 and none to 16, which has no LayerNormalization; there `auto` falls back on `torchscript`.
+is the one torch maintains, and it keeps symbolic shapes, so that a dynamic batch costs one `Shape` node instead of a
+chain of shape arithmetic around every reshape. Its operators start at opset 18, and onnx's version converter brings
+most but not all of them down to 17 and none to 16, which has no LayerNormalization; there `auto` falls back on
+`torchscript`.
 """
 
 from __future__ import annotations

@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
+import onnx
 import onnx_graphsurgeon as gs
 from numpy.typing import NDArray
 
@@ -103,3 +104,24 @@ def _check_maps(path: str, frozen: IntegerMaps, attention: Attention) -> None:
         raise UnsupportedGraph(
             f"{path} freezes a head that the graph lacks", expected=f"0…{attention.heads - 1}", got=max(frozen.heads)
         )
+
+
+def check_accounted(model: onnx.ModelProto, modules: Sequence[AttentionModule]) -> None:
+    """Nothing happens if every frozen head's integers stand in `model`, value for value, behind a DequantizeLinear.
+
+    Raises:
+        UnsupportedGraph: a module's maps are not there; its path and heads are named.
+    """
+    constants = {item.name: item for item in model.graph.initializer}
+    dequantized = {node.input[0] for node in model.graph.node if node.op_type == "DequantizeLinear"}
+    stored = [onnx.numpy_helper.to_array(constants[name]) for name in dequantized if name in constants]
+    for module in modules:
+        if module.frozen is None:
+            continue
+        wanted = module.frozen.integers.reshape(-1, module.frozen.integers.shape[-1])
+        if not any(item.dtype == wanted.dtype and np.array_equal(item, wanted) for item in stored):
+            raise UnsupportedGraph(
+                f"frozen heads of {module.path} are not in the exported graph",
+                expected=f"the integer maps of heads {list(module.frozen.heads)}",
+                got=f"{len(stored)} other dequantized constants",
+            )

@@ -13,10 +13,10 @@ from PIL import Image
 
 from eamdeploy.artifact import Preprocessing
 from eamdeploy.errors import ConfigError, EngineError, ParityError
-from eamdeploy.evaluate import (
+from eamdeploy.accuracy import (
     Evaluation,
     Predict,
-    evaluate,
+    measure_accuracy,
     kl_divergence,
     mean_kl,
     same_top1,
@@ -157,7 +157,7 @@ def test_a_fixed_batch_below_one_is_refused() -> None:
         with_fixed_batch(sums, 0)
 
 
-# evaluate
+# measure_accuracy
 
 
 def put_images(root: Path, labels: list[int] | None) -> None:
@@ -197,7 +197,7 @@ IDENTITY = {i: [i, (i + 1) % 6, (i + 2) % 6, (i + 3) % 6, (i + 4) % 6] for i in 
 def test_accuracy_by_hand(tmp_path: Path) -> None:
     # images 0, 1, 2 right; image 3 has its label second, image 4 fifth, image 5 last
     folder = folder_of(tmp_path, [0, 1, 2, 4, 2, 4])
-    result = evaluate(model(IDENTITY), folder, AS_BYTES, batch_size=4)
+    result = measure_accuracy(model(IDENTITY), folder, AS_BYTES, batch_size=4)
     assert result.n_images == 6
     assert result.num_classes == 6
     assert result.top1 == 50.0
@@ -208,7 +208,7 @@ def test_accuracy_by_hand(tmp_path: Path) -> None:
 
 
 def test_unlabelled_images_give_distances_but_no_accuracy(tmp_path: Path) -> None:
-    result = evaluate(
+    result = measure_accuracy(
         model(IDENTITY), folder_of(tmp_path), AS_BYTES, batch_size=4, reference=model(IDENTITY | {5: [0]})
     )
     assert (result.top1, result.top5, result.reference_top1, result.reference_top5) == (None, None, None, None)
@@ -221,7 +221,7 @@ def test_the_figures_do_not_depend_on_the_batch_size(tmp_path: Path, batch_size:
         return lambda images: np.array([[high * (n == 5), 0.0] for n in numbers(images)], np.float32)
 
     folder = folder_of(tmp_path, [0, 0, 1, 1, 1, 1], classes=2)
-    result = evaluate(two_logits(2.0), folder, AS_BYTES, batch_size=batch_size, reference=two_logits(-1.0))
+    result = measure_accuracy(two_logits(2.0), folder, AS_BYTES, batch_size=batch_size, reference=two_logits(-1.0))
     # only image 5 differs: reference logits (−1, 0), candidate's (2, 0)
     p, q = 1 / (1 + math.e), math.e**2 / (1 + math.e**2)
     kl = p * math.log(p / q) + (1 - p) * math.log((1 - p) / (1 - q))
@@ -241,7 +241,7 @@ def test_fixed_batches_of_both_models_are_respected(tmp_path: Path) -> None:
 
         return predict
 
-    result = evaluate(
+    result = measure_accuracy(
         only(4),
         folder_of(tmp_path, [0, 1, 2, 3, 4, 5]),
         AS_BYTES,
@@ -259,7 +259,7 @@ def test_skipped_files_are_counted_and_named_and_leave_labels_aligned(tmp_path: 
     for bad in (1, 5):
         (tmp_path / f"{bad}.png").write_bytes(b"")
     calls: list[tuple[int, int]] = []
-    result = evaluate(
+    result = measure_accuracy(
         model(IDENTITY),
         folder,
         AS_BYTES,
@@ -276,7 +276,7 @@ def test_a_bad_file_is_an_error_unless_skipped(tmp_path: Path) -> None:
     folder = folder_of(tmp_path)
     (tmp_path / "3.png").write_bytes(b"")
     with pytest.raises(ConfigError, match=r"3\.png"):
-        evaluate(model(IDENTITY), folder, AS_BYTES, batch_size=2)
+        measure_accuracy(model(IDENTITY), folder, AS_BYTES, batch_size=2)
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
@@ -289,29 +289,29 @@ def test_a_logit_that_is_no_number_names_the_model_and_the_image(tmp_path: Path,
 
     predict, reference = (broken, model(IDENTITY)) if culprit == "the model" else (model(IDENTITY), broken)
     with pytest.raises(ParityError, match=rf"^{culprit} returned .*4\.png; expected finite logits; got {value}"):
-        evaluate(predict, folder_of(tmp_path), AS_BYTES, batch_size=3, reference=reference)
+        measure_accuracy(predict, folder_of(tmp_path), AS_BYTES, batch_size=3, reference=reference)
 
 
 @pytest.mark.parametrize("shape", [(5,), (1, 6), (6, 0), (6, 6, 1)])
 def test_anything_but_a_row_of_logits_for_each_image_is_refused(tmp_path: Path, shape: tuple[int, ...]) -> None:
     with pytest.raises(EngineError, match=r"shape \[6, classes\]"):
-        evaluate(lambda _: np.zeros(shape, np.float32), folder_of(tmp_path), AS_BYTES, batch_size=6)
+        measure_accuracy(lambda _: np.zeros(shape, np.float32), folder_of(tmp_path), AS_BYTES, batch_size=6)
 
 
 def test_models_of_different_class_counts_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="expected 7; got 6"):
-        evaluate(model(IDENTITY), folder_of(tmp_path), AS_BYTES, batch_size=3, reference=model(IDENTITY, classes=7))
+        measure_accuracy(model(IDENTITY), folder_of(tmp_path), AS_BYTES, batch_size=3, reference=model(IDENTITY, classes=7))
 
 
 def test_a_label_beyond_the_models_classes_names_the_file(tmp_path: Path) -> None:
     folder = folder_of(tmp_path, [0, 1, 2, 3, 6, 5], classes=7)
     with pytest.raises(ConfigError, match=r"4\.png is out of range; expected 0 to 5.*got 6"):
-        evaluate(model(IDENTITY), folder, AS_BYTES, batch_size=6)
+        measure_accuracy(model(IDENTITY), folder, AS_BYTES, batch_size=6)
 
 
 def test_an_evaluation_survives_its_file(tmp_path: Path) -> None:
     images = tmp_path / "images"
     images.mkdir()
-    result = evaluate(model(IDENTITY), folder_of(images, [0] * 6), AS_BYTES, batch_size=4, reference=model(IDENTITY))
+    result = measure_accuracy(model(IDENTITY), folder_of(images, [0] * 6), AS_BYTES, batch_size=4, reference=model(IDENTITY))
     result.write(tmp_path / "evaluation.json")
     assert Evaluation.read(tmp_path / "evaluation.json") == result

@@ -1,0 +1,191 @@
+"""What every engine backend offers: a runner, and a manifest beside the engine file.
+
+Backends import this module and never each other; `registry` chooses one for a file.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from datetime import datetime, timezone
+from pathlib import Path
+from types import TracebackType
+from typing import Literal, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+from pydantic import Field
+
+from eamdeploy.accuracy import with_fixed_batch
+from eamdeploy.artifact import ModelCard, Record, digest_file
+from eamdeploy.errors import ConfigError, EngineError, ParityError
+from eamdeploy.images import normalize
+from eamdeploy.parity import ParityReport, ReferenceSet, Tolerance, compare, require
+
+_GATE_BATCH = 4  # more than one image at a time, so that an engine that mixes them up fails
+
+
+@dataclass(frozen=True)
+class EngineIO:
+    """The engine's one input and one output.
+
+    Attributes:
+        input_shape: [B, 3, H, W] of the float32 input; B is None when any batch size is accepted.
+        num_classes: width of the logits; None when the engine does not say.
+    """
+
+    input_name: str
+    input_shape: tuple[int | None, int, int, int]
+    output_name: str
+    num_classes: int | None
+
+    @property
+    def batch(self) -> int | None:
+        """The only batch size accepted, or None for any."""
+        return self.input_shape[0]
+
+    def check(self, images: NDArray[np.float32], engine: str) -> None:
+        """`images` can be given to the engine.
+
+        Raises:
+            ConfigError: another dtype or shape, or no image.
+        """
+        dims = zip(self.input_shape, images.shape, strict=False)
+        fits = images.ndim == 4 and all(want in (None, got) for want, got in dims)
+        if images.dtype != np.float32 or not fits or len(images) == 0:
+            raise ConfigError(
+                f"engine {engine} can't take this input",
+                expected=f"float32 {['B' if dim is None else dim for dim in self.input_shape]}",
+                got=f"{images.dtype} {list(images.shape)}",
+            )
+
+
+class Runner(Protocol):
+    """An engine loaded and ready to run; closes itself as a context manager.
+
+    Attributes:
+        name: the engine's path, for messages.
+        card: the model's description; None for a foreign model.
+        settings: the backend's own options that it runs with, by its own names.
+    """
+
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def io(self) -> EngineIO: ...
+
+    @property
+    def card(self) -> ModelCard | None: ...
+
+    @property
+    def settings(self) -> Mapping[str, str]: ...
+
+    def infer(self, images: NDArray[np.float32]) -> NDArray[np.float32]:
+        """Logits float32 [B, classes] of normalized images float32 [B, 3, H, W], when they are all computed.
+
+        Raises:
+            ConfigError: the input's dtype or shape does not fit.
+            EngineError: the backend failed.
+        """
+        ...
+
+    def close(self) -> None:
+        """The engine's memory is released; a second call does nothing."""
+        ...
+
+    def __enter__(self) -> Runner: ...
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None: ...
+
+
+class Manifest(Record):
+    """How an engine was built; lies beside it as JSON.
+
+    Attributes:
+        backend: which backend runs it.
+        engine, engine_digest, engine_bytes: name, SHA-256 and size of the engine file.
+        model_digest: SHA-256 of the ONNX model it was built from.
+        card: the model's description; None for a foreign model.
+        batch: the only batch size accepted, or None for any.
+        settings: the backend's own options, by its own names; needed again to run the engine as it was checked.
+        threads: default number of threads.
+        parity: result of the gate; None means **not checked**, and people must be told.
+        machine: what it was built on.
+        created: UTC, ISO 8601.
+    """
+
+    format: Literal[1] = 1
+    backend: Literal["ort", "trt"]
+    engine: str
+    engine_digest: str
+    engine_bytes: int
+    model_digest: str
+    card: ModelCard | None
+    batch: int | None
+    settings: dict[str, str]
+    threads: int = Field(ge=1)
+    parity: ParityReport | None
+    versions: dict[str, str]
+    machine: str
+    created: str
+
+
+def manifest_path(engine: Path) -> Path:
+    """Where the manifest of an engine lies: `eam.ort.onnx.json` beside `eam.ort.onnx`."""
+    return engine.with_name(f"{engine.name}.json")
+
+
+def read_manifest(engine: Path) -> Manifest | None:
+    """The manifest beside the engine, checked against it; None when there is none.
+
+    Raises:
+        CheckpointError: the manifest is damaged or foreign.
+        EngineError: it describes another file than the one beside it.
+    """
+    path = manifest_path(engine)
+    if not path.exists():
+        return None
+    manifest = Manifest.read(path)
+    digest = digest_file(engine)
+    if manifest.engine_digest != digest:
+        raise EngineError(
+            f"{path} describes another engine than {engine}",
+            expected=manifest.engine_digest,
+            got=digest,
+            hint=f"Build the engine again, or delete {path.name} to use the file without its settings.",
+        )
+    return manifest
+
+
+def check_against_reference(runner: Runner, reference: ReferenceSet, tolerance: Tolerance) -> ParityReport:
+    """The engine gives the reference's logits for the reference's images.
+
+    Raises:
+        ConfigError: the images don't fit the engine, or the engine has no card to preprocess by.
+        ParityError: the logits differ by more than the tolerance.
+    """
+    what = f"{runner.name} against its reference set ({reference.source})"
+    if runner.card is None:
+        raise ConfigError(
+            f"{runner.name} carries no model card, so its reference images can't be preprocessed",
+            hint="Build from a model that eamdeploy exported, or without a reference set.",
+        )
+    if runner.io.num_classes not in (None, reference.logits.shape[1]):
+        raise ParityError(
+            f"parity of {what} can't hold: it is another model's",
+            expected=f"{runner.io.num_classes} classes",
+            got=reference.logits.shape[1],
+        )
+    images = normalize(reference.pixels, runner.card.preprocessing)
+    predict = with_fixed_batch(runner.infer, runner.io.batch or min(_GATE_BATCH, len(images)))
+    report = compare(reference.logits, predict(images), tolerance)
+    require(report, what)
+    return report
+
+
+def utc_now() -> str:
+    """The time now in UTC, ISO 8601 to the second."""
+    return datetime.now(timezone.utc).isoformat(timespec="seconds")

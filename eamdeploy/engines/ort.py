@@ -1,0 +1,258 @@
+"""ONNX Runtime on the CPU: builds and runs engines that are ordinary ONNX files.
+
+What the settings are, and why (ONNX Runtime 1.31 on x86; a DeiT-Tiny-shaped graph with frozen maps):
+
+- The engine is the model's file, byte for byte. A graph saved after optimization runs no faster and loads no faster,
+  is tied to one version (and at the highest level to one processor), and would hold float maps with the next option.
+  So the engine still is the model that was checked, and any ONNX Runtime opens it.
+- `session.disable_quant_qdq`: without it each map's DequantizeLinear runs at every inference. With it, loading folds
+  them into float constants: a little faster the more heads are frozen, the same bits, and as fast as float maps in
+  the file. The file keeps its integers; in memory a map's entry takes four bytes.
+- `all` optimizations: they fuse Gelu and block the patch embedding's layout; `extended` is close, `basic` slower.
+- `session.set_denormal_as_zero` is **not** set: the first session of a process decides it for the calling thread, for
+  numpy too, and no later session can. It changed no time here; a graph with denormals is mended by a rewrite.
+- `session.force_spinning_stop`, in every session: worker threads otherwise spin on for longer than one inference takes
+  after each one, on cores that the application, or the other engine of an interleaved comparison, needs.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from types import MappingProxyType, TracebackType
+from typing import Any
+
+import numpy as np
+import onnxruntime
+from numpy.typing import NDArray
+from onnxruntime.capi import onnxruntime_pybind11_state as state
+
+from eamdeploy.artifact import CARD_KEY, ModelCard, atomic_output, digest_bytes
+from eamdeploy.engines.base import EngineIO, Manifest, check_against_reference, manifest_path, utc_now
+from eamdeploy.engines.provenance import machine_summary, package_versions
+from eamdeploy.errors import ConfigError, EngineError
+from eamdeploy.parity import TOLERANCES, ReferenceSet
+
+_LEVEL_KEY = "graph_optimization_level"
+_LEVELS: Mapping[str, Any] = MappingProxyType(
+    {
+        "disable": onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL,
+        "basic": onnxruntime.GraphOptimizationLevel.ORT_ENABLE_BASIC,
+        "extended": onnxruntime.GraphOptimizationLevel.ORT_ENABLE_EXTENDED,
+        "all": onnxruntime.GraphOptimizationLevel.ORT_ENABLE_ALL,
+    }
+)
+
+ENGINE_SETTINGS: Mapping[str, str] = MappingProxyType({_LEVEL_KEY: "all", "session.disable_quant_qdq": "1"})
+UNOPTIMIZED: Mapping[str, str] = MappingProxyType({_LEVEL_KEY: "disable"})
+"""The graph as it is written, for proving a rewrite."""
+_EVERY_SESSION: Mapping[str, str] = MappingProxyType({"session.force_spinning_stop": "1"})
+# Where a model given as bytes looks for data in other files: ONNX Runtime would look in the working directory.
+_NO_DATA_FILES: Mapping[str, str] = MappingProxyType(
+    {"session.model_external_initializers_file_folder_path": os.devnull}
+)
+
+_FATAL_ONLY = 4  # the exception says all; ONNX Runtime would log it to stderr as well
+_ORT_FAILURES: tuple[type[Exception], ...] = (
+    state.EPFail,
+    state.Fail,
+    state.InvalidArgument,
+    state.InvalidGraph,
+    state.InvalidProtobuf,
+    state.ModelLoaded,
+    state.NoModel,
+    state.NoSuchFile,
+    state.NotImplemented,
+    state.RuntimeException,
+    RuntimeError,
+    ValueError,
+)
+
+
+class OrtRunner:
+    """An ONNX file loaded into ONNX Runtime's CPU provider.
+
+    Args:
+        model: the file, or its bytes.
+        threads: threads inside one operator; operators run one after another.
+        settings: `graph_optimization_level` (disable, basic, extended, all) and session config entries by ONNX
+            Runtime's names; empty for ONNX Runtime's own defaults. The attribute has those of every session too.
+        name: what messages call a model given as bytes; None for a file's own path.
+
+    Raises:
+        ConfigError: `threads` is below 1.
+        CheckpointError: the card in the model's metadata is damaged.
+        EngineError: ONNX Runtime can't load the model, or its input and output are not an image classifier's.
+    """
+
+    def __init__(
+        self, model: Path | bytes, *, threads: int, settings: Mapping[str, str], name: str | None = None
+    ) -> None:
+        if threads < 1:
+            raise ConfigError("the number of threads can't be used", expected="at least 1", got=threads)
+        self.name = name or (str(model) if isinstance(model, Path) else "model in memory")
+        self.settings: Mapping[str, str] = MappingProxyType({**_EVERY_SESSION, **settings})
+        source, extra = (model, _NO_DATA_FILES) if isinstance(model, bytes) else (str(model), {})
+        options = _session_options(threads, {**self.settings, **extra}, self.name)
+        try:
+            session = onnxruntime.InferenceSession(source, options, providers=["CPUExecutionProvider"])
+        except _ORT_FAILURES as err:
+            raise EngineError(
+                f"ONNX Runtime can't load {self.name}: {_reason(err)}",
+                hint="It is damaged, no ONNX model, keeps data in a second file, or needs a newer ONNX Runtime.",
+            ) from err
+        self.io = _engine_io(session, self.name)
+        self.card = _card(session, self.name)
+        self._session: Any = session
+
+    def infer(self, images: NDArray[np.float32]) -> NDArray[np.float32]:
+        """Logits float32 [B, classes] of normalized images float32 [B, 3, H, W].
+
+        Raises:
+            ConfigError: the input's dtype or shape does not fit.
+            EngineError: the engine is closed, failed, or returned something else than logits.
+        """
+        self.io.check(images, self.name)
+        if self._session is None:
+            raise EngineError(f"engine {self.name} is closed")
+        try:
+            (logits,) = self._session.run([self.io.output_name], {self.io.input_name: images})
+        except _ORT_FAILURES as err:
+            raise EngineError(f"ONNX Runtime failed to run {self.name}: {_reason(err)}") from err
+        if logits.dtype != np.float32 or logits.ndim != 2 or len(logits) != len(images):
+            raise EngineError(
+                f"engine {self.name} returned no logits",
+                expected=f"float32 [{len(images)}, classes]",
+                got=f"{logits.dtype} {list(logits.shape)}",
+            )
+        return np.asarray(logits)
+
+    def close(self) -> None:
+        """The session and its memory are released; a second call does nothing."""
+        self._session = None
+
+    def __enter__(self) -> OrtRunner:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+def build(
+    model: Path,
+    output: Path,
+    *,
+    threads: int,
+    reference: ReferenceSet | None,
+    settings: Mapping[str, str] = ENGINE_SETTINGS,
+) -> Manifest:
+    """`output` is an engine that was run and checked, and its manifest lies beside it.
+
+    The engine is opened with its final settings and must give the reference's logits, at tolerance `f32-engine`, before
+    anything is written; when it does not, whatever was at `output` stays.
+
+    Args:
+        threads: the engine's default number of threads, and those of the check.
+        reference: images and logits of the model; None leaves the engine unchecked, and its manifest says so.
+
+    Raises:
+        ConfigError: the model can't be read or the output not written, or `output` is no `.onnx` or the model itself.
+        EngineError: ONNX Runtime can't load or run the model.
+        ParityError: the engine's logits are not the reference's.
+    """
+    if output.suffix != ".onnx":
+        raise ConfigError(f"the engine can't be named {output}", expected="a name that ends in .onnx")
+    if output.exists() and model.exists() and output.samefile(model):
+        raise ConfigError(f"the engine would replace its model {model}", hint="Give -o another file name.")
+    try:
+        data = model.read_bytes()
+    except OSError as err:
+        raise ConfigError(f"cannot read {model}: {err.strerror or err}") from err
+    # from memory: nothing is on the disk before the gate, and data in a second file, which a copy loses, is refused
+    with OrtRunner(data, threads=threads, settings=settings, name=str(model)) as runner:
+        runner.infer(np.zeros((runner.io.batch or 1, *runner.io.input_shape[1:]), np.float32))
+        parity = None if reference is None else check_against_reference(runner, reference, TOLERANCES["f32-engine"])
+        digest = digest_bytes(data)
+        manifest = Manifest(
+            backend="ort",
+            engine=output.name,
+            engine_digest=digest,
+            engine_bytes=len(data),
+            model_digest=digest,
+            card=runner.card,
+            batch=runner.io.batch,
+            settings=dict(runner.settings),
+            threads=threads,
+            parity=parity,
+            versions=package_versions(),
+            machine=machine_summary(),
+            created=utc_now(),
+        )
+    _publish(output, data, manifest)
+    return manifest
+
+
+def _publish(output: Path, data: bytes, manifest: Manifest) -> None:
+    """Engine and manifest are both in place; both are on the disk in full before either is renamed."""
+    with atomic_output(output) as engine_file, atomic_output(manifest_path(output)) as manifest_file:
+        engine_file.write(data)
+        engine_file.flush()
+        os.fsync(engine_file.fileno())
+        manifest_file.write((manifest.model_dump_json(indent=2) + "\n").encode())
+
+
+def _session_options(threads: int, settings: Mapping[str, str], name: str) -> Any:
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = _FATAL_ONLY
+    options.intra_op_num_threads = threads
+    options.inter_op_num_threads = 1
+    for key, value in settings.items():
+        if key != _LEVEL_KEY:
+            options.add_session_config_entry(key, value)
+        elif value in _LEVELS:
+            options.graph_optimization_level = _LEVELS[value]
+        else:
+            raise EngineError(
+                f"engine {name} has an unknown {_LEVEL_KEY}", expected=f"one of {', '.join(_LEVELS)}", got=value
+            )
+    return options
+
+
+def _engine_io(session: Any, name: str) -> EngineIO:
+    inputs, outputs = session.get_inputs(), session.get_outputs()
+    if len(inputs) != 1 or len(outputs) != 1:
+        raise EngineError(
+            f"{name} is no image classifier",
+            expected="one input and one output",
+            got=f"{len(inputs)} inputs and {len(outputs)} outputs",
+        )
+    shape = inputs[0].shape
+    if inputs[0].type != "tensor(float)" or len(shape) != 4 or not all(isinstance(dim, int) for dim in shape[1:]):
+        raise EngineError(
+            f"{name} has an input that can't be used",
+            expected="tensor(float) [B, 3, height, width], only B may vary",
+            got=f"{inputs[0].type} {shape}",
+        )
+    batch = shape[0] if isinstance(shape[0], int) else None
+    classes = outputs[0].shape[-1] if outputs[0].shape else None
+    return EngineIO(
+        input_name=inputs[0].name,
+        input_shape=(batch, shape[1], shape[2], shape[3]),
+        output_name=outputs[0].name,
+        num_classes=classes if isinstance(classes, int) else None,
+    )
+
+
+def _card(session: Any, name: str) -> ModelCard | None:
+    text = session.get_modelmeta().custom_metadata_map.get(CARD_KEY)
+    return None if text is None else ModelCard.parse(text, f"{name}: metadata {CARD_KEY}")
+
+
+def _reason(err: Exception) -> str:
+    """The first line of ONNX Runtime's message, without its error code and cut to a readable length."""
+    line = str(err).strip().partition("\n")[0] or type(err).__name__
+    return re.sub(r"^\[ONNXRuntimeError\] : \d+ : \w+ : (Load model from .* failed:)?", "", line)[:300].rstrip(". ")

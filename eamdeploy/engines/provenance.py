@@ -1,0 +1,60 @@
+"""What an engine was built on and what a measurement ran on: processor and package versions."""
+
+from __future__ import annotations
+
+import os
+import platform
+from importlib import metadata
+from pathlib import Path
+
+_PACKAGES = (
+    "eamdeploy",
+    "numpy",
+    "onnxruntime",
+    "onnxruntime-gpu",
+    "onnxruntime-openvino",
+    "tensorrt",
+    "onnx",
+    "torch",
+    "timm",
+)
+
+
+def package_versions() -> dict[str, str]:
+    """Version by name of Python and of the packages that decide results; absent ones are left out."""
+    versions = {"python": platform.python_version()}
+    for name in _PACKAGES:
+        try:
+            versions[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            continue
+    return versions
+
+
+def cpu_model(cpuinfo: Path = Path("/proc/cpuinfo"), board: Path = Path("/proc/device-tree/model")) -> str:
+    """The processor's name, or on boards whose kernel does not tell it, the board's."""
+    for line in _text(cpuinfo).splitlines():
+        key, _, value = line.partition(":")
+        if key.strip() == "model name" and value.strip():
+            return value.strip()
+    return _text(board).strip("\0 \n") or platform.processor() or platform.machine()
+
+
+def usable_cores() -> int:
+    """Cores that this process may run on; containers and taskset can make them fewer than the machine's."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+def machine_summary() -> str:
+    """One line: processor, cores, architecture and operating system."""
+    system = f"{platform.system()} {platform.release()}"
+    return f"{cpu_model()}, {usable_cores()} cores, {platform.machine()}, {system}"
+
+
+def _text(path: Path) -> str:
+    try:
+        return path.read_text(errors="replace")
+    except OSError:
+        return ""

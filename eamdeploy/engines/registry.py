@@ -1,0 +1,73 @@
+"""Chooses the backend that runs a file. Backends load when they are needed, and know nothing of each other."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Literal
+
+from eamdeploy.engines.base import Runner, read_manifest
+from eamdeploy.engines.provenance import usable_cores
+from eamdeploy.errors import ConfigError, MissingDependency
+
+Backend = Literal["ort", "trt"]
+
+_BACKENDS: dict[str, Backend] = {".onnx": "ort", ".plan": "trt", ".engine": "trt"}
+
+
+def backend_of(engine: Path) -> Backend:
+    """The backend that runs a file of this name.
+
+    Raises:
+        ConfigError: no backend does.
+    """
+    try:
+        return _BACKENDS[engine.suffix.lower()]
+    except KeyError as err:
+        raise ConfigError(
+            f"{engine} is not an engine by its name", expected=f"one of {', '.join(_BACKENDS)}", got=engine.suffix
+        ) from err
+
+
+def load_backend(backend: Backend) -> None:
+    """The backend's runtime is imported.
+
+    Raises:
+        MissingDependency: it is not installed here.
+    """
+    if backend == "trt":
+        raise MissingDependency(
+            "TensorRT engines can't be run yet",
+            hint="They come with `eamdeploy build-trt`; build an ONNX Runtime engine with `eamdeploy build-ort`.",
+        )
+    try:
+        import onnxruntime  # noqa: F401
+    except ImportError as err:
+        raise MissingDependency(
+            f"ONNX Runtime can't be imported: {err}", hint="Install the package onnxruntime."
+        ) from err
+
+
+def open_runner(engine: Path, threads: int | None = None) -> Runner:
+    """The engine at `engine`, loaded with the settings in its manifest and ready to run.
+
+    An `.onnx` file without a manifest is any ONNX model and runs with ONNX Runtime's own defaults.
+
+    Args:
+        threads: threads of one inference; None takes the manifest's, or without one every usable core.
+
+    Raises:
+        ConfigError: the file can't be read, or `threads` is below 1.
+        CheckpointError: the manifest is damaged.
+        EngineError: the backend can't load the engine, or the manifest describes another file.
+        MissingDependency: the backend is not installed here.
+    """
+    backend = backend_of(engine)
+    if not engine.is_file():
+        raise ConfigError(f"cannot read {engine}", expected="an engine file", got="no such file")
+    load_backend(backend)
+    manifest = read_manifest(engine)
+    if threads is None:
+        threads = manifest.threads if manifest else usable_cores()
+    from eamdeploy.engines.ort import OrtRunner
+
+    return OrtRunner(engine, threads=threads, settings=manifest.settings if manifest else {})

@@ -1,0 +1,218 @@
+"""The stage that turns an EAM checkpoint into ONNX with integer maps, and proves that nothing else changed."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from eamdeploy.artifact import ModelCard, Preprocessing, Record, digest_bytes, digest_file, write_bytes
+from eamdeploy.eam import checkpoint as checkpoints
+from eamdeploy.eam.checkpoint import Checkpoint
+from eamdeploy.eam.quantizers import integer_values
+from eamdeploy.engines.base import check_against_reference
+from eamdeploy.engines.ort import UNOPTIMIZED, OrtRunner
+from eamdeploy.engines.provenance import package_versions, usable_cores
+from eamdeploy.errors import ConfigError
+from eamdeploy.graph.emit import IntegerMaps
+from eamdeploy.graph.model import to_graph, to_model, with_card
+from eamdeploy.host.calibrate import predict
+from eamdeploy.host.reference import LoadedModel, load_reference
+from eamdeploy.host.stock_export import Exporter, StockExport, export_stock
+from eamdeploy.images import normalize
+from eamdeploy.observer import SILENT, Observer
+from eamdeploy.parity import TOLERANCES, ParityReport, ReferenceSet, reference_path
+from eamdeploy.passes.base import PassResult, run_passes
+from eamdeploy.passes.freeze_heads import AttentionModule, check_accounted
+from eamdeploy.passes.order import plan_passes
+from eamdeploy.source import ImageSource
+
+DEFAULT_OPSET = 17
+_REFERENCE_IMAGES = 16
+_SEED = 0
+_UINT16_OPSET = 21
+
+
+class ExportedModel(Record):
+    """One ONNX file that `export` wrote.
+
+    Attributes:
+        nodes_stock, nodes: nodes as torch exported it (constants folded), and after the passes.
+        parity: the graph on ONNX Runtime with its optimizer off, against the reference forward in torch.
+        reference: the file beside it with the images and logits of that comparison.
+    """
+
+    file: str
+    digest: str
+    bytes: int
+    nodes_stock: int
+    nodes: int
+    rewrites: list[str]
+    exporter: str
+    parity: ParityReport
+    reference: str
+
+
+class Export(Record):
+    """What `export` wrote.
+
+    Attributes:
+        baseline: the unfrozen twin, if asked for.
+    """
+
+    frozen: ExportedModel
+    baseline: ExportedModel | None
+
+
+def export(
+    checkpoint: Path,
+    output: Path,
+    *,
+    baseline: Path | None = None,
+    batch: int | None = None,
+    opset: int = DEFAULT_OPSET,
+    exporter: Exporter = "auto",
+    images: ImageSource | None = None,
+    observer: Observer = SILENT,
+) -> Export:
+    """`output` is the checkpoint's model in ONNX, its frozen maps integer constants, with reference logits beside it.
+
+    Args:
+        baseline: write the unfrozen twin here, through the same passes but the freezing.
+        batch: fixed batch size, or None for a dynamic one.
+        images: where the reference images come from; seeded synthetic ones if None.
+
+    Raises:
+        ConfigError, CheckpointError: the checkpoint or an option can't be used, or a file can't be written.
+        UnsupportedGraph: the model can't be exported, or a frozen head could not be accounted for.
+        ParityError: the graph does not compute what the checkpoint means; nothing is written.
+    """
+    if baseline is not None and baseline.resolve() == output.resolve():
+        raise ConfigError(f"the baseline would replace the model {output}", hint="Give --baseline another file name.")
+    loaded = checkpoints.load(checkpoint)
+    live = load_reference(loaded, frozen=False, where=str(checkpoint))
+    modules = _attention_modules(loaded, live, opset)
+    pixels, source = _reference_pixels(loaded, images, observer)
+    header = loaded.header
+    observer.note(f"exporting {header.timm_model}")
+    stock = export_stock(live.model, header.preprocessing.size, batch=batch, opset=opset, exporter=exporter)
+    card = ModelCard(
+        timm_model=header.timm_model,
+        weights=header.weights,
+        num_classes=header.num_classes,
+        class_names=header.class_names,
+        preprocessing=header.preprocessing,
+        checkpoint_digest=digest_file(checkpoint),
+        exporter=stock.exporter,
+        versions=package_versions(),
+    )
+    frozen = load_reference(loaded, frozen=True, where=str(checkpoint))
+    drafts = [_draft(stock, modules, frozen, card.model_copy(update={"freezing": header.freezing}), pixels, source)]
+    if baseline is not None:
+        unfrozen = [replace(module, frozen=None) for module in modules]
+        drafts.append(_draft(stock, unfrozen, live, card, pixels, source))
+    paths = [output] if baseline is None else [output, baseline]
+    written = [_publish(draft, path) for draft, path in zip(drafts, paths, strict=True)]
+    return Export(frozen=written[0], baseline=written[1] if baseline is not None else None)
+
+
+@dataclass(frozen=True)
+class _Draft:
+    """A rewritten and proved model, not yet written."""
+
+    model: bytes
+    card: ModelCard
+    results: list[PassResult]
+    nodes: int
+    parity: ParityReport
+    reference: ReferenceSet
+
+
+def _attention_modules(checkpoint: Checkpoint, live: LoadedModel, opset: int) -> list[AttentionModule]:
+    """Every attention module with its value weights and, where it has some, its frozen maps as ONNX stores them."""
+    modules = []
+    quantizer = checkpoint.header.freezing.quantizer
+    for site in live.sites:
+        weight = live.model.get_submodule(site.path).qkv.weight.detach().numpy()  # rows: q, k, v
+        frozen = checkpoint.frozen.get(site.path)
+        maps = None
+        if frozen is not None:
+            integers = integer_values(frozen.codes, quantizer)
+            if integers.dtype == np.uint16 and opset < _UINT16_OPSET:
+                raise ConfigError(
+                    "squared 8-bit codes need UINT16 constants",
+                    expected=f"opset {_UINT16_OPSET} or higher",
+                    got=opset,
+                    hint="Freeze with --bits 4 or --quantizer uniform.",
+                )
+            maps = IntegerMaps(tuple(frozen.heads.tolist()), integers, frozen.scales)
+        modules.append(AttentionModule(site.path, weight[2 * len(weight) // 3 :], maps))
+    return modules
+
+
+def _draft(
+    stock: StockExport,
+    modules: list[AttentionModule],
+    reference: LoadedModel,
+    card: ModelCard,
+    pixels: NDArray[np.uint8],
+    source: str,
+) -> _Draft:
+    """`stock` rewritten, and proved against the logits of `reference` on `pixels`."""
+    graph = to_graph(stock.model)
+    results = run_passes(graph, plan_passes(modules))
+    model = to_model(graph)
+    check_accounted(model, modules)
+    card = card.model_copy(update={"rewrites": [result.name for result in results]})
+    data = with_card(model, card).SerializeToString()
+    images = normalize(pixels, card.preprocessing)
+    logits = np.concatenate([predict(reference.model, images[i : i + 1]) for i in range(len(images))])
+    references = ReferenceSet(pixels, logits, source)
+    with OrtRunner(data, threads=usable_cores(), settings=UNOPTIMIZED, name="the exported graph") as runner:
+        parity = check_against_reference(runner, references, TOLERANCES["f32-engine"])
+    return _Draft(data, card, results, len(model.graph.node), parity, references)
+
+
+def _publish(draft: _Draft, path: Path) -> ExportedModel:
+    write_bytes(path, draft.model)
+    draft.reference.save(reference_path(path))
+    return ExportedModel(
+        file=str(path),
+        digest=digest_bytes(draft.model),
+        bytes=len(draft.model),
+        nodes_stock=draft.results[0].nodes_before,
+        nodes=draft.nodes,
+        rewrites=draft.card.rewrites,
+        exporter=draft.card.exporter,
+        parity=draft.parity,
+        reference=str(reference_path(path)),
+    )
+
+
+def _reference_pixels(
+    checkpoint: Checkpoint, images: ImageSource | None, observer: Observer
+) -> tuple[NDArray[np.uint8], str]:
+    """Images for the parity gate, uint8 `[n, H, W, 3]`, and where they come from."""
+    header = checkpoint.header
+    if images is None:
+        return _synthetic_pixels(header.preprocessing), f"{_REFERENCE_IMAGES} synthetic images"
+    chosen = replace(images, limit=images.limit or _REFERENCE_IMAGES)
+    folder = chosen.open(header.num_classes, header.class_names)
+    batches = chosen.batches(folder, header.preprocessing, _REFERENCE_IMAGES, observer)
+    pixels = np.concatenate([batch.pixels for batch in batches])
+    return pixels, f"{len(pixels)} images of {folder.root.name}"
+
+
+def _synthetic_pixels(how: Preprocessing) -> NDArray[np.uint8]:
+    """Smooth coloured blobs with a little noise: unlike white noise, they move the logits as photographs do."""
+    height, width = how.size
+    rng = np.random.default_rng(_SEED)
+    y, x = np.mgrid[0 : 1 : height * 1j, 0 : 1 : width * 1j]
+    waves = rng.uniform(-3, 3, (_REFERENCE_IMAGES, 3, 4, 2))  # 4 plane waves in each channel of each image
+    phases = rng.uniform(0, 2 * np.pi, (_REFERENCE_IMAGES, 3, 4))
+    angles = 2 * np.pi * np.einsum("ncwa,ahx->ncwhx", waves, np.stack([y, x])) + phases[..., None, None]
+    smooth = np.sin(angles).sum(axis=2) / 4 + rng.normal(0, 0.1, (_REFERENCE_IMAGES, 3, height, width))
+    pixels: NDArray[np.uint8] = np.clip(127.5 * (1 + smooth), 0, 255).astype(np.uint8).transpose(0, 2, 3, 1)
+    return pixels

@@ -1,0 +1,29 @@
+"""Input for measurements where only the time and memory of an inference matter."""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import NDArray
+
+from eamdeploy.engines.base import Runner
+from eamdeploy.errors import ConfigError
+
+_SEED = 0
+
+
+def random_images(runner: Runner, batch: int) -> NDArray[np.float32]:
+    """float32 [batch, 3, H, W] in the range of normalized images; the same values each time.
+
+    Raises:
+        ConfigError: the engine does not take batches of this size.
+    """
+    fixed = runner.io.batch
+    if batch < 1 or fixed not in (None, batch):
+        raise ConfigError(
+            f"engine {runner.name} can't run batches of this size",
+            expected="at least 1" if fixed is None else fixed,
+            got=batch,
+            hint=None if fixed is None else f"Measure with --batch {fixed}, or export with --batch dynamic.",
+        )
+    shape = (batch, *runner.io.input_shape[1:])
+    return np.random.default_rng(_SEED).uniform(-2, 2, shape).astype(np.float32)

@@ -1,0 +1,326 @@
+"""A picture of a score for every attention head, layers × heads, with the frozen heads marked."""
+
+from __future__ import annotations
+
+import cmath
+import math
+import textwrap
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from statistics import median
+from typing import TYPE_CHECKING, TypeAlias
+
+import numpy as np
+
+from eamdeploy.artifact import atomic_output
+from eamdeploy.errors import ConfigError, MissingDependency
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.cm import ScalarMappable
+    from matplotlib.colorbar import Colorbar
+    from matplotlib.figure import Figure
+
+_Colour: TypeAlias = tuple[float, float, float, float]
+
+_FORMATS = {".png": "png", ".svg": "svg"}
+_SCORE_UNITS = {"entropy": "nats", "row-entropy": "nats", "variance": "", "sensitivity": "nats", "random": ""}
+_COLORMAP = "viridis"  # even in lightness and safe for the common kinds of colour blindness
+_SKEWED_RATIO, _LOGARITHMIC_RANGE = 10.0, 1e4
+
+_INK, _MUTED, _ICE, _DEEP = "#16202c", "#5c6b7a", "#ffffff", "#0a2540"
+_PNG_DPI = 160
+_SUPERSCRIPTS = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
+# inches, the unit of everything placed below
+_GRID_WIDTH, _CELL_WIDTHS, _CELL_HEIGHTS = 6.0, (0.3, 1.15), (0.3, 0.44)
+_LABEL_MIN_WIDTH, _WIDE_WIDTH, _LABEL_MAX_CELLS = 0.45, 0.75, 256
+_MIN_WIDTH, _CHARACTER_WIDTH, _RIGHT, _BOTTOM, _GAP = 4.2, 0.078, 1.05, 0.95, 0.035
+# a snowflake's arm as strokes from point to point: the real axis runs outwards, the tip is at 1
+_ARM = ((0, 1), (0.52, 0.82 + 0.3j), (0.52, 0.82 - 0.3j))
+
+
+@dataclass(frozen=True)
+class _Grid:
+    """Rows and columns of cells; sizes in inches, the origin at the top left and y downwards."""
+
+    layers: tuple[str, ...]
+    heads: int
+    cell_width: float
+    cell_height: float
+    labelled: bool
+
+    @property
+    def width(self) -> float:
+        return self.heads * self.cell_width
+
+    @property
+    def height(self) -> float:
+        return len(self.layers) * self.cell_height
+
+
+@dataclass(frozen=True)
+class _Cell:
+    """One head: the cell's centre and size in inches, its colour, and the text in it, if any."""
+
+    x: float
+    y: float
+    width: float
+    height: float
+    colour: _Colour
+    text: str
+    gid: str
+    frozen: bool
+
+
+def draw_heatmap(
+    scores: Mapping[str, Sequence[float]],
+    *,
+    score_name: str,
+    frozen: Mapping[str, Sequence[int]],
+    title: str,
+    path: Path,
+) -> None:
+    """`path` holds the heat map of `scores`, a snowflake on every frozen head; the same input gives the same bytes.
+
+    Layers go from top to bottom in the mapping's order. They may have different numbers of heads; what a layer does
+    not have stays blank. The colours are logarithmic where the largest score is over 10 times the median.
+
+    Args:
+        scores: one value per head of every attention module, by module path.
+        score_name: what the values are; the names of DESIGN §1 also give the colour bar's unit.
+        frozen: frozen head indices by module path; a module without frozen heads may be absent.
+        path: ends in `.png` or `.svg`.
+
+    Raises:
+        ConfigError: another suffix, no scores, a score that is not finite, a frozen head without a score, or a file
+            that can't be written; what was at `path` stays.
+        MissingDependency: matplotlib is not installed.
+    """
+    file_format = _file_format(path)
+    _check(scores, frozen)
+    try:
+        import matplotlib  # noqa: F401
+    except ImportError as err:
+        raise MissingDependency(
+            "cannot draw the heat map: matplotlib is not installed", hint="Install the extra 'host'."
+        ) from err
+    with _default_style():
+        figure = _compose(scores, score_name, frozen, title)
+        with atomic_output(path) as file:
+            metadata = {"Date": None} if file_format == "svg" else {"Software": None}
+            figure.savefig(file, format=file_format, dpi=_PNG_DPI, metadata=metadata)
+
+
+def _file_format(path: Path) -> str:
+    if path.suffix.lower() not in _FORMATS:
+        raise ConfigError(
+            f"cannot draw the heat map to {path}",
+            expected=f"a name ending in {' or '.join(_FORMATS)}",
+            got=repr(path.suffix),
+        )
+    return _FORMATS[path.suffix.lower()]
+
+
+def _check(scores: Mapping[str, Sequence[float]], frozen: Mapping[str, Sequence[int]]) -> None:
+    if not any(len(values) for values in scores.values()):
+        raise ConfigError("cannot draw a heat map", expected="a score for at least one attention head", got="none")
+    for module, values in scores.items():
+        for head, value in enumerate(values):
+            if not math.isfinite(value):
+                raise ConfigError(f"score of head {head} of {module}", expected="a finite number", got=value)
+    for module, heads in frozen.items():
+        count = len(scores.get(module, ()))
+        for head in heads:
+            if not 0 <= head < count:
+                raise ConfigError(
+                    f"frozen head {head} of {module} has no score",
+                    expected=f"a head below {count}" if count else f"a module among {', '.join(scores)}",
+                )
+
+
+@contextmanager
+def _default_style() -> Iterator[None]:
+    """Matplotlib's own defaults instead of the user's style, so that a picture looks the same everywhere."""
+    import matplotlib
+
+    with matplotlib.rc_context():
+        matplotlib.rcdefaults()
+        matplotlib.rcParams.update({"svg.hashsalt": "eamdeploy", "font.family": ["DejaVu Sans"], "text.color": _INK})
+        yield
+
+
+def _compose(
+    scores: Mapping[str, Sequence[float]], score_name: str, frozen: Mapping[str, Sequence[int]], title: str
+) -> Figure:
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    grid = _lay_out(scores)
+    everything = [value for values in scores.values() for value in values]
+    scale, exponent = _colour_scale(everything), _exponent(max(map(abs, everything)))
+    cells = _cells(grid, scores, frozen, scale, exponent)
+
+    left = 0.62 + _CHARACTER_WIDTH * max(len(layer) for layer in grid.layers)
+    width = max(left + grid.width + _RIGHT, _MIN_WIDTH)
+    title_lines = textwrap.wrap(title, int(width / 0.115)) or [""]
+    subtitle_from_top = 0.26 + 0.24 * len(title_lines)
+    height = subtitle_from_top + 0.34 + grid.height + _BOTTOM
+    figure = Figure(figsize=(width, height), facecolor="white")
+    FigureCanvasAgg(figure)
+
+    axes = figure.add_axes((left / width, _BOTTOM / height, grid.width / width, grid.height / height))
+    _draw_axes(axes, grid)
+    for cell in cells:
+        _draw_cell(axes, cell)
+    bar_box = ((left + grid.width + 0.22) / width, _BOTTOM / height, 0.15 / width, grid.height / height)
+    _draw_colour_bar(figure.colorbar(scale, cax=figure.add_axes(bar_box)), score_name, exponent)
+
+    place = partial(figure.text, 0.2 / width, va="top")
+    place(1 - 0.2 / height, "\n".join(title_lines), fontsize=13, fontweight="bold", linespacing=1.3)
+    subtitle = f"{score_name} of {len(everything)} attention head{'s' if len(everything) > 1 else ''}"
+    place(1 - subtitle_from_top / height, subtitle, fontsize=9.5, color=_MUTED)
+    legend = figure.add_axes((left / width, 0, 1 - left / width, 0.45 / height), xlim=(0, width - left), ylim=(0.45, 0))
+    _draw_legend(legend, sum(cell.frozen for cell in cells), len(cells))
+    return figure
+
+
+def _lay_out(scores: Mapping[str, Sequence[float]]) -> _Grid:
+    suffix = ".attn" if all(module.endswith(".attn") for module in scores) else ""
+    layers = tuple(module[: len(module) - len(suffix)] for module in scores)
+    heads = max(len(values) for values in scores.values())
+    cell_width = min(max(_GRID_WIDTH / heads, _CELL_WIDTHS[0]), _CELL_WIDTHS[1])
+    labelled = cell_width >= _LABEL_MIN_WIDTH and heads * len(layers) <= _LABEL_MAX_CELLS
+    return _Grid(layers, heads, cell_width, _CELL_HEIGHTS[labelled], labelled)
+
+
+def _cells(
+    grid: _Grid,
+    scores: Mapping[str, Sequence[float]],
+    frozen: Mapping[str, Sequence[int]],
+    scale: ScalarMappable,
+    exponent: int,
+) -> list[_Cell]:
+    lowest, highest = scale.get_clim()
+    return [
+        _Cell(
+            x=(head + 0.5) * grid.cell_width,
+            y=(layer + 0.5) * grid.cell_height,
+            width=grid.cell_width - _GAP,
+            height=grid.cell_height - _GAP,
+            # clipped because a logarithm has no colour for 0
+            colour=tuple(scale.to_rgba(np.clip([value], lowest, highest))[0].tolist()),
+            text=_short_number(value / 10**exponent) if grid.labelled else "",
+            gid=f"frozen:{module}:{head}",
+            frozen=head in frozen.get(module, ()),
+        )
+        for layer, (module, values) in enumerate(scores.items())
+        for head, value in enumerate(values)
+    ]
+
+
+def _colour_scale(values: Sequence[float]) -> ScalarMappable:
+    from matplotlib.cm import ScalarMappable
+    from matplotlib.colors import LogNorm, Normalize
+
+    low, high = min(values), max(values)
+    if high > _SKEWED_RATIO * median(values) > 0:
+        return ScalarMappable(LogNorm(max(low, high / _LOGARITHMIC_RANGE), high), _COLORMAP)
+    margin = 0 if high > low else 0.5 * abs(high) or 0.5
+    return ScalarMappable(Normalize(low - margin, high + margin), _COLORMAP)
+
+
+def _exponent(largest: float) -> int:
+    """The power of ten, a multiple of 3, that brings `largest` into [1, 1000); 0 for ordinary numbers."""
+    if largest == 0 or 0.1 <= largest < 10_000:
+        return 0
+    return 3 * math.floor(math.log10(largest) / 3)
+
+
+def _short_number(value: float) -> str:
+    """Two significant digits, without an exponent."""
+    if value == 0:
+        return "0"
+    size = abs(value)
+    if size < 0.01:
+        return "<.01" if value > 0 else ">−.01"
+    digits = 0 if size >= 9.95 else 1 if size >= 0.995 else 2
+    return f"{value:.{digits}f}".replace("-", "−")
+
+
+def _draw_axes(axes: Axes, grid: _Grid) -> None:
+    axes.set(xlim=(0, grid.width), ylim=(grid.height, 0))
+    axes.set_xticks([(head + 0.5) * grid.cell_width for head in range(grid.heads)], [*map(str, range(grid.heads))])
+    axes.set_yticks([(layer + 0.5) * grid.cell_height for layer in range(len(grid.layers))], grid.layers)
+    axes.tick_params(length=0, labelsize=9, labelcolor=_INK, pad=4)
+    axes.set_xlabel("head", fontsize=10, color=_MUTED, labelpad=4)
+    axes.set_ylabel("layer", fontsize=10, color=_MUTED, labelpad=6)
+    axes.spines[:].set_visible(False)
+    axes.patch.set_visible(False)
+
+
+def _draw_cell(axes: Axes, cell: _Cell) -> None:
+    _draw_box(axes, cell, inset=0, facecolor=cell.colour, edgecolor="none")
+    wide = cell.width >= _WIDE_WIDTH
+    x, y = cell.x, cell.y
+    if cell.frozen and not cell.text:
+        _draw_snowflake(axes, x, y, 0.37 * min(cell.width, cell.height), cell.gid)
+    elif cell.frozen and wide:
+        _draw_box(axes, cell, inset=0.03, facecolor="none", edgecolor=_ICE)
+        _draw_snowflake(axes, x - 0.2 * cell.width, y, 0.13, cell.gid)
+        x += 0.16 * cell.width
+    elif cell.frozen:
+        _draw_snowflake(axes, x, y - 0.075, 0.1, cell.gid)
+        y += 0.12
+    red, green, blue, _ = cell.colour
+    dark_text = 0.299 * red + 0.587 * green + 0.114 * blue > 0.5
+    colour = _INK if dark_text else "white"
+    axes.text(x, y, cell.text, ha="center", va="center_baseline", fontsize=9 if wide else 7.5, color=colour)
+
+
+def _draw_box(axes: Axes, cell: _Cell, *, inset: float, facecolor: _Colour | str, edgecolor: str) -> None:
+    from matplotlib.patches import FancyBboxPatch
+
+    width, height = cell.width - 2 * inset, cell.height - 2 * inset
+    style = f"round,pad=0,rounding_size={0.05 - inset / 2}"
+    corner = (cell.x - width / 2, cell.y - height / 2)
+    box = FancyBboxPatch(corner, width, height, style, facecolor=facecolor, edgecolor=edgecolor, linewidth=1.6)
+    axes.add_patch(box).set_clip_on(False)
+
+
+def _draw_snowflake(axes: Axes, x: float, y: float, radius: float, gid: str) -> None:
+    from matplotlib.patches import PathPatch
+    from matplotlib.path import Path as Outline
+    from matplotlib.patheffects import withStroke
+
+    turns = [cmath.rect(radius, math.radians(60 * arm + 30)) for arm in range(6)]
+    points = [complex(x, y) + turn * point for turn in turns for stroke in _ARM for point in stroke]
+    codes = [Outline.MOVETO, Outline.LINETO] * (len(points) // 2)
+    outline = Outline([(point.real, point.imag) for point in points], codes)
+    line_width = max(0.8, 11 * radius)
+    flake = PathPatch(outline, fill=False, edgecolor=_ICE, linewidth=line_width, capstyle="round", gid=gid)
+    flake.set_path_effects([withStroke(linewidth=line_width + 14 * radius, foreground=_DEEP)])
+    axes.add_patch(flake).set_clip_on(False)
+
+
+def _draw_colour_bar(bar: Colorbar, score_name: str, exponent: int) -> None:
+    from matplotlib.ticker import FuncFormatter, NullFormatter
+
+    bar.ax.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value / 10**exponent:.4g}"))
+    bar.ax.yaxis.set_minor_formatter(NullFormatter())
+    bar.ax.tick_params(labelsize=8.5, labelcolor=_INK, color=_MUTED)
+    bar.outline.set_visible(False)
+    power = f"10{str(exponent).translate(_SUPERSCRIPTS)}" if exponent else ""
+    unit = f"{power} {_SCORE_UNITS.get(score_name, '')}".strip()
+    bar.set_label(f"{score_name} [{unit}]" if unit else score_name, fontsize=10, color=_MUTED)
+
+
+def _draw_legend(axes: Axes, frozen: int, total: int) -> None:
+    axes.axis("off")
+    if frozen:
+        _draw_snowflake(axes, 0.12, 0.22, 0.11, "legend")
+        axes.text(0.32, 0.22, f"frozen: {frozen} of {total} heads", va="center_baseline", fontsize=9.5)
+    else:
+        axes.text(0, 0.22, "no head is frozen", va="center_baseline", fontsize=9.5, color=_MUTED)

@@ -1,0 +1,49 @@
+"""Which images a stage reads: a folder, a part of it, and what happens to bad files."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from eamdeploy.artifact import Preprocessing
+from eamdeploy.folder import ImageFolder, Split, open_folder
+from eamdeploy.images import ImageBatch, iter_batches
+from eamdeploy.observer import Observer
+
+
+@dataclass(frozen=True)
+class ImageSource:
+    """Images as the user names them.
+
+    Attributes:
+        root: a folder of class sub-folders, of files with `labels.csv`, or of unlabelled files.
+        split: all files, or those at even or odd positions of their sorted list.
+        limit: at most that many, spread evenly over the split.
+        skip_bad: leave out files that can't be decoded; otherwise they are an error.
+    """
+
+    root: Path
+    split: Split = "all"
+    limit: int | None = None
+    skip_bad: bool = False
+
+    def open(self, num_classes: int, class_names: Sequence[str] | None) -> ImageFolder:
+        """The files and their labels; nothing is decoded yet.
+
+        Raises:
+            ConfigError: there is no such folder, no image in it, or the labels make no sense.
+        """
+        return open_folder(self.root, num_classes, class_names, self.split, self.limit)
+
+    def batches(
+        self, folder: ImageFolder, how: Preprocessing, batch_size: int, observer: Observer
+    ) -> Iterator[ImageBatch]:
+        """The decoded images of `folder`; every bad file left out is noted."""
+        return iter_batches(
+            folder,
+            how,
+            batch_size,
+            self.skip_bad,
+            lambda file, reason: observer.note(f"skipped {folder.name_of(file)}: {reason}"),
+        )

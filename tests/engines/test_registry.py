@@ -1,0 +1,64 @@
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from eamdeploy.engines.provenance import cpu_model, machine_summary, package_versions
+from eamdeploy.engines.registry import backend_of, load_backend, open_runner
+from eamdeploy.errors import ConfigError, ExitCode, MissingDependency
+
+
+@pytest.mark.parametrize(
+    ("name", "backend"), [("x.onnx", "ort"), ("x.ort.onnx", "ort"), ("X.ONNX", "ort"), ("x.plan", "trt")]
+)
+def test_backend_follows_the_name(name: str, backend: str) -> None:
+    assert backend_of(Path(name)) == backend
+
+
+@pytest.mark.parametrize("name", ["x.safetensors", "x", "x.onnx.json"])
+def test_other_names_are_refused(name: str) -> None:
+    with pytest.raises(ConfigError, match=r"\.onnx"):
+        backend_of(Path(name))
+
+
+def test_tensorrt_engine_says_what_it_waits_for(tmp_path: Path) -> None:
+    (tmp_path / "x.plan").write_bytes(b"plan")
+    with pytest.raises(MissingDependency, match="build-trt") as caught:
+        open_runner(tmp_path / "x.plan", threads=1)
+    assert caught.value.exit_code == ExitCode.UNAVAILABLE
+
+
+def test_missing_onnxruntime_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "onnxruntime", None)
+    with pytest.raises(MissingDependency, match="onnxruntime"):
+        load_backend("ort")
+
+
+def test_no_runtime_is_imported_before_an_engine_is_opened() -> None:
+    code = (
+        "import sys, eamdeploy.engines.registry, eamdeploy.profiling.profile, eamdeploy.parity\n"
+        "sys.exit(','.join({'onnxruntime', 'onnx', 'torch', 'timm', 'tensorrt'} & set(sys.modules)) or 0)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+
+
+def test_cpu_model_from_the_kernel_or_the_board(tmp_path: Path) -> None:
+    x86, arm, board, absent = (tmp_path / name for name in ("x86", "arm", "board", "absent"))
+    x86.write_text("processor\t: 0\nmodel name\t: Some CPU @ 2.0GHz\nprocessor\t: 1\nmodel name\t: Other\n")
+    arm.write_text("processor\t: 0\nCPU implementer\t: 0x41\n")
+    board.write_bytes(b"NVIDIA Jetson Orin Nano\0")
+    assert cpu_model(x86, board) == "Some CPU @ 2.0GHz"
+    assert cpu_model(arm, board) == "NVIDIA Jetson Orin Nano"
+    assert cpu_model(absent, absent)
+
+
+def test_versions_hold_what_is_installed_and_nothing_else() -> None:
+    versions = package_versions()
+    assert versions["python"].startswith("3.")
+    assert {"numpy", "onnxruntime"} <= versions.keys()
+    assert all(versions.values())
+    assert "\n" not in machine_summary()

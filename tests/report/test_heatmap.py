@@ -1,0 +1,191 @@
+from __future__ import annotations
+
+import errno
+import re
+import sys
+import xml.etree.ElementTree as ElementTree
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from eamdeploy.errors import ConfigError, MissingDependency
+from eamdeploy.report.heatmap import _exponent, _short_number, draw_heatmap
+
+matplotlib = pytest.importorskip("matplotlib", reason="heat maps need the extra 'host'")
+
+SCORES = {"blocks.0.attn": [0.11, 0.22, 0.33], "blocks.1.attn": [0.44, 0.55, 0.66]}
+FROZEN = {"blocks.0.attn": [0, 2], "blocks.1.attn": [1]}
+
+
+def draw(
+    path: Path,
+    scores: Mapping[str, Sequence[float]] = SCORES,
+    frozen: Mapping[str, Sequence[int]] = FROZEN,
+    score_name: str = "entropy",
+) -> Path:
+    draw_heatmap(scores, score_name=score_name, frozen=frozen, title="a model", path=path)
+    return path
+
+
+def ids(svg: Path, prefix: str) -> list[str]:
+    elements = ElementTree.parse(svg).getroot().iter()
+    return [name for element in elements if (name := element.get("id", "")).startswith(prefix)]
+
+
+def words(svg: Path) -> list[str]:
+    """The texts of the picture, which matplotlib notes in comments beside the glyphs' outlines."""
+    return re.findall(r"<!-- (.*?) -->", svg.read_text())
+
+
+def test_every_frozen_head_and_no_other_is_marked_once(tmp_path: Path) -> None:
+    marks = ids(draw(tmp_path / "map.svg"), "frozen:")
+    assert sorted(marks) == ["frozen:blocks.0.attn:0", "frozen:blocks.0.attn:2", "frozen:blocks.1.attn:1"]
+
+
+def test_a_frozen_head_given_twice_counts_once(tmp_path: Path) -> None:
+    svg = draw(tmp_path / "map.svg", frozen={"blocks.0.attn": [1, 1]})
+    assert ids(svg, "frozen:") == ["frozen:blocks.0.attn:1"]
+    assert "frozen: 1 of 6 heads" in words(svg)
+
+
+def test_legend_counts_and_disappears_when_nothing_is_frozen(tmp_path: Path) -> None:
+    with_marks, without = draw(tmp_path / "a.svg"), draw(tmp_path / "b.svg", frozen={})
+    assert "frozen: 3 of 6 heads" in words(with_marks)
+    assert ids(with_marks, "legend") == ["legend"]
+    assert "no head is frozen" in words(without)
+    assert ids(without, "legend") == []
+
+
+def test_layers_may_have_different_numbers_of_heads(tmp_path: Path) -> None:
+    scores = {
+        "layers.0.blocks.0.attn": [0.11, 0.12, 0.13],
+        "layers.1.blocks.0.attn": [0.21, 0.22, 0.23, 0.24, 0.26, 0.27],
+        "layers.2.blocks.0.attn": [0.31],
+    }
+    svg = draw(tmp_path / "map.svg", scores, {"layers.1.blocks.0.attn": [5]})
+    # the colour bar's own numbers end in 0 or 5
+    shown = [word for word in words(svg) if re.fullmatch(r"0\.\d[1-46-9]", word)]
+    assert shown == [str(value) for values in scores.values() for value in values]
+    assert ids(svg, "frozen:") == ["frozen:layers.1.blocks.0.attn:5"]
+    assert {"layers.0.blocks.0", "layers.1.blocks.0", "layers.2.blocks.0"} <= set(words(svg))
+
+
+@pytest.mark.parametrize(
+    ("layers", "heads", "shown"), [(12, 3, True), (12, 12, True), (12, 16, False), (32, 12, False)]
+)
+def test_values_are_written_while_they_stay_readable(tmp_path: Path, layers: int, heads: int, shown: bool) -> None:
+    scores = {f"blocks.{layer}.attn": [7.3] * heads for layer in range(layers)}
+    assert words(draw(tmp_path / "map.svg", scores, {})).count("7.3") == (layers * heads if shown else 0)
+
+
+@pytest.mark.parametrize(
+    ("score_name", "label"),
+    [("entropy", "entropy [nats]"), ("variance", "variance"), ("my own score", "my own score")],
+)
+def test_colour_bar_gives_the_unit(tmp_path: Path, score_name: str, label: str) -> None:
+    assert label in words(draw(tmp_path / "map.svg", score_name=score_name))
+
+
+def test_tiny_scores_share_a_power_of_ten(tmp_path: Path) -> None:
+    found = words(draw(tmp_path / "map.svg", {"blocks.0.attn": [2e-5, 4.5e-4]}, {}, "sensitivity"))
+    assert {"20", "450", "sensitivity [10⁻⁶ nats]"} <= set(found)
+
+
+@pytest.mark.parametrize(
+    "scores",
+    [[0.0, 0.0, 0.0], [5.0], [0.0, 1e-9, 1e-3, 2e-3, 9.0], [-0.5, 0.0, 0.5], [1e-30, 1e-30, 1.0]],
+    ids=["all zero", "one head", "zero on a logarithmic scale", "negative", "thirty decades"],
+)
+def test_unusual_values_are_drawn(tmp_path: Path, scores: list[float]) -> None:
+    svg = draw(tmp_path / "map.svg", {"blocks.0.attn": scores}, {"blocks.0.attn": [0]})
+    assert ids(svg, "frozen:") == ["frozen:blocks.0.attn:0"]
+    assert "opacity: 0" not in svg.read_text()
+
+
+def test_png_is_an_image_and_shows_high_scores_lighter(tmp_path: Path) -> None:
+    path = draw(tmp_path / "map.png", {"blocks.0.attn": [0.0, 1.0]}, {})
+    with Image.open(path) as image:
+        assert image.format == "PNG"
+        image.load()
+        seen = image.convert("RGB").getcolors(1 << 20)
+    assert seen is not None
+    colours = {colour for count, colour in seen if count > 3000}
+    assert {(68, 1, 84), (253, 231, 37)} <= colours  # viridis' two ends
+
+
+@pytest.mark.parametrize("suffix", [".svg", ".PNG"])
+def test_same_input_gives_the_same_bytes_whatever_the_users_style(tmp_path: Path, suffix: str) -> None:
+    first = draw(tmp_path / f"a{suffix}").read_bytes()
+    with matplotlib.rc_context({"figure.facecolor": "red", "font.size": 30, "svg.fonttype": "none", "savefig.dpi": 20}):
+        second = draw(tmp_path / f"b{suffix}").read_bytes()
+        assert matplotlib.rcParams["font.size"] == 30
+    assert first == second
+
+
+@pytest.mark.parametrize("name", ["map.jpg", "map", "map.svg.gz"])
+def test_other_suffixes_are_refused_and_the_old_file_stays(tmp_path: Path, name: str) -> None:
+    path = tmp_path / name
+    path.write_bytes(b"old")
+    with pytest.raises(ConfigError, match=r"\.png or \.svg"):
+        draw(path)
+    assert path.read_bytes() == b"old"
+
+
+@pytest.mark.parametrize(
+    ("scores", "frozen", "message"),
+    [
+        ({}, {}, "at least one attention head"),
+        ({"blocks.0.attn": []}, {}, "at least one attention head"),
+        ({"blocks.0.attn": [1.0, float("nan")]}, {}, "head 1 of blocks.0.attn"),
+        ({"blocks.0.attn": [1.0, float("inf")]}, {}, "head 1 of blocks.0.attn"),
+        (SCORES, {"blocks.1.attn": [3]}, "frozen head 3 of blocks.1.attn.*below 3"),
+        (SCORES, {"blocks.1.attn": [-1]}, "frozen head -1 of blocks.1.attn"),
+        (SCORES, {"blocks.2.attn": [0]}, "frozen head 0 of blocks.2.attn.*blocks.0.attn, blocks.1.attn"),
+    ],
+)
+def test_contradicting_input_is_refused(
+    tmp_path: Path, scores: dict[str, list[float]], frozen: dict[str, list[int]], message: str
+) -> None:
+    with pytest.raises(ConfigError, match=message):
+        draw(tmp_path / "map.svg", scores, frozen)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_full_disk_leaves_the_old_picture_and_no_partial_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "map.png"
+    path.write_bytes(b"old")
+
+    def fill_disk(*arguments: object, **options: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("matplotlib.figure.Figure.savefig", fill_disk)
+    with pytest.raises(ConfigError, match="No space left"):
+        draw(path)
+    assert path.read_bytes() == b"old"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_missing_matplotlib_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    with pytest.raises(MissingDependency, match="matplotlib is not installed"):
+        draw(tmp_path / "map.png")
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [
+        *((0, "0"), (0.009, "<.01"), (-0.009, ">−.01"), (0.01, "0.01"), (0.994, "0.99"), (0.9951, "1.0")),
+        *((9.94, "9.9"), (9.96, "10"), (123.4, "123"), (-1.26, "−1.3")),
+    ],
+)
+def test_short_numbers(value: float, text: str) -> None:
+    assert _short_number(value) == text
+
+
+@pytest.mark.parametrize(
+    ("largest", "exponent"), [(0, 0), (0.1, 0), (0.099, -3), (0.001, -3), (0.00099, -6), (9999, 0), (10_000, 3)]
+)
+def test_exponents(largest: float, exponent: int) -> None:
+    assert _exponent(largest) == exponent
