@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from eamdeploy.artifact import Preprocessing
+from eamdeploy.errors import ConfigError
 from eamdeploy.folder import ImageFolder, Split, open_folder
 from eamdeploy.images import ImageBatch, iter_batches
 from eamdeploy.observer import Observer
@@ -47,3 +49,21 @@ class ImageSource:
             self.skip_bad,
             lambda file, reason: observer.note(f"skipped {folder.name_of(file)}: {reason}"),
         )
+
+
+def read_class_names(path: Path | None) -> list[str] | None:
+    """The class names in a JSON list or in the lines of a text file.
+
+    Raises:
+        ConfigError: the file can't be read or holds something else.
+    """
+    if path is None:
+        return None
+    try:
+        text = path.read_text(encoding="utf-8")
+        names = json.loads(text) if path.suffix == ".json" else text.splitlines()
+    except (OSError, ValueError) as err:
+        raise ConfigError(f"cannot read class names from {path}: {err}") from err
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        raise ConfigError(f"class names in {path}", expected="a list of texts")
+    return names

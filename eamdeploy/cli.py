@@ -1,0 +1,404 @@
+"""The command line: every command parses its options, calls one function and prints what that returns."""
+
+from __future__ import annotations
+
+import logging
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Literal
+
+import click
+import typer
+from rich.console import Console
+
+from eamdeploy import cli_options as options
+from eamdeploy import show
+from eamdeploy.console import Terminal, print_result
+from eamdeploy.errors import EamDeployError, ExitCode, host_packages
+from eamdeploy.source import read_class_names
+
+if TYPE_CHECKING:
+    from eamdeploy.host.freezing import FreezeOptions
+    from eamdeploy.host.model import ModelSpec, PreprocessingOverrides
+
+app = typer.Typer(
+    name="eamdeploy",
+    help="Deploy vision transformers with frozen attention maps (EAM) to edge boards.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+
+def main() -> None:
+    """Run the command line and exit as DESIGN §9 says: a user's error is one line, a bug of ours a traceback."""
+    arguments = options.split_model_kwargs(sys.argv[1:])
+    command = typer.main.get_command(app)
+    try:
+        code = command.main(arguments, prog_name="eamdeploy", standalone_mode=False)
+    except EamDeployError as err:
+        Console(stderr=True, soft_wrap=True).print(
+            f"error: {' '.join(str(err).split())}", markup=False, highlight=False
+        )
+        sys.exit(err.exit_code)
+    except click.ClickException as err:
+        err.show()
+        sys.exit(ExitCode.BAD_INPUT)
+    except (KeyboardInterrupt, click.Abort):
+        sys.exit(130)
+    sys.exit(code if isinstance(code, int) else ExitCode.DONE)
+
+
+@app.callback()
+def configure(
+    context: typer.Context,
+    verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Show the libraries' own log messages.")] = False,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Show results and errors only.")] = False,
+    version: Annotated[bool, typer.Option("--version", help="Show the version and exit.")] = False,
+) -> None:
+    """Deploy vision transformers with frozen attention maps (EAM) to edge boards."""
+    if version:
+        from eamdeploy import __version__
+
+        typer.echo(__version__)
+        raise typer.Exit
+    if verbose:
+        logging.basicConfig(level=logging.INFO, stream=sys.stderr)
+    context.obj = Terminal(quiet=quiet)
+
+
+Output = Annotated[Path, typer.Option("--output", "-o", help="File to write; it appears whole or not at all.")]
+Heatmap = Annotated[Path | None, typer.Option(help="Draw layers × heads with the frozen ones marked: .png or .svg.")]
+Sparsity = Annotated[float, typer.Option(help="Frozen ÷ all attention entries, in [0, 1].")]
+Score = Annotated[
+    Literal["sensitivity", "entropy", "row-entropy", "variance", "random"],
+    typer.Option(help="What ranks the heads, lowest first; sensitivity is the KL of the logits with one head frozen."),
+]
+Bins = Annotated[int, typer.Option(help="Bins of the histograms behind the score entropy.")]
+Spacing = Annotated[Literal["uniform", "squared"], typer.Option(help="Where the bins' edges lie: i/n or (i/n)².")]
+Seed = Annotated[int, typer.Option(help="For --weights random and --score random.")]
+ScoreImages = Annotated[int | None, typer.Option(help="Use at most that many images for sensitivity; default all.")]
+
+
+@app.command()
+def analyze(
+    context: typer.Context,
+    model: options.Model,
+    data: options.Data,
+    output: Output,
+    weights: options.Weights = "pretrained",
+    model_kwargs: options.ModelKwargs = [],  # noqa: B006 (Typer copies it)
+    heatmap: Heatmap = None,
+    images: options.Images = None,
+    split: options.Split = "all",
+    skip_bad: options.SkipBad = False,
+    sparsity: Sparsity = 0.2,
+    score: Score = "entropy",
+    bits: options.Bits = 4,
+    quantizer: options.Quantizer = "squared",
+    bins: Bins = 16,
+    spacing: Spacing = "uniform",
+    seed: Seed = 0,
+    score_images: ScoreImages = None,
+    mean: options.Mean = None,
+    std: options.Std = None,
+    crop_pct: options.CropPct = None,
+    interpolation: options.Interpolation = None,
+    as_json: options.AsJson = False,
+) -> None:
+    """Measure the entropy of every attention head over a folder of images; mark what freeze would take."""
+    with host_packages("analyze"):
+        from eamdeploy.host.freezing import analyze as run_analyze
+    settings = _freeze_options(sparsity, score, bits, quantizer, bins, spacing, seed, score_images)
+    with context.obj as terminal:
+        result = run_analyze(
+            _model_spec(model, weights, model_kwargs, seed),
+            options.image_source(data, split, images, skip_bad),
+            settings,
+            overrides=_overrides(mean, std, crop_pct, interpolation),
+            observer=terminal,
+        )
+    result.write(output)
+    if heatmap is not None:
+        _draw(result.scores[score], score, result.frozen, model, heatmap)
+    print_result(result, show.analysis(result), as_json=as_json)
+
+
+@app.command()
+def freeze(
+    context: typer.Context,
+    model: options.Model,
+    data: options.Data,
+    output: Output,
+    weights: options.Weights = "pretrained",
+    model_kwargs: options.ModelKwargs = [],  # noqa: B006
+    heatmap: Heatmap = None,
+    class_names: options.ClassNames = None,
+    images: options.Images = None,
+    split: options.Split = "all",
+    skip_bad: options.SkipBad = False,
+    sparsity: Sparsity = 0.2,
+    granularity: Annotated[Literal["head"], typer.Option(help="What is frozen as one piece.")] = "head",
+    score: Score = "sensitivity",
+    bits: options.Bits = 4,
+    quantizer: options.Quantizer = "squared",
+    bins: Bins = 16,
+    spacing: Spacing = "uniform",
+    seed: Seed = 0,
+    score_images: ScoreImages = None,
+    mean: options.Mean = None,
+    std: options.Std = None,
+    crop_pct: options.CropPct = None,
+    interpolation: options.Interpolation = None,
+    as_json: options.AsJson = False,
+) -> None:
+    """Freeze the heads that depend least on the image; write an EAM checkpoint (*.eam.safetensors)."""
+    with host_packages("freeze"):
+        from eamdeploy.host.freezing import freeze as run_freeze
+    del granularity  # the only one so far
+    with context.obj as terminal:
+        header = run_freeze(
+            _model_spec(model, weights, model_kwargs, seed),
+            options.image_source(data, split, images, skip_bad),
+            output,
+            _freeze_options(sparsity, score, bits, quantizer, bins, spacing, seed, score_images),
+            overrides=_overrides(mean, std, crop_pct, interpolation),
+            class_names=read_class_names(class_names),
+            observer=terminal,
+        )
+    if heatmap is not None:
+        _draw(header.freezing.scores, score, header.freezing.heads, model, heatmap)
+    print_result(header, show.checkpoint(header), as_json=as_json)
+
+
+@app.command()
+def pack(
+    model: options.Model,
+    maps: Annotated[Path, typer.Option(help="Frozen maps, .npz or .safetensors: <module>.heads with .maps or .codes.")],
+    output: Output,
+    weights: options.Weights = "pretrained",
+    model_kwargs: options.ModelKwargs = [],  # noqa: B006
+    class_names: options.ClassNames = None,
+    bits: options.Bits = 4,
+    quantizer: options.Quantizer = "squared",
+    seed: Seed = 0,
+    mean: options.Mean = None,
+    std: options.Std = None,
+    crop_pct: options.CropPct = None,
+    interpolation: options.Interpolation = None,
+    as_json: options.AsJson = False,
+) -> None:
+    """Pack weights and frozen maps from your own EAM training into an EAM checkpoint."""
+    with host_packages("pack"):
+        from eamdeploy.host.freezing import pack as run_pack
+        from eamdeploy.host.maps_file import read_maps
+    width = options.parse_bits(bits)
+    header = run_pack(
+        _model_spec(model, weights, model_kwargs, seed),
+        read_maps(maps, width, quantizer),
+        output,
+        bits=width,
+        quantizer=quantizer,
+        overrides=_overrides(mean, std, crop_pct, interpolation),
+        class_names=read_class_names(class_names),
+    )
+    print_result(header, show.checkpoint(header), as_json=as_json)
+
+
+@app.command()
+def export(
+    context: typer.Context,
+    checkpoint: Annotated[Path, typer.Argument(help="EAM checkpoint.")],
+    output: Output,
+    baseline: Annotated[
+        Path | None, typer.Option(help="Also write the unfrozen twin, through the same passes.")
+    ] = None,
+    batch: Annotated[str, typer.Option(help="'dynamic', or one fixed batch size.")] = "dynamic",
+    opset: Annotated[int, typer.Option(help="ONNX operator set, 16 (TensorRT 8.5) and up.")] = 17,
+    exporter: Annotated[
+        Literal["auto", "dynamo", "torchscript"], typer.Option(help="Which of torch's exporters makes the stock graph.")
+    ] = "auto",
+    data: Annotated[
+        Path | None, typer.Option(help="Folder of images for the parity reference; synthetic ones by default.")
+    ] = None,
+    images: options.Images = None,
+    split: options.Split = "all",
+    skip_bad: options.SkipBad = False,
+    as_json: options.AsJson = False,
+) -> None:
+    """Export an EAM checkpoint to ONNX: frozen maps as integers, no queries and keys of frozen heads."""
+    with host_packages("export"):
+        from eamdeploy.host.exporting import export as run_export
+    with context.obj as terminal:
+        result = run_export(
+            checkpoint,
+            output,
+            baseline=baseline,
+            batch=options.parse_batch(batch),
+            opset=opset,
+            exporter=exporter,
+            images=None if data is None else options.image_source(data, split, images, skip_bad),
+            observer=terminal,
+        )
+    print_result(result, show.export(result), as_json=as_json)
+
+
+@app.command()
+def build_ort(
+    model: Annotated[Path, typer.Argument(help="Exported ONNX model.")],
+    output: Output,
+    threads: options.Threads = None,
+    reference: Annotated[
+        Path | None, typer.Option(help="Reference set of the parity gate; by default the one beside the model.")
+    ] = None,
+    check: Annotated[bool, typer.Option("--check/--no-check", help="Run the parity gate.")] = True,
+    as_json: options.AsJson = False,
+) -> None:
+    """Build an ONNX Runtime engine and prove that it computes what the model means (exit 3 if not)."""
+    from eamdeploy.build import build_ort as run_build
+
+    result = run_build(model, output, threads=threads, reference=reference, check=check)
+    print_result(result, show.manifest(result), as_json=as_json)
+
+
+@app.command()
+def evaluate(
+    context: typer.Context,
+    model: Annotated[Path, typer.Argument(help="EAM checkpoint or engine.")],
+    data: options.Data,
+    reference: Annotated[
+        Path | None,
+        typer.Option(help="Checkpoint or engine to agree with; a checkpoint's default is its own unfrozen model."),
+    ] = None,
+    output: Annotated[Path | None, typer.Option("--output", "-o", help="Also write the JSON here.")] = None,
+    images: options.Images = None,
+    split: options.Split = "all",
+    skip_bad: options.SkipBad = False,
+    threads: options.Threads = None,
+    as_json: options.AsJson = False,
+) -> None:
+    """Measure top-1 and top-5 where there are labels, and agreement and KL against a reference."""
+    from eamdeploy.evaluation import evaluate as run_evaluate
+
+    source = options.image_source(data, split, images, skip_bad)
+    with context.obj as terminal:
+        result = run_evaluate(model, source, reference=reference, threads=threads, observer=terminal)
+    if output is not None:
+        result.write(output)
+    print_result(result, show.evaluation(result), as_json=as_json)
+
+
+@app.command()
+def profile(
+    engines: Annotated[list[Path], typer.Argument(help="Engines, or any ONNX models.")],
+    baseline: Annotated[
+        Path | None, typer.Option(help="What the speed-ups are against; takes turns with the rest.")
+    ] = None,
+    output: Annotated[Path | None, typer.Option("--output", "-o", help="Also write the JSON here.")] = None,
+    threads: options.Threads = None,
+    batch: Annotated[int, typer.Option(min=1, help="Images in one inference.")] = 1,
+    warmup_ms: Annotated[float, typer.Option(help="Warm-up of every engine.")] = 200.0,
+    min_seconds: Annotated[float, typer.Option(help="Time every engine for at least this long.")] = 3.0,
+    min_runs: Annotated[int, typer.Option(help="… and at least this often.")] = 50,
+    memory: Annotated[
+        bool, typer.Option("--memory/--no-memory", help="Measure memory in a process of its own.")
+    ] = True,
+    as_json: options.AsJson = False,
+) -> None:
+    """Measure latency, throughput and memory on this machine's CPU; engines take turns, so ratios can be trusted."""
+    from eamdeploy.engines.provenance import usable_cores
+    from eamdeploy.profiling.profile import profile as run_profile
+
+    result = run_profile(
+        engines,
+        baseline,
+        threads=threads or usable_cores(),
+        batch=batch,
+        warmup_ms=warmup_ms,
+        min_seconds=min_seconds,
+        min_runs=min_runs,
+        with_memory=memory,
+    )
+    if output is not None:
+        result.write(output)
+    print_result(result, show.profile(result), as_json=as_json)
+
+
+@app.command()
+def run(
+    context: typer.Context,
+    config: Annotated[Path, typer.Argument(help="TOML configuration, see docs/usage.md.")],
+    force: Annotated[bool, typer.Option("--force", help="Run every stage again.")] = False,
+    as_json: options.AsJson = False,
+) -> None:
+    """Run all stages from a configuration file; what has not changed is not run again."""
+    from eamdeploy.pipeline import load_config
+    from eamdeploy.pipeline import run as run_all
+
+    loaded = load_config(config)
+    with context.obj as terminal:
+        result = run_all(loaded, force=force, observer=terminal)
+    print_result(result, show.run(result), as_json=as_json)
+
+
+@app.command()
+def inspect(
+    file: Annotated[Path, typer.Argument(help="Checkpoint, ONNX model, engine, manifest, reference set or JSON.")],
+    as_json: options.AsJson = False,
+) -> None:
+    """Show what an artifact is and what it holds."""
+    from eamdeploy.inspection import inspect as run_inspect
+
+    result = run_inspect(file)
+    print_result(result, show.inspection(result), as_json=as_json)
+
+
+def _model_spec(model: str, weights: str, model_kwargs: list[str], seed: int) -> ModelSpec:
+    from eamdeploy.host.model import ModelSpec
+
+    return ModelSpec(model, weights, options.parse_model_kwargs(model_kwargs), seed)
+
+
+def _overrides(
+    mean: tuple[float, float, float] | None,
+    std: tuple[float, float, float] | None,
+    crop_pct: float | None,
+    interpolation: str | None,
+) -> PreprocessingOverrides:
+    from eamdeploy.host.model import PreprocessingOverrides
+
+    return PreprocessingOverrides(mean, std, crop_pct, interpolation)
+
+
+def _freeze_options(
+    sparsity: float,
+    score: Literal["sensitivity", "entropy", "row-entropy", "variance", "random"],
+    bits: int,
+    quantizer: Literal["uniform", "squared"],
+    bins: int,
+    spacing: Literal["uniform", "squared"],
+    seed: int,
+    score_images: int | None,
+) -> FreezeOptions:
+    from eamdeploy.host.freezing import FreezeOptions
+
+    return FreezeOptions(
+        sparsity=sparsity,
+        score=score,
+        bits=options.parse_bits(bits),
+        quantizer=quantizer,
+        bins=bins,
+        spacing=spacing,
+        seed=seed,
+        score_images=score_images,
+    )
+
+
+def _draw(scores: dict[str, list[float]], score: str, frozen: dict[str, list[int]], title: str, path: Path) -> None:
+    from eamdeploy.report.heatmap import draw_heatmap
+
+    draw_heatmap(scores, score_name=score, frozen=frozen, title=title, path=path)
+
+
+if __name__ == "__main__":
+    main()

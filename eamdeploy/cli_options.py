@@ -1,0 +1,105 @@
+"""Options that several commands share, and how the command line spells values that Typer does not know."""
+
+from __future__ import annotations
+
+import ast
+import re
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import typer
+
+from eamdeploy.eam import quantizers
+from eamdeploy.errors import ConfigError
+from eamdeploy.source import ImageSource
+
+_ASSIGNMENT = re.compile(r"[A-Za-z_]\w*=")
+
+Model = Annotated[str, typer.Option("--model", help="timm architecture, e.g. deit_tiny_patch16_224.")]
+Weights = Annotated[
+    str,
+    typer.Option(help="'pretrained' (timm's own), 'random' (seeded, for latency only), .safetensors or .pth."),
+]
+ModelKwargs = Annotated[
+    list[str], typer.Option("--model-kwargs", help="timm.create_model arguments: img_size=112 num_classes=10 …")
+]
+ClassNames = Annotated[Path | None, typer.Option(help="Class names in order: a JSON list, or a text file, one a line.")]
+Mean = Annotated[tuple[float, float, float] | None, typer.Option(help="Channel means, instead of timm's data config.")]
+Std = Annotated[tuple[float, float, float] | None, typer.Option(help="Channel standard deviations, likewise.")]
+CropPct = Annotated[float | None, typer.Option(help="Share of the shorter side that the centre crop keeps, likewise.")]
+Interpolation = Annotated[str | None, typer.Option(help="Filter of the resize, likewise: bicubic, bilinear, …")]
+Data = Annotated[
+    Path, typer.Option("--data", help="Images: class sub-folders, flat files with labels.csv, or unlabelled files.")
+]
+Images = Annotated[int | None, typer.Option("--images", help="At most that many, spread evenly over the folder.")]
+Split = Annotated[
+    Literal["all", "even", "odd"], typer.Option(help="All files, or those at even or odd positions when sorted.")
+]
+SkipBad = Annotated[bool, typer.Option("--skip-bad", help="Leave out and name files that can't be decoded.")]
+Bits = Annotated[int, typer.Option(help="Bits of a frozen map's codes: 2, 3, 4 or 8.")]
+Quantizer = Annotated[Literal["squared", "uniform"], typer.Option(help="A code stands for scale·code² or scale·code.")]
+Threads = Annotated[int | None, typer.Option(min=1, help="Threads inside one inference; every usable core by default.")]
+AsJson = Annotated[bool, typer.Option("--json", help="One JSON document on stdout; text for people goes to stderr.")]
+
+
+def split_model_kwargs(arguments: list[str]) -> list[str]:
+    """`arguments` with `--model-kwargs a=1 b=2` spelled as one option per value, as Typer wants it."""
+    result: list[str] = []
+    collecting = False
+    for argument in arguments:
+        if argument == "--model-kwargs":
+            collecting = True
+        elif collecting and _ASSIGNMENT.match(argument):
+            result += ["--model-kwargs", argument]
+        else:
+            collecting = False
+            result.append(argument)
+    return result
+
+
+def parse_model_kwargs(assignments: list[str]) -> dict[str, Any]:
+    """`["img_size=112", "pool=avg"]` as `{"img_size": 112, "pool": "avg"}`: Python literals, else text, like timm.
+
+    Raises:
+        ConfigError: one is not `name=value`.
+    """
+    kwargs: dict[str, Any] = {}
+    for assignment in assignments:
+        name, equals, value = assignment.partition("=")
+        if not equals or not name.isidentifier():
+            raise ConfigError("--model-kwargs", expected="name=value", got=assignment)
+        try:
+            kwargs[name] = ast.literal_eval(value)
+        except (ValueError, SyntaxError):
+            kwargs[name] = value
+    return kwargs
+
+
+def parse_bits(bits: int) -> quantizers.Bits:
+    """`bits`, if that is a width of codes.
+
+    Raises:
+        ConfigError: it is none.
+    """
+    for width in quantizers.BITS:
+        if width == bits:
+            return width
+    raise ConfigError("--bits", expected=f"one of {', '.join(map(str, quantizers.BITS))}", got=bits)
+
+
+def parse_batch(text: str) -> int | None:
+    """`dynamic` as None, a positive number as itself.
+
+    Raises:
+        ConfigError: it is neither.
+    """
+    if text == "dynamic":
+        return None
+    if not text.isdecimal() or int(text) < 1:
+        raise ConfigError("--batch", expected="'dynamic' or a number of at least 1", got=text)
+    return int(text)
+
+
+def image_source(data: Path, split: Literal["all", "even", "odd"], images: int | None, skip_bad: bool) -> ImageSource:
+    """The options `--data`, `--split`, `--images` and `--skip-bad` together."""
+    return ImageSource(data, split, images, skip_bad)

@@ -1,0 +1,166 @@
+"""What an artifact is and what it holds, without running it."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from pydantic import JsonValue
+
+from eamdeploy.artifact import Freezing, Record, digest_file
+from eamdeploy.eam import checkpoint as checkpoints
+from eamdeploy.engines.base import Manifest, read_manifest
+from eamdeploy.engines.registry import open_runner
+from eamdeploy.errors import CheckpointError, ConfigError
+from eamdeploy.parity import ReferenceSet
+
+
+class Inspection(Record):
+    """What `inspect` found.
+
+    Attributes:
+        kind: what the file is, in words.
+        details: what it says, by topic; values are text, numbers or lists of them.
+    """
+
+    file: str
+    kind: str
+    bytes: int
+    digest: str
+    details: dict[str, JsonValue]
+
+
+def inspect(path: Path) -> Inspection:
+    """A description of any file that a stage writes, or of any ONNX model.
+
+    Raises:
+        ConfigError: the file can't be read, or is of no known kind.
+        CheckpointError, EngineError: it is damaged.
+    """
+    digest = digest_file(path)
+    describe = _BY_SUFFIX.get(path.suffix.lower())
+    if describe is None:
+        raise ConfigError(
+            f"cannot tell what {path} is", expected=f"a file that ends in {', '.join(_BY_SUFFIX)}", got=path.suffix
+        )
+    kind, details = describe(path)
+    return Inspection(file=str(path), kind=kind, bytes=path.stat().st_size, digest=digest, details=details)
+
+
+def _checkpoint(path: Path) -> tuple[str, dict[str, JsonValue]]:
+    loaded = checkpoints.load(path)
+    header = loaded.header
+    packed = sum(item.codes.size * header.freezing.bits for item in loaded.frozen.values()) // 8
+    details: dict[str, JsonValue] = {
+        "model": header.timm_model,
+        "weights": header.weights,
+        "classes": header.num_classes,
+        "image size": list(header.preprocessing.size),
+        "attention modules": len(header.attention),
+        **_freezing(header.freezing),
+        "weight tensors": len(loaded.weights),
+        "weight bytes": sum(int(weight.nbytes) for weight in loaded.weights.values()),
+        "frozen map bytes": packed,
+    }
+    if header.calibration is not None:
+        details["calibration"] = f"{header.calibration.n_images} images of {header.calibration.source}"
+    return "EAM checkpoint", details
+
+
+def _onnx(path: Path) -> tuple[str, dict[str, JsonValue]]:
+    with open_runner(path, threads=1) as runner:
+        card, io = runner.card, runner.io
+    details: dict[str, JsonValue] = {
+        "input": f"{io.input_name} {[size or 'batch' for size in io.input_shape]}",
+        "output": io.output_name,
+        "classes": io.num_classes,
+    }
+    if card is not None:
+        details |= {"model": card.timm_model, "weights": card.weights, "rewrites": list(card.rewrites)}
+        details |= {"exporter": card.exporter, "checkpoint": card.checkpoint_digest}
+        details |= {} if card.freezing is None else _freezing(card.freezing)
+    details |= _nodes(path)
+    manifest = read_manifest(path)
+    if manifest is not None:
+        return "ONNX Runtime engine", {**details, **_built(manifest)}
+    return ("ONNX model" if card is None else "exported ONNX model"), details
+
+
+def _nodes(path: Path) -> dict[str, JsonValue]:
+    """Operators and integer constants; nothing on a board, where the package onnx is not installed."""
+    try:
+        import onnx
+    except ModuleNotFoundError:
+        return {}
+    model = onnx.load(str(path))
+    counts = Counter(node.op_type for node in model.graph.node)
+    integers = (onnx.TensorProto.UINT8, onnx.TensorProto.UINT16, onnx.TensorProto.INT8)
+    maps = [item for item in model.graph.initializer if item.data_type in integers and len(item.dims) > 1]
+    sizes = [len(item.raw_data) for item in maps]
+    return {
+        "opset": next(entry.version for entry in model.opset_import if entry.domain in ("", "ai.onnx")),
+        "nodes": sum(counts.values()),
+        "operators": [f"{count} {name}" for name, count in counts.most_common()],
+        "integer map constants": len(sizes),
+        "integer map bytes": sum(sizes),
+    }
+
+
+def _built(manifest: Manifest) -> dict[str, JsonValue]:
+    parity = "not checked" if manifest.parity is None else f"max |Δ logit| {manifest.parity.max_abs:.2e}"
+    return {
+        "settings": [f"{key}={value}" for key, value in manifest.settings.items()],
+        "threads": manifest.threads,
+        "parity": parity,
+        "built on": manifest.machine,
+        "built": manifest.created,
+    }
+
+
+def _freezing(freezing: Freezing) -> dict[str, JsonValue]:
+    return {
+        "sparsity": freezing.sparsity,
+        "frozen heads": [f"{path}: {heads}" for path, heads in freezing.heads.items()],
+        "granularity": freezing.granularity,
+        "bits": freezing.bits,
+        "quantizer": freezing.quantizer,
+        "score": freezing.score,
+    }
+
+
+def _reference(path: Path) -> tuple[str, dict[str, JsonValue]]:
+    reference = ReferenceSet.load(path)
+    return "reference set", {
+        "images": list(reference.pixels.shape),
+        "logits": list(reference.logits.shape),
+        "source": reference.source,
+    }
+
+
+def _json(path: Path) -> tuple[str, dict[str, JsonValue]]:
+    try:
+        document: Any = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as err:
+        raise CheckpointError(f"{path} is no JSON", got=str(err)) from err
+    if not isinstance(document, dict):
+        raise CheckpointError(f"{path} is none of our documents", expected="a JSON object")
+    kinds = {
+        "engine_digest": "engine manifest",
+        "engines": "profile",
+        "agreement": "evaluation",
+        "scores": "analysis",
+        "stages": "run",
+    }
+    kind = next((name for key, name in kinds.items() if key in document), "JSON document")
+    return kind, {key: value for key, value in document.items() if not isinstance(value, dict)}
+
+
+_BY_SUFFIX: dict[str, Callable[[Path], tuple[str, dict[str, JsonValue]]]] = {
+    ".safetensors": _checkpoint,
+    ".onnx": _onnx,
+    ".npz": _reference,
+    ".json": _json,
+}

@@ -1,0 +1,384 @@
+"""All stages in order, from a configuration file, each run only when something it depends on has changed.
+
+    freeze ─▶ export ─▶ build ─▶ evaluate ─▶ profile
+    model,    ONNX and  engine   accuracy    latency,
+    images    its twin  and twin             memory
+
+`run.json` in the output folder remembers, for every stage, a digest of all that went into it and the digests of what
+came out. A stage whose inputs are the same and whose outputs are still there, untouched, is not run again.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BeforeValidator, Field, JsonValue, ValidationError
+
+from eamdeploy.artifact import Record, digest_bytes, digest_file
+from eamdeploy.build import build_ort
+from eamdeploy.eam import checkpoint as checkpoints
+from eamdeploy.engines.base import manifest_path
+from eamdeploy.engines.provenance import package_versions, usable_cores
+from eamdeploy.errors import CheckpointError, ConfigError, host_packages
+from eamdeploy.evaluation import evaluate
+from eamdeploy.folder import Split, folder_digest
+from eamdeploy.observer import SILENT, Observer
+from eamdeploy.parity import reference_path
+from eamdeploy.profiling.profile import profile
+from eamdeploy.source import ImageSource, read_class_names
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
+
+class ModelConfig(Record):
+    """`[model]`: what `--model`, `--weights` and `--model-kwargs` say."""
+
+    name: str
+    weights: str = "pretrained"
+    kwargs: dict[str, JsonValue] = Field(default_factory=dict)
+    class_names: Path | None = None
+
+
+class PreprocessingConfig(Record):
+    """`[preprocessing]`: what timm's data config is overridden with."""
+
+    mean: tuple[float, float, float] | None = None
+    std: tuple[float, float, float] | None = None
+    crop_pct: float | None = None
+    interpolation: str | None = None
+
+
+class ImagesConfig(Record):
+    """`[calibrate]`, `[evaluate]`: a folder of images and what to take of it."""
+
+    data: Path
+    split: Split = "all"
+    images: int | None = None
+    skip_bad: bool = False
+
+
+class FreezeConfig(Record):
+    """`[freeze]`: the options of `eamdeploy freeze`."""
+
+    sparsity: float = 0.2
+    score: Literal["sensitivity", "entropy", "row-entropy", "variance", "random"] = "sensitivity"
+    bits: Literal[2, 3, 4, 8] = 4
+    quantizer: Literal["uniform", "squared"] = "squared"
+    bins: int = 16
+    spacing: Literal["uniform", "squared"] = "uniform"
+    seed: int = 0
+    score_images: int | None = None
+
+
+class ExportConfig(Record):
+    """`[export]`: the options of `eamdeploy export`; `batch` is a number or "dynamic"."""
+
+    batch: Annotated[int | None, BeforeValidator(lambda value: None if value == "dynamic" else value)] = None
+    opset: int = 17
+    exporter: Literal["auto", "dynamo", "torchscript"] = "auto"
+
+
+class ProfileConfig(Record):
+    """`[profile]`: the options of `eamdeploy profile`."""
+
+    threads: int | None = Field(default=None, ge=1)
+    batch: int = Field(default=1, ge=1)
+    warmup_ms: float = 200.0
+    min_seconds: float = 3.0
+    min_runs: int = 50
+
+
+class RunConfig(Record):
+    """A whole run; paths are relative to the configuration file's folder.
+
+    Attributes:
+        output: folder for everything that the stages write.
+        evaluate: None leaves the accuracy out.
+    """
+
+    output: Path
+    model: ModelConfig
+    preprocessing: PreprocessingConfig = PreprocessingConfig()
+    calibrate: ImagesConfig
+    freeze: FreezeConfig = FreezeConfig()
+    export: ExportConfig = ExportConfig()
+    evaluate: ImagesConfig | None = None
+    profile: ProfileConfig = ProfileConfig()
+
+
+class StageState(Record):
+    """What a finished stage depended on, and the digests of its outputs by file name."""
+
+    inputs: str
+    outputs: dict[str, str]
+
+
+class RunState(Record):
+    """`run.json`: the finished stages by name."""
+
+    format: Literal[1] = 1
+    stages: dict[str, StageState] = Field(default_factory=dict)
+
+
+class RunReport(Record):
+    """What `run` did: stage names, and the files that are now in the output folder."""
+
+    ran: list[str]
+    reused: list[str]
+    files: dict[str, str]
+
+
+@dataclass(frozen=True)
+class _Stage:
+    """One step of the run.
+
+    Attributes:
+        inputs: everything that its outputs depend on.
+        outputs: the files it writes.
+        action: writes them.
+    """
+
+    name: str
+    inputs: Mapping[str, object]
+    outputs: list[Path]
+    action: Callable[[], object]
+
+
+def load_config(path: Path) -> RunConfig:
+    """The configuration in a TOML file, its paths made relative to the current folder.
+
+    Raises:
+        ConfigError: the file can't be read, is no TOML, or has a wrong, missing or unknown key; the key is named.
+    """
+    try:
+        document = tomllib.loads(path.read_text(encoding="utf-8"))
+        config = RunConfig.model_validate(document)
+    except ValidationError as err:
+        first = err.errors()[0]
+        key = ".".join(map(str, first["loc"]))
+        raise ConfigError(f"{path}: {key}: {first['msg']}", hint="See docs/usage.md for every key.") from err
+    except (OSError, ValueError) as err:
+        raise ConfigError(f"cannot read the configuration {path}: {err}") from err
+    return _anchored(config, path.parent)
+
+
+def run(config: RunConfig, *, force: bool = False, observer: Observer = SILENT) -> RunReport:
+    """The output folder holds checkpoint, models, engines, evaluation and profile of `config`.
+
+    Args:
+        force: run every stage again.
+
+    Raises:
+        EamDeployError: a stage failed, as that stage documents; what earlier stages wrote stays, and the next run goes
+            on from there.
+    """
+    try:
+        config.output.mkdir(parents=True, exist_ok=True)
+    except OSError as err:
+        raise ConfigError(f"cannot make the folder {config.output}: {err.strerror}") from err
+    state_path = config.output / "run.json"
+    state = RunState() if force else _read_state(state_path, observer)
+    ran, reused, files = [], [], {}
+    for make_stage in (_freeze_stage, _export_stage, _build_stage, _evaluate_stage, _profile_stage):
+        stage = make_stage(config, observer)
+        if stage is None:
+            continue
+        inputs = digest_bytes(json.dumps(stage.inputs, sort_keys=True, default=str).encode())
+        if _is_done(state.stages.get(stage.name), inputs, stage.outputs):
+            reused.append(stage.name)
+        else:
+            observer.note(f"{stage.name}: running")
+            stage.action()
+            finished = StageState(inputs=inputs, outputs={file.name: digest_file(file) for file in stage.outputs})
+            state = RunState(stages={**state.stages, stage.name: finished})
+            state.write(state_path)
+            ran.append(stage.name)
+        files.update({file.name: str(file) for file in stage.outputs})
+    return RunReport(ran=ran, reused=reused, files=files)
+
+
+# --- the stages ------------------------------------------------------------------------------------------------------
+
+
+def _freeze_stage(config: RunConfig, observer: Observer) -> _Stage:
+    output, model = config.output / "model.eam.safetensors", config.model
+    heatmap = config.output / "heatmap.png"
+    images = _source(config.calibrate)
+
+    def action() -> None:
+        with host_packages("freezing"):
+            from eamdeploy.host.freezing import FreezeOptions, freeze
+            from eamdeploy.host.model import ModelSpec, PreprocessingOverrides
+            from eamdeploy.report.heatmap import draw_heatmap
+        header = freeze(
+            ModelSpec(model.name, model.weights, model.kwargs),
+            images,
+            output,
+            FreezeOptions(**config.freeze.model_dump()),
+            overrides=PreprocessingOverrides(**config.preprocessing.model_dump()),
+            class_names=read_class_names(model.class_names),
+            observer=observer,
+        )
+        draw_heatmap(
+            header.freezing.scores,
+            score_name=header.freezing.score,
+            frozen=header.freezing.heads,
+            title=header.timm_model,
+            path=heatmap,
+        )
+
+    weights = Path(model.weights)
+    inputs = {
+        "config": config.model_dump(mode="json", include={"model", "preprocessing", "freeze", "calibrate"}),
+        "weights": digest_file(weights) if weights.is_file() else model.weights,
+        "images": folder_digest(images.open(2**31, None)),
+        "versions": _versions("eamdeploy", "torch", "timm"),
+    }
+    return _Stage("freeze", inputs, [output, heatmap], action)
+
+
+def _export_stage(config: RunConfig, observer: Observer) -> _Stage:
+    checkpoint = config.output / "model.eam.safetensors"
+    model, baseline = config.output / "model.onnx", config.output / "baseline.onnx"
+
+    def action() -> None:
+        with host_packages("exporting"):
+            from eamdeploy.host.exporting import export
+        export(
+            checkpoint,
+            model,
+            baseline=baseline,
+            batch=config.export.batch,
+            opset=config.export.opset,
+            exporter=config.export.exporter,
+            images=replace(_source(config.calibrate), limit=None),
+            observer=observer,
+        )
+
+    inputs = {
+        "config": config.export.model_dump(mode="json"),
+        "checkpoint": digest_file(checkpoint),
+        "versions": _versions("eamdeploy", "torch", "onnx", "onnxscript"),
+    }
+    outputs = [model, baseline, reference_path(model), reference_path(baseline)]
+    return _Stage("export", inputs, outputs, action)
+
+
+def _build_stage(config: RunConfig, observer: Observer) -> _Stage:
+    models = [config.output / "model.onnx", config.output / "baseline.onnx"]
+    engines = [_engine(model) for model in models]
+
+    def action() -> None:
+        for model, engine in zip(models, engines, strict=True):
+            build_ort(model, engine, threads=config.profile.threads)
+
+    inputs = {
+        "models": [digest_file(file) for model in models for file in (model, reference_path(model))],
+        "threads": config.profile.threads,
+        "versions": _versions("eamdeploy", "onnxruntime"),
+    }
+    return _Stage("build", inputs, [*engines, *map(manifest_path, engines)], action)
+
+
+def _evaluate_stage(config: RunConfig, observer: Observer) -> _Stage | None:
+    if config.evaluate is None:
+        return None
+    output, images = config.output / "evaluation.json", _source(config.evaluate)
+    engine, baseline = (_engine(config.output / name) for name in ("model.onnx", "baseline.onnx"))
+
+    def action() -> None:
+        evaluate(engine, images, reference=baseline, observer=observer).write(output)
+
+    header = checkpoints.load(config.output / "model.eam.safetensors").header
+    folder = images.open(header.num_classes, header.class_names)
+    inputs = {
+        "engines": [digest_file(engine), digest_file(baseline)],
+        "images": folder_digest(folder, with_labels=True),
+        "versions": _versions("eamdeploy", "onnxruntime"),
+    }
+    return _Stage("evaluate", inputs, [output], action)
+
+
+def _profile_stage(config: RunConfig, observer: Observer) -> _Stage:
+    output, options = config.output / "profile.json", config.profile
+    engine, baseline = (_engine(config.output / name) for name in ("model.onnx", "baseline.onnx"))
+
+    def action() -> None:
+        observer.note("profiling; keep the machine otherwise idle")
+        profile(
+            [engine],
+            baseline,
+            threads=options.threads or usable_cores(),
+            batch=options.batch,
+            warmup_ms=options.warmup_ms,
+            min_seconds=options.min_seconds,
+            min_runs=options.min_runs,
+        ).write(output)
+
+    inputs = {
+        "config": options.model_dump(mode="json"),
+        "engines": [digest_file(engine), digest_file(baseline)],
+        "versions": _versions("eamdeploy", "onnxruntime"),
+    }
+    return _Stage("profile", inputs, [output], action)
+
+
+# --- what they share -------------------------------------------------------------------------------------------------
+
+
+def _is_done(state: StageState | None, inputs: str, outputs: list[Path]) -> bool:
+    return (
+        state is not None
+        and state.inputs == inputs
+        and all(file.is_file() and state.outputs.get(file.name) == digest_file(file) for file in outputs)
+    )
+
+
+def _read_state(path: Path, observer: Observer) -> RunState:
+    """The state, or an empty one where there is none or it can't be trusted."""
+    if not path.exists():
+        return RunState()
+    try:
+        return RunState.read(path)
+    except CheckpointError as err:
+        observer.note(f"{err}; every stage runs again")
+        return RunState()
+
+
+def _source(config: ImagesConfig) -> ImageSource:
+    return ImageSource(config.data, config.split, config.images, config.skip_bad)
+
+
+def _engine(model: Path) -> Path:
+    """`model.ort.onnx` beside `model.onnx`."""
+    return model.with_suffix(".ort.onnx")
+
+
+def _versions(*packages: str) -> dict[str, str]:
+    versions = package_versions()
+    return {name: versions[name] for name in packages if name in versions}
+
+
+def _anchored(config: RunConfig, root: Path) -> RunConfig:
+    """`config` with its paths relative to `root`."""
+
+    def anchor(section: Any, key: str) -> Any:
+        value = getattr(section, key)
+        return section if value is None else section.model_copy(update={key: root / value})
+
+    weights = root / config.model.weights
+    model = anchor(config.model, "class_names")
+    if config.model.weights not in ("pretrained", "random"):
+        model = model.model_copy(update={"weights": str(weights)})
+    update = {"output": root / config.output, "model": model, "calibrate": anchor(config.calibrate, "data")}
+    if config.evaluate is not None:
+        update["evaluate"] = anchor(config.evaluate, "data")
+    return config.model_copy(update=update)

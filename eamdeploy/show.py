@@ -1,0 +1,173 @@
+"""Tables for people, made of the records that the stages return."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
+
+from rich.console import Group, RenderableType
+from rich.table import Table
+from rich.text import Text
+
+from eamdeploy.artifact import Freezing
+from eamdeploy.eam.checkpoint import AttentionShape, CheckpointHeader
+from eamdeploy.engines.base import Manifest
+from eamdeploy.evaluation import EvaluationReport
+from eamdeploy.inspection import Inspection
+from eamdeploy.pipeline import RunReport
+from eamdeploy.profiling.profile import EngineProfile, Profile
+
+if TYPE_CHECKING:
+    from eamdeploy.host.exporting import Export
+    from eamdeploy.host.freezing import Analysis
+
+RANDOM_WARNING = "The weights are random: latency and size mean something, accuracy and frozen heads do not."
+
+
+def fields(title: str, rows: Mapping[str, object]) -> RenderableType:
+    """Names and values, one pair a line; a list becomes several lines."""
+    table = Table(title=title, title_justify="left", show_header=False, box=None, padding=(0, 2, 0, 0))
+    for name, value in rows.items():
+        text = "\n".join(str(item) for item in value) if isinstance(value, list) else str(value)
+        table.add_row(Text(name, style="dim"), Text(text))
+    return table
+
+
+def frozen_heads(freezing: Freezing, attention: Mapping[str, AttentionShape]) -> RenderableType:
+    """Which heads of which module are frozen, and the sparsity reached."""
+    table = Table(title="Frozen heads", title_justify="left", box=None, padding=(0, 2, 0, 0))
+    table.add_column("module")
+    table.add_column("heads (* frozen)")
+    for path, shape in attention.items():
+        frozen = freezing.heads.get(path, [])
+        table.add_row(path, " ".join(f"{head}*" if head in frozen else f"{head} " for head in range(shape.heads)))
+    count, total = sum(map(len, freezing.heads.values())), sum(shape.heads for shape in attention.values())
+    asked = "" if freezing.sparsity_asked is None else f" (asked for {freezing.sparsity_asked:.1%})"
+    summary = f"sparsity {freezing.sparsity:.1%}{asked}: {count} of {total} heads, by {freezing.score}"
+    return Group(table, Text(f"{summary}; {freezing.bits} bits {freezing.quantizer}"))
+
+
+def checkpoint(header: CheckpointHeader) -> RenderableType:
+    """What was frozen, and a warning where the weights mean nothing."""
+    return _with_warning(frozen_heads(header.freezing, header.attention), header.weights)
+
+
+def analysis(result: Analysis) -> RenderableType:
+    """The score of every head, the ones that would be frozen marked."""
+    table = Table(title=f"{result.score} of {result.timm_model}", title_justify="left", box=None, padding=(0, 2, 0, 0))
+    table.add_column("module")
+    table.add_column("heads (* would be frozen)")
+    for path, values in result.scores[result.score].items():
+        marks = ["*" if head in result.frozen.get(path, []) else " " for head in range(len(values))]
+        table.add_row(path, "  ".join(f"{value:.4g}{mark}" for value, mark in zip(values, marks, strict=True)))
+    source = f"{result.calibration.n_images} images of {result.calibration.source}"
+    summary = Text(f"{source}; sparsity {result.sparsity:.1%} of {result.sparsity_asked:.1%} asked for")
+    return _with_warning(Group(table, summary), result.weights)
+
+
+def export(result: Export) -> RenderableType:
+    """What was written, how the graph changed, and how well it agrees with the reference forward."""
+    rows: dict[str, object] = {}
+    for name, written in (("model", result.frozen), ("baseline", result.baseline)):
+        if written is None:
+            continue
+        rows[name] = [
+            f"{written.file} ({written.bytes:,} bytes)",
+            f"{written.nodes_stock} nodes by torch's {written.exporter} exporter, {written.nodes} after "
+            + ", ".join(written.rewrites),
+            f"max |Δ logit| {written.parity.max_abs:.1e} to the reference forward, every top-1 equal "
+            f"({written.parity.n} images in {written.reference})",
+        ]
+    return fields("Exported", rows)
+
+
+def run(report: RunReport) -> RenderableType:
+    """Which stages ran, and where the files are."""
+    rows = {
+        "ran": report.ran or "nothing",
+        "unchanged": report.reused or "nothing",
+        "files": list(report.files.values()),
+    }
+    return fields("Run", rows)
+
+
+def manifest(built: Manifest) -> RenderableType:
+    """What was built, and whether it was checked."""
+    parity = "NOT CHECKED"
+    if built.parity is not None:
+        parity = f"max |Δ logit| {built.parity.max_abs:.1e} on {built.parity.n} images, every top-1 equal"
+    return fields(
+        f"Engine {built.engine}",
+        {
+            "bytes": f"{built.engine_bytes:,}",
+            "batch": built.batch or "dynamic",
+            "settings": [f"{key}={value}" for key, value in built.settings.items()],
+            "parity": parity,
+        },
+    )
+
+
+def evaluation(report: EvaluationReport) -> RenderableType:
+    """Accuracy beside the reference's."""
+    table = Table(
+        title=f"{report.n_images} images of {report.images}", title_justify="left", box=None, padding=(0, 2, 0, 0)
+    )
+    for name in ("", "model", "reference"):
+        table.add_column(name, justify="left" if not name else "right")
+    rows = (("top-1", report.top1, report.reference_top1), ("top-5", report.top5, report.reference_top5))
+    for name, model, reference in rows:
+        if model is not None:
+            table.add_row(name, f"{model:.1f} %", "" if reference is None else f"{reference:.1f} %")
+    if report.agreement is not None and report.kl is not None:
+        table.add_row("agreement", f"{report.agreement:.1f} %", "")
+        table.add_row("KL", f"{report.kl:.4f} nats", "")
+    if report.top1 is None and report.agreement is None:
+        return Group(table, Text("Neither labels nor a reference: nothing to compare with. See --reference."))
+    return table
+
+
+def profile(measured: Profile) -> RenderableType:
+    """Latency, memory and size of every engine, with the caveats that belong to them."""
+    everyone = [*([measured.baseline] if measured.baseline else []), *measured.engines]
+    machine = measured.machine
+    title = f"{machine.cpu}, {measured.threads} threads, batch {measured.batch}"
+    table = Table(title=title, title_justify="left", box=None, padding=(0, 2, 0, 0))
+    columns = ("engine", "p50 ms", "mean", "p90", "p99", "images/s", "speed-up (p25–p75)", "memory MB", "file MB")
+    for name in columns:
+        table.add_column(name, justify="left" if name == "engine" else "right")
+    for item in everyone:
+        table.add_row(*_profile_row(item, item is measured.baseline))
+    return Group(table, *(Text(line, style="yellow") for line in _caveats(everyone)))
+
+
+def inspection(found: Inspection) -> RenderableType:
+    """Everything that `inspect` found."""
+    return fields(f"{found.file}: {found.kind}", {"bytes": f"{found.bytes:,}", "digest": found.digest, **found.details})
+
+
+def _with_warning(shown: RenderableType, weights: str) -> RenderableType:
+    return Group(shown, Text(RANDOM_WARNING, style="yellow")) if weights == "random" else shown
+
+
+def _profile_row(item: EngineProfile, is_baseline: bool) -> list[str]:
+    latency, memory = item.latency, item.memory
+    figures = (latency.p50_ms, latency.mean_ms, latency.p90_ms, latency.p99_ms)
+    ratio = "baseline" if is_baseline else ""
+    if item.speed_up is not None:
+        ratio = f"{item.speed_up.median:.3f}× ({item.speed_up.p25:.3f}–{item.speed_up.p75:.3f})"
+    return [
+        item.engine,
+        *(f"{figure:.2f}" for figure in figures),
+        f"{latency.throughput_images_per_s:.1f}",
+        ratio,
+        "" if memory is None else f"{memory.peak_rss_bytes / 1e6:.0f}",
+        "" if memory is None else f"{memory.engine_bytes / 1e6:.2f}",
+    ]
+
+
+def _caveats(everyone: list[EngineProfile]) -> list[str]:
+    lines = [f"{item.engine}: {item.latency.warning}" for item in everyone if item.latency.warning]
+    lines += [f"{item.engine}: its parity was not checked" for item in everyone if item.parity is None]
+    if any(item.model is not None and item.model.weights == "random" for item in everyone):
+        lines.append(RANDOM_WARNING)
+    return lines
