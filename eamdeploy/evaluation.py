@@ -22,6 +22,7 @@ class EvaluationReport(Evaluation):
     """An `Evaluation` and what it is about.
 
     Attributes:
+        weights: where the model's weights came from; `random` makes every figure here meaningless.
         model, reference: the files, or what stands for the reference.
         model_digest, reference_digest: their SHA-256.
         images: folder, split and limit in words.
@@ -29,6 +30,7 @@ class EvaluationReport(Evaluation):
 
     model: str
     model_digest: str
+    weights: str | None
     reference: str | None
     reference_digest: str | None
     images: str
@@ -43,6 +45,7 @@ class _Model:
     how: Preprocessing | None
     num_classes: int | None
     class_names: list[str] | None
+    weights: str | None
 
 
 def evaluate(
@@ -75,7 +78,7 @@ def evaluate(
             other = stack.enter_context(_open(model, threads, frozen=False))
             other_name, other_digest = f"{model} with all attention live", digest_file(model)
         how = _preprocessing(model, candidate, other)
-        folder = images.open(candidate.num_classes or 2**31, candidate.class_names)
+        folder = images.open_labelled(candidate.num_classes or 2**31, candidate.class_names)
         result = measure_accuracy(
             candidate.predict,
             folder,
@@ -94,6 +97,7 @@ def evaluate(
         **result.model_dump(),
         model=str(model),
         model_digest=digest_file(model),
+        weights=candidate.weights,
         reference=other_name,
         reference_digest=other_digest,
         images=f"{folder.root.name} ({images.split}{limit})",
@@ -117,6 +121,7 @@ def _open(path: Path, threads: int | None, *, frozen: bool) -> Iterator[_Model]:
             None if card is None else card.preprocessing,
             runner.io.num_classes,
             None if card is None else card.class_names,
+            None if card is None else card.weights,
         )
 
 
@@ -132,6 +137,7 @@ def _open_checkpoint(path: Path, *, frozen: bool) -> _Model:
         loaded.header.preprocessing,
         loaded.header.num_classes,
         loaded.header.class_names,
+        loaded.header.weights,
     )
 
 

@@ -41,7 +41,7 @@ class ImageFolder:
 
 def open_folder(
     root: Path,
-    num_classes: int,
+    num_classes: int | None,
     class_names: Sequence[str] | None = None,
     split: Split = "all",
     limit: int | None = None,
@@ -53,7 +53,7 @@ def open_folder(
     images. Hidden files and folders don't count; links are followed.
 
     Args:
-        num_classes: classes of the model; every label must be in [0, num_classes).
+        num_classes: classes of the model, every label must be in [0, num_classes); None does not look for labels.
         class_names: names of the classes by number, if known.
         split: keeps every image, or those at even or odd positions (from 0) in the sorted list of all images.
         limit: keeps at most this many of the split, evenly spread over it.
@@ -64,7 +64,7 @@ def open_folder(
     if limit is not None and limit < 1:
         raise ConfigError(f"cannot take that number of images from {root}", expected="at least 1", got=limit)
     files = _find_images(root)
-    labels = _find_labels(root, files, num_classes, class_names)
+    labels = None if num_classes is None else _find_labels(root, files, num_classes, class_names)
     chosen = range(len(files))[_POSITIONS[split]]
     if not chosen:
         raise ConfigError(

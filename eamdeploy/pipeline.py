@@ -239,7 +239,7 @@ def _freeze_stage(config: RunConfig, observer: Observer) -> _Stage:
     inputs = {
         "config": config.model_dump(mode="json", include={"model", "preprocessing", "freeze", "calibrate"}),
         "weights": digest_file(weights) if weights.is_file() else model.weights,
-        "images": folder_digest(images.open(2**31, None)),
+        "images": folder_digest(images.open()),
         "versions": _versions("eamdeploy", "torch", "timm"),
     }
     return _Stage("freeze", inputs, [output, heatmap], action)
@@ -298,7 +298,7 @@ def _evaluate_stage(config: RunConfig, observer: Observer) -> _Stage | None:
         evaluate(engine, images, reference=baseline, observer=observer).write(output)
 
     header = checkpoints.load(config.output / "model.eam.safetensors").header
-    folder = images.open(header.num_classes, header.class_names)
+    folder = images.open_labelled(header.num_classes, header.class_names)
     inputs = {
         "engines": [digest_file(engine), digest_file(baseline)],
         "images": folder_digest(folder, with_labels=True),

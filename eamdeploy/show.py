@@ -123,7 +123,7 @@ def evaluation(report: EvaluationReport) -> RenderableType:
         table.add_row("KL", f"{report.kl:.4f} nats", "")
     if report.top1 is None and report.agreement is None:
         return Group(table, Text("Neither labels nor a reference: nothing to compare with. See --reference."))
-    return table
+    return _with_warning(table, report.weights)
 
 
 def profile(measured: Profile) -> RenderableType:
@@ -145,7 +145,7 @@ def inspection(found: Inspection) -> RenderableType:
     return fields(f"{found.file}: {found.kind}", {"bytes": f"{found.bytes:,}", "digest": found.digest, **found.details})
 
 
-def _with_warning(shown: RenderableType, weights: str) -> RenderableType:
+def _with_warning(shown: RenderableType, weights: str | None) -> RenderableType:
     return Group(shown, Text(RANDOM_WARNING, style="yellow")) if weights == "random" else shown
 
 

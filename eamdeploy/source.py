@@ -30,8 +30,16 @@ class ImageSource:
     limit: int | None = None
     skip_bad: bool = False
 
-    def open(self, num_classes: int, class_names: Sequence[str] | None) -> ImageFolder:
-        """The files and their labels; nothing is decoded yet.
+    def open(self) -> ImageFolder:
+        """The files without labels; nothing is decoded yet.
+
+        Raises:
+            ConfigError: there is no such folder, or no image in it.
+        """
+        return open_folder(self.root, None, None, self.split, self.limit)
+
+    def open_labelled(self, num_classes: int, class_names: Sequence[str] | None) -> ImageFolder:
+        """The files and, if the folder has some, their labels; nothing is decoded yet.
 
         Raises:
             ConfigError: there is no such folder, no image in it, or the labels make no sense.

@@ -199,7 +199,7 @@ def _reference_pixels(
     if images is None:
         return _synthetic_pixels(header.preprocessing), f"{_REFERENCE_IMAGES} synthetic images"
     chosen = replace(images, limit=images.limit or _REFERENCE_IMAGES)
-    folder = chosen.open(header.num_classes, header.class_names)
+    folder = chosen.open()
     batches = chosen.batches(folder, header.preprocessing, _REFERENCE_IMAGES, observer)
     pixels = np.concatenate([batch.pixels for batch in batches])
     return pixels, f"{len(pixels)} images of {folder.root.name}"

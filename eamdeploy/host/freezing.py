@@ -116,7 +116,7 @@ def analyze(
     Raises:
         ConfigError, CheckpointError, UnsupportedGraph: model, weights, images or options can't be used.
     """
-    done = _calibrate(spec, images, options, overrides, None, observer)
+    done = _calibrate(spec, images, options, overrides, observer)
     scores = {name: map_scores.score_heads(done.statistics, name) for name in ("entropy", "row-entropy", "variance")}
     return Analysis(
         timm_model=spec.name,
@@ -151,7 +151,7 @@ def freeze(
         ConfigError, CheckpointError, UnsupportedGraph: model, weights, images or options can't be used, or `output`
             can't be written; what was there stays.
     """
-    done = _calibrate(spec, images, options, overrides, class_names, observer)
+    done = _calibrate(spec, images, options, overrides, observer)
     frozen = {
         path: _quantize(path, np.array(heads), done.statistics[path].mean()[list(heads)], options)
         for path, heads in done.selection.heads.items()
@@ -212,7 +212,6 @@ def _calibrate(
     images: ImageSource,
     options: FreezeOptions,
     overrides: PreprocessingOverrides,
-    class_names: list[str] | None,
     observer: Observer,
 ) -> _Calibrated:
     """Everything that `analyze` and `freeze` share: statistics over the images, scores, selection."""
@@ -220,7 +219,7 @@ def _calibrate(
     model = load_model(spec)
     sites = attention_sites(model)
     how = preprocessing_of(model, overrides)
-    folder = images.open(model.num_classes, class_names)
+    folder = images.open()
     statistics = collect_statistics(
         model,
         sites,
@@ -230,7 +229,7 @@ def _calibrate(
         on_images=lambda done: observer.progress("attention maps", done, len(folder.files)),
     )
     n_images = next(iter(statistics.values())).n_samples
-    scores = _scores(model, sites, statistics, images, how, class_names, options, observer)
+    scores = _scores(model, sites, statistics, images, how, options, observer)
     return _Calibrated(
         model=model,
         sites=sites,
@@ -256,7 +255,6 @@ def _scores(
     statistics: Mapping[str, MapStatistics],
     images: ImageSource,
     how: Preprocessing,
-    class_names: list[str] | None,
     options: FreezeOptions,
     observer: Observer,
 ) -> dict[str, NDArray[np.float64]]:
@@ -267,7 +265,7 @@ def _scores(
         codes, scales = quantize_rows(module.mean(), options.bits, options.quantizer, where=path)
         maps[path] = dequantize(codes, scales, options.quantizer)
     chosen = images if options.score_images is None else replace(images, limit=options.score_images)
-    folder = chosen.open(model.num_classes, class_names)
+    folder = chosen.open()
     estimated = False
 
     def on_progress(done: int, total: int, seconds_left: float) -> None:
