@@ -11,6 +11,7 @@ came out. A stage whose inputs are the same and whose outputs are still there, u
 from __future__ import annotations
 
 import json
+import os
 import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
@@ -22,14 +23,15 @@ from pydantic import BeforeValidator, Field, JsonValue, ValidationError
 from eamdeploy.artifact import Record, digest_bytes, digest_file
 from eamdeploy.build import build_ort
 from eamdeploy.eam import checkpoint as checkpoints
+from eamdeploy.eam.checkpoint import CheckpointHeader
 from eamdeploy.engines.base import manifest_path
 from eamdeploy.engines.provenance import package_versions, usable_cores
 from eamdeploy.errors import CheckpointError, ConfigError, host_packages
-from eamdeploy.evaluation import evaluate
+from eamdeploy.evaluation import EvaluationReport, evaluate
 from eamdeploy.folder import Split, folder_digest
 from eamdeploy.observer import SILENT, Observer
 from eamdeploy.parity import reference_path
-from eamdeploy.profiling.profile import profile
+from eamdeploy.profiling.profile import Profile, profile
 from eamdeploy.source import ImageSource, read_class_names
 
 if sys.version_info >= (3, 11):
@@ -129,11 +131,20 @@ class RunState(Record):
 
 
 class RunReport(Record):
-    """What `run` did: stage names, and the files that are now in the output folder."""
+    """What `run` did.
+
+    Attributes:
+        ran, reused: stages by name.
+        files: what is now in the output folder, by file name.
+        freezing, evaluation, profile: what the files say, also of reused stages.
+    """
 
     ran: list[str]
     reused: list[str]
     files: dict[str, str]
+    freezing: CheckpointHeader
+    evaluation: EvaluationReport | None
+    profile: Profile
 
 
 @dataclass(frozen=True)
@@ -202,7 +213,15 @@ def run(config: RunConfig, *, force: bool = False, observer: Observer = SILENT) 
             state.write(state_path)
             ran.append(stage.name)
         files.update({file.name: str(file) for file in stage.outputs})
-    return RunReport(ran=ran, reused=reused, files=files)
+    evaluated = config.output / "evaluation.json"
+    return RunReport(
+        ran=ran,
+        reused=reused,
+        files=files,
+        freezing=checkpoints.load(config.output / "model.eam.safetensors").header,
+        evaluation=EvaluationReport.read(evaluated) if config.evaluate else None,
+        profile=Profile.read(config.output / "profile.json"),
+    )
 
 
 # --- the stages ------------------------------------------------------------------------------------------------------
@@ -370,15 +389,17 @@ def _versions(*packages: str) -> dict[str, str]:
 def _anchored(config: RunConfig, root: Path) -> RunConfig:
     """`config` with its paths relative to `root`."""
 
+    def below(path: Path | str) -> Path:
+        return Path(os.path.normpath(root / path))
+
     def anchor(section: Any, key: str) -> Any:
         value = getattr(section, key)
-        return section if value is None else section.model_copy(update={key: root / value})
+        return section if value is None else section.model_copy(update={key: below(value)})
 
-    weights = root / config.model.weights
     model = anchor(config.model, "class_names")
     if config.model.weights not in ("pretrained", "random"):
-        model = model.model_copy(update={"weights": str(weights)})
-    update = {"output": root / config.output, "model": model, "calibrate": anchor(config.calibrate, "data")}
+        model = model.model_copy(update={"weights": str(below(config.model.weights))})
+    update = {"output": below(config.output), "model": model, "calibrate": anchor(config.calibrate, "data")}
     if config.evaluate is not None:
         update["evaluate"] = anchor(config.evaluate, "data")
     return config.model_copy(update=update)

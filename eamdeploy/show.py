@@ -82,13 +82,13 @@ def export(result: Export) -> RenderableType:
 
 
 def run(report: RunReport) -> RenderableType:
-    """Which stages ran, and where the files are."""
-    rows = {
-        "ran": report.ran or "nothing",
-        "unchanged": report.reused or "nothing",
-        "files": list(report.files.values()),
-    }
-    return fields("Run", rows)
+    """What was frozen, what it cost and gained, which stages ran, and where the files are."""
+    ran, unchanged = ", ".join(report.ran) or "nothing", ", ".join(report.reused) or "nothing"
+    stages = fields("Stages", {"ran": ran, "unchanged": unchanged, "files": list(report.files.values())})
+    parts = [checkpoint(report.freezing), profile(report.profile), stages]
+    if report.evaluation is not None:
+        parts.insert(1, evaluation(report.evaluation))
+    return Group(*(line for part in parts for line in (part, Text())))
 
 
 def manifest(built: Manifest) -> RenderableType:
@@ -120,7 +120,7 @@ def evaluation(report: EvaluationReport) -> RenderableType:
             table.add_row(name, f"{model:.1f} %", "" if reference is None else f"{reference:.1f} %")
     if report.agreement is not None and report.kl is not None:
         table.add_row("agreement", f"{report.agreement:.1f} %", "")
-        table.add_row("KL", f"{report.kl:.4f} nats", "")
+        table.add_row("KL", f"{report.kl:.2g} nats", "")
     if report.top1 is None and report.agreement is None:
         return Group(table, Text("Neither labels nor a reference: nothing to compare with. See --reference."))
     return _with_warning(table, report.weights)
