@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 import tempfile
 from collections.abc import Iterator
@@ -52,10 +53,9 @@ def atomic_output(path: Path) -> Iterator[IO[bytes]]:
     full disk, an error or Ctrl-C leaves whatever was at `path` before.
 
     Raises:
-        ConfigError: the folder does not exist, can't be written, or the disk is full.
+        ConfigError: the folder does not exist, can't be written, or the disk is full; or `path` is a folder or device.
     """
-    if path.is_dir():
-        raise ConfigError(f"cannot write {path}", expected="a file name", got="an existing folder")
+    require_output(path)
     temporary: Path | None = None
     try:
         descriptor, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".partial", dir=path.parent)
@@ -75,6 +75,22 @@ def atomic_output(path: Path) -> Iterator[IO[bytes]]:
                 hint="Check that the folder exists, is writable and has free space; nothing there was changed.",
             ) from err
         raise
+
+
+def require_output(path: Path, *inputs: Path) -> None:
+    """A file can be made at `path`, and it replaces none of `inputs`; for stages that work long before they write.
+
+    Raises:
+        ConfigError: the folder does not exist, `path` is a folder or a device, or it is one of `inputs`.
+    """
+    if path.exists() and not path.is_file():
+        kind = "folder" if path.is_dir() else "device"
+        raise ConfigError(f"cannot write {path}", expected="a file name", got=f"an existing {kind}")
+    if not path.parent.is_dir():
+        raise ConfigError(f"cannot write {path}", expected=f"an existing folder {path.parent}", got="no such folder")
+    for source in inputs:
+        if path.exists() and source.exists() and path.samefile(source):
+            raise ConfigError(f"{path} would replace the input {source}", hint="Give another output file.")
 
 
 def write_bytes(path: Path, data: bytes) -> None:
@@ -156,6 +172,13 @@ class Preprocessing(Record):
         if min(size) < 1:
             raise ValueError(f"size must be positive, got {size}")
         return size
+
+    @field_validator("mean", "std")
+    @classmethod
+    def _finite(cls, values: tuple[float, float, float]) -> tuple[float, float, float]:
+        if not all(map(math.isfinite, values)):
+            raise ValueError(f"must be finite, got {values}")
+        return values
 
     @field_validator("std")
     @classmethod

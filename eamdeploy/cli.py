@@ -7,14 +7,14 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
-import click
 import typer
 from rich.console import Console
 
 from eamdeploy import cli_options as options
 from eamdeploy import show
+from eamdeploy.artifact import require_output
 from eamdeploy.console import Terminal, print_result
-from eamdeploy.errors import EamDeployError, ExitCode, host_packages
+from eamdeploy.errors import EamDeployError, host_packages
 from eamdeploy.source import read_class_names
 
 if TYPE_CHECKING:
@@ -35,18 +35,19 @@ def main() -> None:
     arguments = options.split_model_kwargs(sys.argv[1:])
     command = typer.main.get_command(app)
     try:
-        code = command.main(arguments, prog_name="eamdeploy", standalone_mode=False)
+        command(arguments, prog_name="eamdeploy")  # exits by itself: 0, 2 after wrong use, 130 after Ctrl-C
     except EamDeployError as err:
-        Console(stderr=True, soft_wrap=True).print(
-            f"error: {' '.join(str(err).split())}", markup=False, highlight=False
-        )
+        plain = Console(stderr=True, soft_wrap=True, highlight=False, markup=False, emoji=False)
+        plain.print(f"error: {' '.join(str(err).split())}")
         sys.exit(err.exit_code)
-    except click.ClickException as err:
-        err.show()
-        sys.exit(ExitCode.BAD_INPUT)
-    except (KeyboardInterrupt, click.Abort):
-        sys.exit(130)
-    sys.exit(code if isinstance(code, int) else ExitCode.DONE)
+
+
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        from eamdeploy import __version__
+
+        typer.echo(__version__)
+        raise typer.Exit
 
 
 @app.callback()
@@ -54,14 +55,12 @@ def configure(
     context: typer.Context,
     verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Show the libraries' own log messages.")] = False,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Show results and errors only.")] = False,
-    version: Annotated[bool, typer.Option("--version", help="Show the version and exit.")] = False,
+    version: Annotated[
+        bool, typer.Option("--version", is_eager=True, callback=_show_version, help="Show the version and exit.")
+    ] = False,
 ) -> None:
     """Deploy vision transformers with frozen attention maps (EAM) to edge boards."""
-    if version:
-        from eamdeploy import __version__
-
-        typer.echo(__version__)
-        raise typer.Exit
+    del version  # its callback has shown it
     if verbose:
         logging.basicConfig(level=logging.INFO, stream=sys.stderr)
     context.obj = Terminal(quiet=quiet)
@@ -109,6 +108,7 @@ def analyze(
     """Measure the entropy of every attention head over a folder of images; mark what freeze would take."""
     with host_packages("analyze"):
         from eamdeploy.host.freezing import analyze as run_analyze
+    _require_outputs([output, heatmap], [Path(weights)])
     settings = _freeze_options(sparsity, score, bits, quantizer, bins, spacing, seed, score_images)
     with context.obj as terminal:
         result = run_analyze(
@@ -156,6 +156,7 @@ def freeze(
     with host_packages("freeze"):
         from eamdeploy.host.freezing import freeze as run_freeze
     del granularity  # the only one so far
+    _require_outputs([output, heatmap], [Path(weights)])
     with context.obj as terminal:
         header = run_freeze(
             _model_spec(model, weights, model_kwargs, seed),
@@ -192,6 +193,7 @@ def pack(
     with host_packages("pack"):
         from eamdeploy.host.freezing import pack as run_pack
         from eamdeploy.host.maps_file import read_maps
+    _require_outputs([output], [Path(weights), maps])
     width = options.parse_bits(bits)
     header = run_pack(
         _model_spec(model, weights, model_kwargs, seed),
@@ -280,6 +282,7 @@ def evaluate(
     """Measure top-1 and top-5 where there are labels, and agreement and KL against a reference."""
     from eamdeploy.evaluation import evaluate as run_evaluate
 
+    _require_outputs([output], [model])
     source = options.image_source(data, split, images, skip_bad)
     with context.obj as terminal:
         result = run_evaluate(model, source, reference=reference, threads=threads, observer=terminal)
@@ -309,6 +312,7 @@ def profile(
     from eamdeploy.engines.provenance import usable_cores
     from eamdeploy.profiling.profile import profile as run_profile
 
+    _require_outputs([output], engines)
     result = run_profile(
         engines,
         baseline,
@@ -351,6 +355,13 @@ def inspect(
 
     result = run_inspect(file)
     print_result(result, show.inspection(result), as_json=as_json)
+
+
+def _require_outputs(outputs: list[Path | None], inputs: list[Path]) -> None:
+    """Every output that was asked for can be written; checked before minutes of work."""
+    for output in outputs:
+        if output is not None:
+            require_output(output, *inputs)
 
 
 def _model_spec(model: str, weights: str, model_kwargs: list[str], seed: int) -> ModelSpec:

@@ -18,7 +18,7 @@ class Terminal:
     """
 
     def __init__(self, *, quiet: bool) -> None:
-        self._console = Console(stderr=True, highlight=False, soft_wrap=True)
+        self._console = Console(stderr=True, highlight=False, soft_wrap=True, markup=False, emoji=False)
         self._quiet = quiet
         self._tasks: dict[str, TaskID] = {}
         columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
@@ -34,7 +34,7 @@ class Terminal:
     def note(self, text: str) -> None:
         """`text` stands on a line of its own, above the bars."""
         if not self._quiet:
-            self._console.print(text, markup=False)
+            self._console.print(text)
 
     def __enter__(self) -> Terminal:
         self._bars.start()
@@ -50,7 +50,8 @@ def print_result(record: Record, shown: RenderableType, *, as_json: bool) -> Non
     """The record as one JSON document on stdout and `shown` on stderr, or without `as_json` only `shown`, on stdout."""
     # fixed width away from a terminal, so that a table in a file or a log is not folded at 80 columns
     width = None if Console(stderr=as_json).is_terminal else 160
-    Console(stderr=as_json, highlight=False, width=width).print(shown)
+    # names of files and classes may look like markup
+    Console(stderr=as_json, highlight=False, markup=False, emoji=False, width=width).print(shown)
     if as_json:
         plain = Console(soft_wrap=True, highlight=False, markup=False, emoji=False, color_system=None)
         plain.print(record.model_dump_json(indent=2))

@@ -78,7 +78,8 @@ def evaluate(
             other = stack.enter_context(_open(model, threads, frozen=False))
             other_name, other_digest = f"{model} with all attention live", digest_file(model)
         how = _preprocessing(model, candidate, other)
-        folder = images.open_labelled(candidate.num_classes or 2**31, candidate.class_names)
+        class_names = candidate.class_names or (other.class_names if other else None)
+        folder = images.open_labelled(candidate.num_classes or 2**31, class_names)
         result = measure_accuracy(
             candidate.predict,
             folder,

@@ -12,6 +12,7 @@ from pydantic import JsonValue
 
 from eamdeploy.artifact import Freezing, Record, digest_file
 from eamdeploy.eam import checkpoint as checkpoints
+from eamdeploy.eam.quantizers import packed_size
 from eamdeploy.engines.base import Manifest, read_manifest
 from eamdeploy.engines.registry import open_runner
 from eamdeploy.errors import CheckpointError, ConfigError
@@ -53,7 +54,7 @@ def inspect(path: Path) -> Inspection:
 def _checkpoint(path: Path) -> tuple[str, dict[str, JsonValue]]:
     loaded = checkpoints.load(path)
     header = loaded.header
-    packed = sum(item.codes.size * header.freezing.bits for item in loaded.frozen.values()) // 8
+    packed = sum(packed_size(item.codes.size, header.freezing.bits) for item in loaded.frozen.values())
     details: dict[str, JsonValue] = {
         "model": header.timm_model,
         "weights": header.weights,

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -191,9 +191,13 @@ class ReferenceSet:
             ConfigError: the file can't be written.
         """
         with atomic_output(path) as file:
-            np.savez_compressed(
-                file, format=np.int64(_REFERENCE_FORMAT), pixels=self.pixels, logits=self.logits, source=self.source
-            )
+            self.write(file)
+
+    def write(self, file: IO[bytes]) -> None:
+        """`file` has this set as compressed npz, the same bytes each time."""
+        np.savez_compressed(
+            file, format=np.int64(_REFERENCE_FORMAT), pixels=self.pixels, logits=self.logits, source=self.source
+        )
 
     @classmethod
     def load(cls, path: Path) -> ReferenceSet:

@@ -39,6 +39,9 @@ if sys.version_info >= (3, 11):
 else:
     import tomli as tomllib
 
+_REFERENCE_IMAGES = 16
+_Batch = Annotated[int | None, Field(ge=1), BeforeValidator(lambda value: None if value == "dynamic" else value)]
+
 
 class ModelConfig(Record):
     """`[model]`: what `--model`, `--weights` and `--model-kwargs` say."""
@@ -83,7 +86,7 @@ class FreezeConfig(Record):
 class ExportConfig(Record):
     """`[export]`: the options of `eamdeploy export`; `batch` is a number or "dynamic"."""
 
-    batch: Annotated[int | None, BeforeValidator(lambda value: None if value == "dynamic" else value)] = None
+    batch: _Batch = None
     opset: int = 17
     exporter: Literal["auto", "dynamo", "torchscript"] = "auto"
 
@@ -255,10 +258,11 @@ def _freeze_stage(config: RunConfig, observer: Observer) -> _Stage:
         )
 
     weights = Path(model.weights)
-    inputs = {
-        "config": config.model_dump(mode="json", include={"model", "preprocessing", "freeze", "calibrate"}),
+    inputs = {  # names and contents, no paths, so that a run may be moved or started from another folder
+        "config": config.model_dump(mode="json", include={"preprocessing", "freeze"}),
+        "model": [model.name, model.kwargs, weights.name, read_class_names(model.class_names)],
         "weights": digest_file(weights) if weights.is_file() else model.weights,
-        "images": folder_digest(images.open()),
+        "images": [images.root.name, images.skip_bad, folder_digest(images.open())],
         "versions": _versions("eamdeploy", "torch", "timm"),
     }
     return _Stage("freeze", inputs, [output, heatmap], action)
@@ -267,6 +271,7 @@ def _freeze_stage(config: RunConfig, observer: Observer) -> _Stage:
 def _export_stage(config: RunConfig, observer: Observer) -> _Stage:
     checkpoint = config.output / "model.eam.safetensors"
     model, baseline = config.output / "model.onnx", config.output / "baseline.onnx"
+    images = replace(_source(config.calibrate), limit=_REFERENCE_IMAGES)
 
     def action() -> None:
         with host_packages("exporting"):
@@ -278,13 +283,14 @@ def _export_stage(config: RunConfig, observer: Observer) -> _Stage:
             batch=config.export.batch,
             opset=config.export.opset,
             exporter=config.export.exporter,
-            images=replace(_source(config.calibrate), limit=None),
+            images=images,
             observer=observer,
         )
 
     inputs = {
         "config": config.export.model_dump(mode="json"),
         "checkpoint": digest_file(checkpoint),
+        "images": folder_digest(images.open()),
         "versions": _versions("eamdeploy", "torch", "onnx", "onnxscript"),
     }
     outputs = [model, baseline, reference_path(model), reference_path(baseline)]

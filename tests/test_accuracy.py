@@ -11,18 +11,18 @@ from hypothesis.extra import numpy as npst
 from numpy.typing import NDArray
 from PIL import Image
 
-from eamdeploy.artifact import Preprocessing
-from eamdeploy.errors import ConfigError, EngineError, ParityError
 from eamdeploy.accuracy import (
     Evaluation,
     Predict,
-    measure_accuracy,
     kl_divergence,
     mean_kl,
+    measure_accuracy,
     same_top1,
     top_k_hits,
     with_fixed_batch,
 )
+from eamdeploy.artifact import Preprocessing
+from eamdeploy.errors import ConfigError, EngineError, ParityError
 from eamdeploy.images import ImageFolder, open_folder
 
 Floats = NDArray[np.float32]

@@ -38,7 +38,7 @@ class Skip:
     node: str
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Projection:
     """One of the three linear layers in front of attention, head by head.
 
@@ -55,7 +55,7 @@ class Projection:
         return Projection(self.weight[:, heads], None if self.bias is None else self.bias[heads])
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Norm:
     """A normalization of each head's vector on its own (q/k norm), as a piece of graph to copy.
 
@@ -69,7 +69,7 @@ class Norm:
     nodes: tuple[gs.Node, ...]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Attention:
     """One self-attention found in a graph.
 
@@ -101,7 +101,7 @@ class Attention:
     layout: tuple[tuple[str, ...], tuple[str, ...], tuple[str, ...]]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class _Linear:
     """x · weight + bias, with weight `[D, C]` and bias `[C]` or None, written to `out`."""
 
@@ -111,7 +111,7 @@ class _Linear:
     out: gs.Tensor
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class _Operand:
     """One input of an attention product, followed back to its linear layer; `scale` is applied behind the norm."""
 
@@ -122,7 +122,7 @@ class _Operand:
     layout: tuple[str, ...]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class _Candidate:
     """All tensors around one softmax, before the layouts between them are proved."""
 
@@ -199,7 +199,7 @@ def _candidate(softmax: gs.Node) -> _Candidate:
         node = _only_consumer(merged, node)
     if merged is context:
         raise _Refused("heads are not merged behind the product with values", softmax)
-    if node.op != "MatMul" or node.inputs[0] is not merged or not isinstance(node.inputs[1], gs.Constant):
+    if node.op != "MatMul" or not _is_matrix(node.inputs[1]):
         raise _Refused(f"the merged heads feed {node.op}, not a constant output projection", softmax)
     return _Candidate(softmax, query, key, value, scale, context, merged, node)
 
@@ -254,12 +254,16 @@ def _linear(tensor: gs.Tensor) -> _Linear | None:
         if len(constants) != 1 or len(others) != 1 or len(others[0].inputs) != 1:
             return None
         bias, node = constants[0].values, others[0].inputs[0]
-    if node.op != "MatMul" or not isinstance(node.inputs[1], gs.Constant) or node.inputs[1].values.ndim != 2:
+    if node.op != "MatMul" or not _is_matrix(node.inputs[1]):
         return None
     weight = node.inputs[1].values
     if bias is not None and bias.shape != weight.shape[1:]:
         return None
     return _Linear(node.inputs[0], weight, bias, tensor)
+
+
+def _is_matrix(tensor: gs.Tensor) -> bool:
+    return isinstance(tensor, gs.Constant) and tensor.values.ndim == 2
 
 
 def _norm(result: gs.Tensor, at: gs.Node) -> Norm:
@@ -289,6 +293,8 @@ def _norm(result: gs.Tensor, at: gs.Node) -> Norm:
 
 def _per_vector(node: gs.Node) -> bool:
     """Whether `node` treats every vector along the last axis of a 4-D tensor alike."""
+    if any(tensor.values.ndim > 1 for tensor in node.inputs if isinstance(tensor, gs.Constant)):
+        return False
     if node.op == "ReduceMean":
         axes = node.attrs.get("axes")
         if axes is None and len(node.inputs) == 2 and isinstance(node.inputs[1], gs.Constant):
@@ -296,7 +302,7 @@ def _per_vector(node: gs.Node) -> bool:
         return axes is not None and list(axes) in ([-1], [3]) and node.attrs.get("keepdims", 1) == 1
     if node.op.endswith("Normalization"):
         return node.attrs.get("axis", -1) in (-1, 3)
-    return all(t.values.ndim <= 1 for t in node.inputs if isinstance(t, gs.Constant))
+    return True
 
 
 def _producer(tensor: gs.Tensor, at: gs.Node) -> gs.Node:
@@ -338,12 +344,14 @@ def _attention(candidate: _Candidate, origins: dict[str, Origin]) -> Attention:
     value = _head_columns(candidate, candidate.value, origins, transposed=False)
     if not query.shape == key.shape == value.shape:
         raise _Refused("queries, keys and values differ in heads or size", candidate.softmax)
-    heads, head_dim = query.shape
-    merged = origins[candidate.merged.name]
-    batch, tokens = merged.row.shape[:2]
+    batch, heads, tokens, head_dim = origins[candidate.query.tensor.name].row.shape
     b, n, h, j = np.ogrid[:batch, :tokens, :heads, :head_dim]
-    same = merged.row.shape == (batch, tokens, heads * head_dim)
-    if not same or not _equal(merged, (b * heads + h) * tokens + n, j, (batch, tokens, heads, head_dim)):
+    merged = origins[candidate.merged.name]
+    row, column = (
+        np.broadcast_to(numbers, (batch, tokens, heads, head_dim)).reshape(batch, tokens, heads * head_dim)
+        for numbers in ((b * heads + h) * tokens + n, j)
+    )
+    if not (np.array_equal(merged.row, row) and np.array_equal(merged.column, column)):
         raise _Refused("heads are not merged side by side, token by token", candidate.softmax)
     return Attention(
         x=candidate.query.linear.x,
@@ -365,39 +373,39 @@ def _attention(candidate: _Candidate, origins: dict[str, Origin]) -> Attention:
 
 def _head_columns(
     candidate: _Candidate, operand: _Operand, origins: dict[str, Origin], *, transposed: bool
-) -> NDArray[np.int64]:
+) -> NDArray[np.int32]:
     """`[H, d]`: which column of the linear layer each head's vector is made of.
 
     Raises:
         _Refused: the operand is not `[B, H, N, d]` (keys: `[B, H, d, N]`) with every token in its own place.
     """
-    final = origins[operand.tensor.name]
-    row, column = final.row, final.column
-    if transposed:
-        row, column = row.swapaxes(-1, -2), column.swapaxes(-1, -2)
-    if row.ndim != 4:
-        raise _Refused(f"an operand of the product has {row.ndim} dimensions, not 4", candidate.softmax)
+    origin = origins[operand.tensor.name]
+    if origin.row.ndim != 4:
+        raise _Refused(f"an operand of the product has {origin.row.ndim} dimensions, not 4", candidate.softmax)
+    axes = (0, 1, 3, 2) if transposed else (0, 1, 2, 3)
+    row, column = origin.row.transpose(axes), origin.column.transpose(axes)
     batch, heads, tokens, head_dim = row.shape
     b, h, n, j = np.ogrid[:batch, :heads, :tokens, :head_dim]
     if operand.norm is not None:
-        if not _equal(Origin(row, column), (b * heads + h) * tokens + n, j, row.shape):
+        if not (_equal(row, (b * heads + h) * tokens + n) and _equal(column, j)):
             raise _Refused("heads or tokens change places behind the norm", candidate.softmax)
         origin = origins[operand.norm.source.name]
         row, column = origin.row, origin.column
         if row.shape != (batch, heads, tokens, head_dim):
             raise _Refused("a norm works on another shape than the product", candidate.softmax)
-    columns = column[0, :, 0, :]
-    if not _equal(Origin(row, column), b * tokens + n, columns[None, :, None, :], row.shape):
+    if origin.source_shape[:-1] != (batch, tokens):
+        reason = f"a linear layer writes {list(origin.source_shape)}, the product reads {batch} × {tokens} tokens"
+        raise _Refused(reason, candidate.softmax)
+    columns: NDArray[np.int32] = column[0, :, 0, :]
+    if not (_equal(row, b * tokens + n) and _equal(column, columns[:, None, :])):
         raise _Refused("tokens or images are mixed in front of the product", candidate.softmax)
     return columns
 
 
-def _equal(origin: Origin, row: NDArray[np.int64], column: NDArray[np.int64], shape: tuple[int, ...]) -> bool:
-    return bool(
-        np.array_equal(origin.row.reshape(shape), np.broadcast_to(row, shape))
-        and np.array_equal(origin.column.reshape(shape), np.broadcast_to(column, shape))
-    )
+def _equal(numbers: NDArray[np.int32], expected: NDArray[np.integer]) -> bool:
+    """Whether `numbers` holds `expected`, broadcast to its shape."""
+    return np.array_equal(numbers, np.broadcast_to(expected, numbers.shape))
 
 
-def _project(linear: _Linear, columns: NDArray[np.int64]) -> Projection:
+def _project(linear: _Linear, columns: NDArray[np.int32]) -> Projection:
     return Projection(linear.weight[:, columns], None if linear.bias is None else linear.bias[columns])

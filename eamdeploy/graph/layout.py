@@ -8,7 +8,8 @@ same permutation looks alike and any other permutation is caught.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import numpy as np
@@ -24,20 +25,22 @@ LAYOUT_OPS = frozenset(
 _PROBE_BATCH = 2
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Origin:
     """Where each element of a probed tensor comes from in its source `[B, N, C]`.
 
     Attributes:
-        row: int64, shape of the probed tensor: b·N + n of the source element.
-        column: int64, the same shape: its index c.
+        row: int32, shape of the probed tensor: b·N + n of the source element.
+        column: int32, the same shape: its index c.
+        source_shape: B, N and C.
     """
 
-    row: NDArray[np.int64]
-    column: NDArray[np.int64]
+    row: NDArray[np.int32]
+    column: NDArray[np.int32]
+    source_shape: tuple[int, ...]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Probe:
     """One question to `probe`: with `source` numbered, what does `target` hold?
 
@@ -62,25 +65,19 @@ def probe(graph: gs.Graph, probes: Sequence[Probe]) -> list[Origin]:
     Raises:
         UnsupportedGraph: the graph between can't be run on numbers.
     """
-    sources = {p.source.name: p.source for p in probes}
-    shapes = _measured_shapes(graph, list(sources))
+    shapes = _measured_shapes(graph, list(dict.fromkeys(p.source.name for p in probes)))
     session = _cut_session(graph, shapes, [p.target.name for p in probes])
-    wanted = {value.name for value in session.get_inputs()}
-    feed = {name: value for name, value in _blank_inputs(graph).items() if name in wanted}
-    rows_of: dict[str, NDArray[np.float32]] = {}
-    columns_of: dict[str, NDArray[np.float32]] = {}
+    images = _blank_inputs(graph)
+    rows: dict[str, NDArray[np.float32]] = {}
+    columns: dict[str, NDArray[np.float32]] = {}
     for name, shape in shapes.items():
-        rows, columns = int(np.prod(shape[:-1])), shape[-1]
-        rows_of[name] = np.repeat(np.arange(rows, dtype=np.float32), columns).reshape(shape)
-        columns_of[name] = np.tile(np.arange(columns, dtype=np.float32), rows).reshape(shape)
+        numbers = np.divmod(np.arange(np.prod(shape)).reshape(shape), shape[-1])
+        rows[name], columns[name] = (part.astype(np.float32) for part in numbers)
     answers = [
-        _run(session, feed | {name: value for name, value in numbers.items() if name in wanted})
-        for numbers in (rows_of, columns_of)
+        [np.rint(found / p.factor).astype(np.int32) for p, found in zip(probes, _run(session, fed), strict=True)]
+        for fed in (images | rows, images | columns)
     ]
-    return [
-        Origin(np.rint(row / p.factor).astype(np.int64), np.rint(column / p.factor).astype(np.int64))
-        for p, row, column in zip(probes, *answers, strict=True)
-    ]
+    return [Origin(row, column, shapes[p.source.name]) for p, row, column in zip(probes, *answers, strict=True)]
 
 
 def _measured_shapes(graph: gs.Graph, names: Sequence[str]) -> dict[str, tuple[int, ...]]:
@@ -129,14 +126,24 @@ def _session(graph: gs.Graph) -> onnxruntime.InferenceSession:
     options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
     model = gs.export_onnx(graph)
     del model.graph.value_info[:]
-    return onnxruntime.InferenceSession(
-        model.SerializeToString(), sess_options=options, providers=["CPUExecutionProvider"]
-    )
+    with _refusals():
+        return onnxruntime.InferenceSession(
+            model.SerializeToString(), sess_options=options, providers=["CPUExecutionProvider"]
+        )
 
 
 def _run(session: onnxruntime.InferenceSession, feed: Mapping[str, NDArray[np.generic]]) -> list[NDArray[np.float32]]:
+    """The outputs of `session`; what it does not read of `feed` is ignored."""
+    wanted = {value.name for value in session.get_inputs()}
+    with _refusals():
+        result: list[NDArray[np.float32]] = session.run(None, {k: v for k, v in feed.items() if k in wanted})
+    return result
+
+
+@contextmanager
+def _refusals() -> Iterator[None]:
+    """Inside the block, what ONNX Runtime can't load or run is an `UnsupportedGraph`."""
     try:
-        result: list[NDArray[np.float32]] = session.run(None, dict(feed))
+        yield
     except Exception as err:  # onnxruntime raises many kinds
         raise UnsupportedGraph(f"cannot run the layout around attention on element numbers: {err}") from err
-    return result

@@ -6,15 +6,18 @@ The rest of `graph` and all passes work on an onnx-graphsurgeon graph (`gs.Graph
 
 from __future__ import annotations
 
-import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import onnx
 import onnx_graphsurgeon as gs
+import onnxruntime
+from onnx_graphsurgeon.logger import G_LOGGER
 
 from eamdeploy.artifact import CARD_KEY, ModelCard
 from eamdeploy.errors import UnsupportedGraph
 
-logging.getLogger("onnx_graphsurgeon").setLevel(logging.ERROR)
+_ORT_FATAL, _ORT_WARNING = 4, 2
 
 
 def to_graph(model: onnx.ModelProto) -> gs.Graph:
@@ -23,9 +26,10 @@ def to_graph(model: onnx.ModelProto) -> gs.Graph:
     Folding turns an exporter's `Constant`, `Identity` and shape arithmetic into initializers, so that what follows sees
     one spelling of either exporter. Quantize and dequantize nodes are never folded.
     """
-    graph = gs.import_onnx(onnx.shape_inference.infer_shapes(model, data_prop=True))
-    graph.fold_constants()
-    return graph.cleanup().toposort()
+    with _quiet():
+        graph = gs.import_onnx(onnx.shape_inference.infer_shapes(model, data_prop=True))
+        graph.fold_constants()
+        return graph.cleanup().toposort()
 
 
 def to_model(graph: gs.Graph) -> onnx.ModelProto:
@@ -34,10 +38,11 @@ def to_model(graph: gs.Graph) -> onnx.ModelProto:
     Raises:
         UnsupportedGraph: the checker refuses it; the message is the checker's.
     """
-    model = gs.export_onnx(graph)
+    with _quiet():
+        model = gs.export_onnx(graph)
     del model.graph.value_info[:]
-    inferred = onnx.shape_inference.infer_shapes(model, strict_mode=True, data_prop=True)
     try:
+        inferred = onnx.shape_inference.infer_shapes(model, strict_mode=True, data_prop=True)
         onnx.checker.check_model(inferred, full_check=True)
     except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as err:
         raise UnsupportedGraph(f"the rewritten graph is not valid ONNX: {err}") from err
@@ -63,3 +68,14 @@ def card_of(model: onnx.ModelProto, where: str) -> ModelCard | None:
         if entry.key == CARD_KEY:
             return ModelCard.parse(entry.value, where)
     return None
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Inside the block, graphsurgeon does not print on stdout, nor the sessions it folds constants in on stderr."""
+    onnxruntime.set_default_logger_severity(_ORT_FATAL)
+    try:
+        with G_LOGGER.suppress():
+            yield
+    finally:
+        onnxruntime.set_default_logger_severity(_ORT_WARNING)  # its default; onnxruntime can't be asked

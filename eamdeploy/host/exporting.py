@@ -2,13 +2,22 @@
 
 from __future__ import annotations
 
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
-from eamdeploy.artifact import ModelCard, Preprocessing, Record, digest_bytes, digest_file, write_bytes
+from eamdeploy.artifact import (
+    ModelCard,
+    Preprocessing,
+    Record,
+    atomic_output,
+    digest_bytes,
+    digest_file,
+    require_output,
+)
 from eamdeploy.eam import checkpoint as checkpoints
 from eamdeploy.eam.checkpoint import Checkpoint
 from eamdeploy.eam.quantizers import integer_values
@@ -89,8 +98,11 @@ def export(
         UnsupportedGraph: the model can't be exported, or a frozen head could not be accounted for.
         ParityError: the graph does not compute what the checkpoint means; nothing is written.
     """
+    paths = [output] if baseline is None else [output, baseline]
     if baseline is not None and baseline.resolve() == output.resolve():
         raise ConfigError(f"the baseline would replace the model {output}", hint="Give --baseline another file name.")
+    for path in paths:
+        require_output(path, checkpoint)
     loaded = checkpoints.load(checkpoint)
     live = load_reference(loaded, frozen=False, where=str(checkpoint))
     modules = _attention_modules(loaded, live, opset)
@@ -113,8 +125,8 @@ def export(
     if baseline is not None:
         unfrozen = [replace(module, frozen=None) for module in modules]
         drafts.append(_draft(stock, unfrozen, live, card, pixels, source))
-    paths = [output] if baseline is None else [output, baseline]
-    written = [_publish(draft, path) for draft, path in zip(drafts, paths, strict=True)]
+    with ExitStack() as files:
+        written = [_write(draft, path, files) for draft, path in zip(drafts, paths, strict=True)]
     return Export(frozen=written[0], baseline=written[1] if baseline is not None else None)
 
 
@@ -175,9 +187,14 @@ def _draft(
     return _Draft(data, card, results, len(model.graph.node), parity, references)
 
 
-def _publish(draft: _Draft, path: Path) -> ExportedModel:
-    write_bytes(path, draft.model)
-    draft.reference.save(reference_path(path))
+def _write(draft: _Draft, path: Path, files: ExitStack) -> ExportedModel:
+    """The model and its reference set are written; they appear when `files` is closed."""
+    model_file = files.enter_context(atomic_output(path))
+    reference_file = files.enter_context(atomic_output(reference_path(path)))
+    model_file.write(draft.model)
+    draft.reference.write(reference_file)
+    for file in (model_file, reference_file):
+        file.flush()  # a full disk shows here, and not after another file was renamed
     return ExportedModel(
         file=str(path),
         digest=digest_bytes(draft.model),

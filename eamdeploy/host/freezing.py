@@ -10,7 +10,7 @@ from typing import Any, Literal, get_args
 import numpy as np
 from numpy.typing import NDArray
 
-from eamdeploy.artifact import Freezing, Preprocessing, Record
+from eamdeploy.artifact import Freezing, Preprocessing, Record, require_output
 from eamdeploy.eam import checkpoint as checkpoints
 from eamdeploy.eam import scores as map_scores
 from eamdeploy.eam.checkpoint import AttentionShape, Calibration, Checkpoint, CheckpointHeader, FrozenMaps
@@ -116,7 +116,7 @@ def analyze(
     Raises:
         ConfigError, CheckpointError, UnsupportedGraph: model, weights, images or options can't be used.
     """
-    done = _calibrate(spec, images, options, overrides, observer)
+    done = _calibrate(spec, images, options, overrides, None, observer)
     scores = {name: map_scores.score_heads(done.statistics, name) for name in ("entropy", "row-entropy", "variance")}
     return Analysis(
         timm_model=spec.name,
@@ -151,7 +151,8 @@ def freeze(
         ConfigError, CheckpointError, UnsupportedGraph: model, weights, images or options can't be used, or `output`
             can't be written; what was there stays.
     """
-    done = _calibrate(spec, images, options, overrides, observer)
+    require_output(output, Path(spec.weights))
+    done = _calibrate(spec, images, options, overrides, class_names, observer)
     frozen = {
         path: _quantize(path, np.array(heads), done.statistics[path].mean()[list(heads)], options)
         for path, heads in done.selection.heads.items()
@@ -187,8 +188,10 @@ def pack(
     Raises:
         ConfigError, CheckpointError, UnsupportedGraph: model, weights or maps can't be used, or `output` not written.
     """
+    require_output(output, Path(spec.weights))
     model = load_model(spec)
     sites = attention_sites(model)
+    _check_class_names(class_names, model.num_classes)
     shapes = _shapes(sites)
     unknown = [path for path in maps if path not in shapes]
     if unknown:
@@ -212,12 +215,14 @@ def _calibrate(
     images: ImageSource,
     options: FreezeOptions,
     overrides: PreprocessingOverrides,
+    class_names: list[str] | None,
     observer: Observer,
 ) -> _Calibrated:
     """Everything that `analyze` and `freeze` share: statistics over the images, scores, selection."""
     _check(options)
     model = load_model(spec)
     sites = attention_sites(model)
+    _check_class_names(class_names, model.num_classes)
     how = preprocessing_of(model, overrides)
     folder = images.open()
     statistics = collect_statistics(
@@ -247,6 +252,11 @@ def _check(options: FreezeOptions) -> None:
     if options.score not in SCORES:
         raise ConfigError("unknown score", expected=f"one of {', '.join(SCORES)}", got=options.score)
     quantize_rows(np.ones((1, 1)), options.bits, options.quantizer)
+
+
+def _check_class_names(class_names: list[str] | None, num_classes: int) -> None:
+    if class_names is not None and len(class_names) != num_classes:
+        raise ConfigError("the class names don't fit the model", expected=f"{num_classes} names", got=len(class_names))
 
 
 def _scores(

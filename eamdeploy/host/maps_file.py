@@ -14,6 +14,7 @@ With codes, the scale of a row is 1 ÷ Σ code² (`squared`) or 1 ÷ Σ code (`u
 from __future__ import annotations
 
 import zipfile
+import zlib
 from pathlib import Path
 from typing import Any
 
@@ -71,11 +72,15 @@ def _check_codes(
     codes: NDArray[Any], where: str, bits: Bits, quantizer: Quantizer
 ) -> tuple[NDArray[np.uint8], NDArray[np.float32]]:
     largest = 2**bits - 1
-    if not np.issubdtype(codes.dtype, np.integer) or codes.min() < 0 or codes.max() > largest:
+    if codes.size == 0 or not np.issubdtype(codes.dtype, np.integer):
+        raise CheckpointError(
+            f"{where} are no codes", expected="integers [F, N, N]", got=f"{codes.dtype} {list(codes.shape)}"
+        )
+    if codes.min() < 0 or codes.max() > largest:
         raise CheckpointError(
             f"{where} out of range",
             expected=f"integers in 0 … {largest} ({bits} bits)",
-            got=f"{codes.dtype} in {codes.min()} … {codes.max()}",
+            got=f"{codes.min()} … {codes.max()}",
             hint="See --bits.",
         )
     small = codes.astype(np.uint8)
@@ -92,14 +97,17 @@ def _read_arrays(path: Path) -> dict[str, NDArray[Any]]:
         raise ConfigError(f"no file of maps at {path}")
     try:
         if path.suffix == ".npz":
-            with np.load(path, allow_pickle=False) as archive:
+            archive = np.load(path, allow_pickle=False)
+            if not isinstance(archive, np.lib.npyio.NpzFile):
+                raise ValueError("one array, not an archive of named arrays")
+            with archive:
                 return dict(archive)
         from safetensors import SafetensorError
         from safetensors.numpy import load_file
-    except (OSError, ValueError, zipfile.BadZipFile) as err:
+    except (OSError, ValueError, EOFError, NotImplementedError, zipfile.BadZipFile, zlib.error) as err:
         raise CheckpointError(f"{path} is damaged or no .npz file", got=str(err)) from err
     try:
         arrays: dict[str, NDArray[Any]] = load_file(path)
-    except (OSError, SafetensorError) as err:
+    except (OSError, SafetensorError, TypeError) as err:  # TypeError: bfloat16, which numpy does not have
         raise CheckpointError(f"{path} is damaged or no safetensors file", got=str(err)) from err
     return arrays

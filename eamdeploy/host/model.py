@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import difflib
 import math
+import pickle
+import re
+import warnings
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -11,6 +15,7 @@ from typing import Any
 import numpy as np
 import timm
 import torch
+from pydantic import ValidationError
 from timm.data import resolve_data_config
 from timm.models import load_state_dict
 from torch import nn
@@ -86,15 +91,22 @@ def read_weights(path: Path) -> dict[str, torch.Tensor]:
             f"no weights file at {path}", hint="Use --weights pretrained, --weights random or an existing file."
         )
     try:
-        state = load_state_dict(str(path), use_ema=True, device="cpu", weights_only=True)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # torch warns of the pickles that it then refuses
+            state = load_state_dict(str(path), use_ema=True, device="cpu", weights_only=True)
     except Exception as err:  # safetensors, zipfile and torch each raise their own kinds
-        if "weights_only" in str(err) or "npickl" in str(err):
+        refusal = err.__cause__ or err  # timm wraps torch's
+        if isinstance(refusal, pickle.UnpicklingError) and _is_pickle(path):
+            stranger = re.search(r"GLOBAL (\S+)", str(refusal))
             raise CheckpointError(
-                f"{path} wants unpickling, which can run code, and is not loaded ({str(err).splitlines()[0]})",
+                f"{path} wants unpickling, which can run code, and is not loaded",
+                expected="tensors, numbers and texts only",
+                got=stranger and stranger[1],
                 hint="Save its state dict alone, best as safetensors.",
             ) from err
+        foreign = isinstance(refusal, pickle.UnpicklingError)
         raise CheckpointError(
-            f"cannot read weights from {path}: {str(err).splitlines()[0] if str(err) else type(err).__name__}",
+            f"cannot read weights from {path}: {'no PyTorch file' if foreign else _first_line(err)}",
             hint="The file is truncated or in another format; .safetensors and .pth are supported.",
         ) from err
     if not isinstance(state, dict) or not state or not all(isinstance(v, torch.Tensor) for v in state.values()):
@@ -152,10 +164,10 @@ def preprocessing_of(model: Any, overrides: PreprocessingOverrides) -> Preproces
     known = {key: config[key] for key in ("mean", "std", "interpolation", "crop_pct", "crop_mode")}
     try:
         return Preprocessing.model_validate({"size": (height, width), **known, **told})
-    except ValueError as err:
+    except ValidationError as err:
+        first = err.errors()[0]
         raise ConfigError(
-            f"preprocessing is not supported: {err}",
-            hint="Use --interpolation bicubic|bilinear|nearest|lanczos, and --crop-pct in (0, 1].",
+            f"preprocessing is not supported: {first['loc'][0]}: {first['msg']}", got=first["input"]
         ) from err
 
 
@@ -166,7 +178,7 @@ def to_numpy(model: nn.Module) -> dict[str, np.ndarray[Any, Any]]:
 
 def _create(spec: ModelSpec, *, pretrained: bool) -> nn.Module:
     if not timm.is_model(spec.name):
-        similar = timm.list_models(f"{spec.name.split('_')[0]}*")[:5]
+        similar = difflib.get_close_matches(spec.name, timm.list_models(), n=5)
         raise ConfigError(
             f"timm {timm.__version__} has no model {spec.name!r}",
             hint=f"Similar: {', '.join(similar)}." if similar else "See timm.list_models().",
@@ -174,14 +186,23 @@ def _create(spec: ModelSpec, *, pretrained: bool) -> nn.Module:
     try:
         model: nn.Module = timm.create_model(spec.name, pretrained=pretrained, **spec.kwargs)
     except Exception as err:  # timm, torch and the hub's client raise many kinds
-        first = str(err).splitlines()[0] if str(err) else type(err).__name__
         if pretrained:
             raise ConfigError(
-                f"cannot get the pretrained weights of {spec.name}: {first}",
+                f"cannot get the pretrained weights of {spec.name}: {_first_line(err)}",
                 hint="Without a network use --weights FILE, or --weights random to measure latency only.",
             ) from err
-        raise ConfigError(f"timm cannot make {spec.name} with {dict(spec.kwargs)}: {first}") from err
+        raise ConfigError(f"timm cannot make {spec.name} with {dict(spec.kwargs)}: {_first_line(err)}") from err
     return model
+
+
+def _is_pickle(path: Path) -> bool:
+    """Whether the file starts like torch's zip archive or like a pickle; a text saved in its place does not."""
+    with path.open("rb") as file:
+        return file.read(1) in (b"P", b"\x80")
+
+
+def _first_line(err: Exception) -> str:
+    return str(err).splitlines()[0].rstrip(".") if str(err) else type(err).__name__
 
 
 def _check_finite(model: nn.Module, source: str) -> None:

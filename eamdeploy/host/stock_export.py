@@ -52,11 +52,13 @@ def export_stock(
         batch: fixed B, or None for a dynamic one.
 
     Raises:
-        ConfigError: the opset is out of range.
+        ConfigError: the opset or the batch is out of range.
         UnsupportedGraph: torch can't export the model, or not at this opset.
     """
     if not MIN_OPSET <= opset <= MAX_OPSET:
         raise ConfigError("opset out of range", expected=f"{MIN_OPSET} … {MAX_OPSET}", got=opset)
+    if batch is not None and batch < 1:
+        raise ConfigError("the batch can't be exported", expected="None or at least 1 image", got=batch)
     failures = []
     for name in ("dynamo", "torchscript") if exporter == "auto" else (exporter,):
         try:

@@ -1,8 +1,8 @@
 """Attention without a 5-D reshape, transpose, split and squeeze chain around it.
 
 Before:  x·Wqkv ─ Reshape [B,N,3,H,d] ─ Transpose ─ Split|Slice|Gather ─ Squeeze ─ … ─ merged
-After:   x·Wqkv ─ Split ─ Reshape [B,N,H,d] ─ Transpose [B,H,N,d] ─ … ─ merged
-Shapes:  x [B,N,D]  Wqkv [D,3·H·d]  merged [B,N,H·d]
+After:   x·Wq, x·Wk, x·Wv ─ Reshape [B,N,H,d] ─ Transpose [B,H,N,d] ─ … ─ merged
+Shapes:  x [B,N,D]  Wqkv [D,3·H·d]  Wq, Wk, Wv [D,H·d]  merged [B,N,H·d]
 Needs:   attention as `graph.attention` finds it, not yet in this form
 Exact:   bit for bit up to the order of additions inside a product (tolerance f32-reassoc)
 Source:  DESIGN §5.7
@@ -30,5 +30,5 @@ class CanonicalAttention:
 
     def rewrite(self, graph: gs.Graph, match: Attention) -> None:
         """The output projection reads the canonical form."""
-        writer = GraphWriter(graph, f"{match.projection.name}/canonical")
+        writer = GraphWriter(graph, f"{match.merged.name}/canonical")
         match.projection.inputs[0] = emit_attention(writer, match, frozen=None)

@@ -23,7 +23,7 @@ from eamdeploy.graph.attention import Attention, Skip, find_attention
 from eamdeploy.graph.emit import GraphWriter, IntegerMaps, emit_attention
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class AttentionModule:
     """An attention module of the checkpoint, in the model's order.
 
@@ -38,7 +38,7 @@ class AttentionModule:
     frozen: IntegerMaps | None
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class _Match:
     module: AttentionModule
     attention: Attention
@@ -57,18 +57,22 @@ class FreezeHeads:
         self._modules = tuple(modules)
 
     def match(self, graph: gs.Graph) -> list[_Match | Skip]:
-        """One match for every module with frozen heads.
+        """One match for every module with frozen heads; a `Skip` for one that the graph does not have.
+
+        Modules with the same value weights are told apart by their order.
 
         Raises:
-            UnsupportedGraph: a module with frozen heads is not found, or another one stands in its place.
+            UnsupportedGraph: a module's frozen maps do not fit the attention with its value weights.
         """
         items = find_attention(graph)
-        found = [item for item in items if isinstance(item, Attention)]
+        unclaimed = [item for item in items if isinstance(item, Attention)]
         result: list[_Match | Skip] = [item for item in items if isinstance(item, Skip)]
         for module in self._modules:
+            attention = next((item for item in unclaimed if _is_module(item, module)), None)
+            if attention is not None:
+                unclaimed.remove(attention)
             if module.frozen is None:
                 continue
-            attention = next((item for item in found if _is_module(item, module)), None)
             if attention is None:
                 result.append(Skip(f"no attention of the graph has the value weights of {module.path}", module.path))
                 continue
@@ -95,14 +99,19 @@ def _is_module(attention: Attention, module: AttentionModule) -> bool:
 
 
 def _check_maps(path: str, frozen: IntegerMaps, attention: Attention) -> None:
-    expected = (len(frozen.heads), attention.tokens, attention.tokens)
-    if frozen.integers.shape != expected:
+    if not frozen.heads or list(frozen.heads) != sorted({*frozen.heads} & {*range(attention.heads)}):
         raise UnsupportedGraph(
-            f"the frozen maps of {path} do not fit the graph", expected=list(expected), got=list(frozen.integers.shape)
+            f"the frozen heads of {path} do not fit the graph",
+            expected=f"some of 0…{attention.heads - 1}, ascending",
+            got=list(frozen.heads),
         )
-    if frozen.heads and not 0 <= min(frozen.heads) <= max(frozen.heads) < attention.heads:
+    size = [len(frozen.heads), attention.tokens, attention.tokens]
+    expected, got = (size, size[:-1]), (list(frozen.integers.shape), list(frozen.scales.shape))
+    if got != expected:
         raise UnsupportedGraph(
-            f"{path} freezes a head that the graph lacks", expected=f"0…{attention.heads - 1}", got=max(frozen.heads)
+            f"the frozen maps of {path} do not fit the graph",
+            expected=f"integers {expected[0]} and scales {expected[1]}",
+            got=f"{got[0]} and {got[1]}",
         )
 
 

@@ -4,6 +4,7 @@
 |---------------------|---------------------|-----------------------------------------|
 | canonical_attention | -                   | every attention module                  |
 | freeze_heads        | canonical_attention | every attention module with frozen maps |
+| fusable_gelu        | -                   | wherever the exporter spelled it so     |
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from typing import Any
 from eamdeploy.passes.base import PlannedPass
 from eamdeploy.passes.canonical_attention import CanonicalAttention
 from eamdeploy.passes.freeze_heads import AttentionModule, FreezeHeads
+from eamdeploy.passes.fusable_gelu import FusableGelu
 
 
 def plan_passes(modules: Sequence[AttentionModule]) -> list[PlannedPass[Any]]:
@@ -22,4 +24,5 @@ def plan_passes(modules: Sequence[AttentionModule]) -> list[PlannedPass[Any]]:
     plan: list[PlannedPass[Any]] = [PlannedPass(CanonicalAttention(), expected=len(modules))]
     if frozen:
         plan.append(PlannedPass(FreezeHeads(modules), expected=frozen))
+    plan.append(PlannedPass(FusableGelu(), expected=None))
     return plan

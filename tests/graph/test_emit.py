@@ -1,0 +1,132 @@
+from __future__ import annotations
+
+from collections import Counter
+
+import numpy as np
+import onnx_graphsurgeon as gs
+import onnxruntime
+import pytest
+from attention_graphs import HEAD_DIM, B, C, H, N, Spelling
+
+from eamdeploy.graph.attention import Attention, find_attention
+from eamdeploy.graph.emit import GraphWriter, IntegerMaps, emit_attention, emit_maps, is_canonical
+from eamdeploy.graph.model import to_graph
+
+ALL_LIVE = Counter(MatMul=5, Add=3, Reshape=4, Transpose=4, Mul=1, Softmax=1)
+FROZEN_BESIDE = Counter(MatMul=2, Add=1, Reshape=2, Transpose=1, DequantizeLinear=1, Concat=1)
+ALL_FROZEN = Counter(MatMul=2, Add=1, Reshape=3, Transpose=2, DequantizeLinear=1)
+
+
+def maps(*heads: int, dtype: type[np.unsignedinteger] = np.uint8) -> IntegerMaps:
+    rng = np.random.default_rng(3)
+    integers = rng.integers(1, np.iinfo(dtype).max, (len(heads), N, N), dtype, endpoint=True)
+    return IntegerMaps(heads, integers, rng.uniform(0.1, 1, (len(heads), N)).astype(np.float32))
+
+
+def located(spelling: Spelling) -> tuple[gs.Graph, Attention]:
+    graph = to_graph(spelling.model())
+    (attention,) = find_attention(graph)
+    assert isinstance(attention, Attention)
+    return graph, attention
+
+
+def emit(spelling: Spelling, frozen: IntegerMaps | None) -> tuple[list[gs.Node], gs.Tensor]:
+    """The new nodes, and what they write."""
+    graph, attention = located(spelling)
+    before = len(graph.nodes)
+    result = emit_attention(GraphWriter(graph, "new"), attention, frozen)
+    return graph.nodes[before:], result
+
+
+def ops(nodes: list[gs.Node]) -> Counter[str]:
+    return Counter(node.op for node in nodes)
+
+
+@pytest.mark.parametrize(
+    ("frozen", "expected"),
+    [(None, ALL_LIVE), (maps(1), ALL_LIVE + FROZEN_BESIDE), (maps(0, 1, 2), ALL_FROZEN)],
+    ids=["live", "mixed", "frozen"],
+)
+def test_nothing_but_the_canonical_nodes_is_written(frozen: IntegerMaps | None, expected: Counter[str]) -> None:
+    assert ops(emit(Spelling(), frozen)[0]) == expected
+
+
+def test_linear_layers_without_any_bias_stay_without() -> None:
+    assert ops(emit(Spelling(biased=(False,) * 3), None)[0]) == ALL_LIVE - Counter(Add=3)
+
+
+@pytest.mark.parametrize("batch", [B, "batch"])
+@pytest.mark.parametrize("frozen", [None, maps(0, 2)], ids=["live", "mixed"])
+def test_shapes_are_written_down_and_have_four_dimensions_at_most(batch: int | str, frozen: IntegerMaps | None) -> None:
+    nodes, merged = emit(Spelling(batch=batch), frozen)
+    shapes = {tensor.name: tensor.shape for node in nodes for tensor in node.outputs}
+    assert all(len(shape) <= 4 for shape in shapes.values())
+    assert all(name.startswith("new/") for name in [*shapes, *(node.name for node in nodes)])
+    live = H if frozen is None else 1
+    assert merged.shape == [batch, N, C]
+    assert shapes["new/scores"] == shapes["new/softmax"] == [batch, live, N, N]
+    assert shapes["new/k_transposed"] == [batch, live, HEAD_DIM, N]
+
+
+def test_live_heads_come_first() -> None:
+    nodes, _ = emit(Spelling(), maps(0))
+    (concat,) = [node for node in nodes if node.op == "Concat"]
+    assert concat.attrs == {"axis": 1}
+    assert [tensor.shape[1] for tensor in concat.inputs] == [2, 1]
+    assert concat.inputs[0].inputs[0].inputs[0].inputs[0].op == "Softmax"
+
+
+def test_the_original_stays_as_it_is() -> None:
+    graph, attention = located(Spelling())
+    before = [(node, list(node.inputs), list(node.outputs)) for node in graph.nodes]
+    emit_attention(GraphWriter(graph, "new"), attention, maps(1))
+    for node, (original, inputs, outputs) in zip(graph.nodes, before, strict=False):
+        assert node is original
+        assert all(a is b for a, b in zip([*node.inputs, *node.outputs], [*inputs, *outputs], strict=True))
+
+
+@pytest.mark.parametrize("norm", ["layer", "layer-spelled"])
+def test_norms_are_copied_node_by_node_and_share_their_constants(norm: str) -> None:
+    graph, attention = located(Spelling(norm=norm))  # type: ignore[arg-type]
+    before = len(graph.nodes)
+    emit_attention(GraphWriter(graph, "new"), attention, maps(1))
+    for prefix, original in (("new/q_norm", attention.query_norm), ("new/k_norm", attention.key_norm)):
+        assert original is not None
+        copied = [node for node in graph.nodes[before:] if node.name.startswith(prefix)]
+        assert [(node.op, node.attrs) for node in copied] == [(node.op, node.attrs) for node in original.nodes]
+        for new, old in zip(copied, original.nodes, strict=True):
+            for new_input, old_input in zip(new.inputs, old.inputs, strict=True):
+                assert (new_input is old_input) == isinstance(old_input, gs.Constant)
+        assert copied[-1].outputs[0].shape == [B, 2, N, HEAD_DIM]
+
+
+@pytest.mark.parametrize(("dtype", "opset"), [(np.uint8, 17), (np.uint16, 21)])
+def test_maps_are_stored_bit_for_bit_and_come_back_as_integers_times_scales(
+    dtype: type[np.unsignedinteger], opset: int
+) -> None:
+    frozen = maps(0, 2, dtype=dtype)
+    graph = gs.Graph(opset=opset, ir_version=10)
+    writer = GraphWriter(graph, "new")
+    values = emit_maps(writer, frozen)
+    stored = graph.tensors()["new/map_integers"].values
+    assert stored.dtype == dtype
+    np.testing.assert_array_equal(stored, frozen.integers.reshape(-1, N))
+    graph.outputs = [values]
+    session = onnxruntime.InferenceSession(
+        gs.export_onnx(graph).SerializeToString(), providers=["CPUExecutionProvider"]
+    )
+    np.testing.assert_array_equal(
+        session.run(None, {})[0], frozen.integers.astype(np.float32) * frozen.scales[..., None]
+    )
+
+
+@pytest.mark.parametrize("norm", [None, "layer", "rms-spelled"])
+@pytest.mark.parametrize("batch", [B, "batch"])
+def test_what_is_written_is_canonical_and_the_exporters_spelling_is_not(norm: str | None, batch: int | str) -> None:
+    graph, attention = located(Spelling(norm=norm, batch=batch))  # type: ignore[arg-type]
+    assert not is_canonical(attention)
+    attention.projection.inputs[0] = emit_attention(GraphWriter(graph, "new"), attention, None)
+    (again,) = find_attention(graph.cleanup().toposort())
+    assert isinstance(again, Attention) and is_canonical(again)
+    np.testing.assert_array_equal(again.query.weight, attention.query.weight)
+    assert again.scale == pytest.approx(attention.scale, rel=1e-6)

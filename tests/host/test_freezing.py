@@ -1,0 +1,367 @@
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from numpy.typing import NDArray
+from PIL import Image
+from safetensors.torch import load_file
+from tiny_models import FAMILY, KWARGS, NAME, TOKENS, draw_pictures, make_member, save_weights
+
+from eamdeploy import analyze, freeze, pack
+from eamdeploy.eam import checkpoint as checkpoints
+from eamdeploy.eam.checkpoint import FrozenMaps
+from eamdeploy.eam.quantizers import quantize_rows
+from eamdeploy.errors import CheckpointError, ConfigError
+from eamdeploy.folder import folder_digest
+from eamdeploy.host.attention import attention_sites, tapped_maps
+from eamdeploy.host.calibrate import as_tensors, collect_statistics
+from eamdeploy.host.freezing import Analysis, FreezeOptions
+from eamdeploy.host.model import ModelSpec, PreprocessingOverrides, load_model
+from eamdeploy.host.reference import load_reference
+from eamdeploy.host.sensitivity import sensitivity
+from eamdeploy.observer import SILENT
+from eamdeploy.source import ImageSource
+
+FAST = FreezeOptions(sparsity=0.5, score="row-entropy")
+PATHS = ["blocks.0.attn", "blocks.1.attn"]
+
+
+class Notebook:
+    """An observer that remembers."""
+
+    def __init__(self) -> None:
+        self.notes: list[str] = []
+        self.steps: dict[str, list[tuple[int, int]]] = {}
+
+    def progress(self, what: str, done: int, total: int) -> None:
+        self.steps.setdefault(what, []).append((done, total))
+
+    def note(self, text: str) -> None:
+        self.notes.append(text)
+
+
+@pytest.fixture
+def spec(tiny_weights: Path) -> ModelSpec:
+    return ModelSpec(NAME, str(tiny_weights), KWARGS)
+
+
+@pytest.fixture
+def source(pictures: Path) -> ImageSource:
+    return ImageSource(pictures)
+
+
+def input_batches(spec: ModelSpec, source: ImageSource) -> tuple[Any, list[torch.Tensor]]:
+    """The model of `spec` and the images of `source` as its input."""
+    from eamdeploy.host.model import TIMM_PREPROCESSING, preprocessing_of
+
+    model = load_model(spec)
+    how = preprocessing_of(model, TIMM_PREPROCESSING)
+    return model, list(as_tensors(source.batches(source.open(), how, 16, SILENT), how))
+
+
+def mean_maps(spec: ModelSpec, source: ImageSource) -> dict[str, NDArray[np.float64]]:
+    """The mean maps over the images by module path, float64 [H, N, N]."""
+    model, batches = input_batches(spec, source)
+    maps: dict[str, list[torch.Tensor]] = {path: [] for path in PATHS}
+    with (
+        torch.inference_mode(),
+        tapped_maps(model, attention_sites(model), lambda path, batch: maps[path].append(batch)),
+    ):
+        for batch in batches:
+            model(batch)
+    return {path: torch.cat(parts).double().mean(dim=0).numpy() for path, parts in maps.items()}
+
+
+# --- freeze ----------------------------------------------------------------------------------------------------------
+
+
+def test_checkpoint_holds_weights_provenance_and_the_lowest_scores(
+    spec: ModelSpec, source: ImageSource, tiny_weights: Path, tmp_path: Path
+) -> None:
+    names = [f"class {index}" for index in range(10)]
+    header = freeze(spec, source, tmp_path / "x.eam.safetensors", FAST, class_names=names)
+    loaded = checkpoints.load(tmp_path / "x.eam.safetensors")
+    assert loaded.header == header
+    weights = load_file(tiny_weights)
+    assert loaded.weights.keys() == weights.keys()
+    assert all(np.array_equal(loaded.weights[key], weights[key].numpy()) for key in weights)
+    assert (header.timm_model, header.timm_kwargs, header.weights) == (NAME, KWARGS, "tiny.safetensors")
+    assert (header.num_classes, header.class_names) == (10, names)
+    assert (header.preprocessing.size, header.preprocessing.mean) == ((32, 32), (0.5, 0.5, 0.5))
+    assert {path: (shape.heads, shape.tokens) for path, shape in header.attention.items()} == dict.fromkeys(
+        PATHS, (3, TOKENS)
+    )
+    assert header.calibration is not None
+    assert (header.calibration.n_images, header.calibration.source) == (24, "pictures")
+    assert header.calibration.digest == folder_digest(source.open())
+    assert {"eamdeploy", "torch", "timm", "numpy", "python"} <= header.versions.keys()
+    freezing = header.freezing
+    assert (freezing.bits, freezing.quantizer, freezing.score) == (4, "squared", "row-entropy")
+    assert (freezing.sparsity_asked, freezing.sparsity) == (0.5, 0.5)
+    ranked = sorted((value, path, head) for path in PATHS for head, value in enumerate(freezing.scores[path]))
+    frozen = {(path, head) for path, heads in freezing.heads.items() for head in heads}
+    assert frozen == {(path, head) for _, path, head in ranked[:3]}
+
+
+@pytest.mark.parametrize("quantizer", ["squared", "uniform"])
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+def test_frozen_maps_are_the_quantized_means(
+    spec: ModelSpec, source: ImageSource, tmp_path: Path, bits: Any, quantizer: Any
+) -> None:
+    options = replace(FAST, bits=bits, quantizer=quantizer)
+    freeze(spec, source, tmp_path / "x.eam.safetensors", options)
+    frozen = checkpoints.load(tmp_path / "x.eam.safetensors").frozen
+    means = mean_maps(spec, source)
+    assert sum(len(item.heads) for item in frozen.values()) == 3
+    for path, item in frozen.items():
+        wanted = means[path][item.heads]
+        maps = item.maps(quantizer)
+        np.testing.assert_allclose(maps.sum(axis=-1), 1, atol=1e-6)
+        codes, _ = quantize_rows(wanted, bits, quantizer)
+        # the two means are summed in different orders, so a value on a boundary may fall to either side
+        assert np.mean(codes != item.codes) < 0.01
+        assert np.abs(maps - wanted).max() < {2: 0.15, 3: 0.08, 4: 0.04, 8: 0.002}[bits]
+
+
+@pytest.mark.parametrize(("sparsity", "heads"), [(0.0, 0), (0.16, 0), (0.17, 1), (0.5, 3), (0.99, 5), (1.0, 6)])
+def test_as_many_heads_as_the_sparsity_allows(
+    spec: ModelSpec, source: ImageSource, tmp_path: Path, sparsity: float, heads: int
+) -> None:
+    output = tmp_path / "x.eam.safetensors"
+    header = freeze(spec, replace(source, limit=2), output, replace(FAST, sparsity=sparsity))
+    loaded = checkpoints.load(output)
+    assert sum(map(len, header.freezing.heads.values())) == heads
+    assert header.freezing.sparsity == pytest.approx(heads / 6)
+    assert set(loaded.frozen) == set(header.freezing.heads)
+
+
+def test_sensitivity_is_the_default_and_measured_on_the_quantized_maps(
+    spec: ModelSpec, source: ImageSource, tmp_path: Path
+) -> None:
+    options = FreezeOptions(bits=2)
+    assert options.score == "sensitivity"
+    header = freeze(spec, source, tmp_path / "x.eam.safetensors", options)
+    model, batches = input_batches(spec, source)
+    sites = attention_sites(model)
+    statistics = collect_statistics(model, sites, batches, bins=2, spacing="uniform", on_images=lambda _: None)
+    maps = {}
+    for path, module in statistics.items():
+        codes, scales = quantize_rows(module.mean(), 2, "squared")
+        maps[path] = FrozenMaps(np.arange(3), codes, scales).maps("squared")
+    wanted = sensitivity(model, sites, maps, batches, 24, lambda *_: None)
+    assert header.freezing.scores == {path: pytest.approx(values.tolist()) for path, values in wanted.items()}
+
+
+def test_score_images_bounds_the_images_behind_sensitivity(
+    spec: ModelSpec, source: ImageSource, tmp_path: Path
+) -> None:
+    scores, totals = [], []
+    for limit in (None, 5):
+        notebook = Notebook()
+        options = FreezeOptions(score_images=limit)
+        header = freeze(spec, source, tmp_path / "x.eam.safetensors", options, observer=notebook)
+        assert header.calibration is not None and header.calibration.n_images == 24
+        scores.append(header.freezing.scores)
+        totals.append(notebook.steps["sensitivity"][-1])
+        assert [note.split(":")[0] for note in notebook.notes] == ["sensitivity of 6 heads"]
+        assert notebook.steps["attention maps"] == [(16, 24), (24, 24)]
+    per_image = 2 + 3 * 2 + 3 * 1
+    assert totals == [(24 * per_image, 24 * per_image), (5 * per_image, 5 * per_image)]
+    assert scores[0] != scores[1]
+
+
+@pytest.mark.parametrize("score", ["entropy", "row-entropy", "variance", "random"])
+def test_every_score_ranks_the_heads(spec: ModelSpec, source: ImageSource, tmp_path: Path, score: Any) -> None:
+    options = FreezeOptions(sparsity=0.34, score=score, bins=8, spacing="squared", seed=5)
+    header = freeze(spec, source, tmp_path / "x.eam.safetensors", options)
+    values = header.freezing.scores
+    frozen = [values[path][head] for path, heads in header.freezing.heads.items() for head in heads]
+    everything = sorted(value for path in PATHS for value in values[path])
+    assert len(set(everything)) == 6
+    assert sorted(frozen) == everything[:2]
+
+
+def test_the_same_input_gives_the_same_bytes_and_another_half_another_checkpoint(
+    spec: ModelSpec, source: ImageSource, tmp_path: Path
+) -> None:
+    files = []
+    for index, split in enumerate(("even", "even", "odd")):
+        files.append(tmp_path / f"{index}.eam.safetensors")
+        freeze(spec, replace(source, split=split), files[-1], FAST)  # type: ignore[arg-type]
+    first, again, other = (file.read_bytes() for file in files)
+    assert first == again
+    assert first != other
+    digests = [checkpoints.load(file).header.calibration for file in files]
+    assert digests[0] is not None and digests[2] is not None
+    assert digests[0].n_images == digests[2].n_images == 12 and digests[0].digest != digests[2].digest
+
+
+def test_everything_from_random_weights_says_so(source: ImageSource, tmp_path: Path) -> None:
+    random = ModelSpec(NAME, "random", KWARGS, seed=2)
+    assert freeze(random, source, tmp_path / "x.eam.safetensors", FAST).weights == "random"
+    assert analyze(random, source, FAST).weights == "random"
+    assert checkpoints.load(tmp_path / "x.eam.safetensors").header.weights == "random"
+
+
+def test_bad_picture_is_an_error_or_named_counted_and_left_out(spec: ModelSpec, tmp_path: Path) -> None:
+    files = draw_pictures(tmp_path / "some", 6)
+    files[2].write_bytes(files[2].read_bytes()[:60])
+    output = tmp_path / "x.eam.safetensors"
+    with pytest.raises(ConfigError, match=r"cannot use image \S*some/002\.png: .*--skip-bad"):
+        freeze(spec, ImageSource(tmp_path / "some"), output, FAST)
+    assert not output.exists()
+    notebook = Notebook()
+    header = freeze(spec, ImageSource(tmp_path / "some", skip_bad=True), output, FAST, observer=notebook)
+    assert header.calibration is not None and header.calibration.n_images == 5
+    (note,) = notebook.notes
+    assert note.startswith("skipped 002.png: ")
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (replace(FAST, sparsity=1.01), r"sparsity; expected a number in \[0, 1\]; got 1\.01"),
+        (replace(FAST, sparsity=-0.1), r"sparsity; expected a number in \[0, 1\]; got -0\.1"),
+        (replace(FAST, sparsity=float("nan")), r"sparsity; expected a number in \[0, 1\]; got nan"),
+        (replace(FAST, score="beauty"), "unknown score; expected one of sensitivity.*; got beauty"),  # type: ignore[arg-type]
+        (replace(FAST, bits=5), r"width of codes; expected bits of \(2, 3, 4, 8\); got 5"),  # type: ignore[arg-type]
+        (replace(FAST, quantizer="cubed"), "unknown quantizer; expected one of uniform, squared; got cubed"),  # type: ignore[arg-type]
+    ],
+)
+def test_bad_options_fail_before_anything_is_read(
+    source: ImageSource, tmp_path: Path, options: FreezeOptions, message: str
+) -> None:
+    unread = ModelSpec(NAME, str(tmp_path / "missing.safetensors"), KWARGS)
+    with pytest.raises(ConfigError, match=message):
+        freeze(unread, source, tmp_path / "x.eam.safetensors", options)
+
+
+def test_output_that_cannot_be_written_fails_before_the_images_are_read(spec: ModelSpec, tmp_path: Path) -> None:
+    nowhere = ImageSource(tmp_path / "missing")
+    with pytest.raises(ConfigError, match=r"cannot write .*x\.eam.*; expected an existing folder"):
+        freeze(spec, nowhere, tmp_path / "no" / "x.eam.safetensors", FAST)
+    with pytest.raises(ConfigError, match=r"cannot write .*; got an existing folder"):
+        pack(spec, {}, tmp_path, bits=4, quantizer="squared")
+
+
+def test_output_never_replaces_the_weights(tiny_weights: Path, source: ImageSource, tmp_path: Path) -> None:
+    weights = tmp_path / "w.safetensors"
+    weights.write_bytes(tiny_weights.read_bytes())
+    spec = ModelSpec(NAME, str(weights), KWARGS)
+    with pytest.raises(ConfigError, match=r"w\.safetensors would replace the input"):
+        freeze(spec, source, weights, FAST)
+    with pytest.raises(ConfigError, match=r"w\.safetensors would replace the input"):
+        pack(spec, {}, weights, bits=4, quantizer="squared")
+    assert weights.read_bytes() == tiny_weights.read_bytes()
+
+
+def test_wrong_number_of_class_names_fails_before_the_images_are_read(spec: ModelSpec, tmp_path: Path) -> None:
+    nowhere = ImageSource(tmp_path / "missing")
+    with pytest.raises(ConfigError, match=r"class names.*expected 10 names; got 2"):
+        freeze(spec, nowhere, tmp_path / "x.eam.safetensors", FAST, class_names=["a", "b"])
+    with pytest.raises(ConfigError, match=r"class names.*expected 10 names; got 2"):
+        pack(spec, {}, tmp_path / "x.eam.safetensors", bits=4, quantizer="squared", class_names=["a", "b"])
+
+
+def test_pictures_of_another_shape_and_mode_are_fine(spec: ModelSpec, tmp_path: Path) -> None:
+    draw_pictures(tmp_path / "some", 2)
+    Image.new("L", (70, 20), 99).save(tmp_path / "some" / "gray.png")
+    header = freeze(spec, ImageSource(tmp_path / "some"), tmp_path / "x.eam.safetensors", FAST)
+    assert header.calibration is not None and header.calibration.n_images == 3
+
+
+# --- analyze ---------------------------------------------------------------------------------------------------------
+
+
+def test_analysis_has_every_score_and_what_freeze_would_take(
+    spec: ModelSpec, source: ImageSource, tmp_path: Path
+) -> None:
+    options = FreezeOptions(sparsity=0.5, score="sensitivity", score_images=4)
+    result = analyze(spec, source, options)
+    header = freeze(spec, source, tmp_path / "x.eam.safetensors", options)
+    assert set(result.scores) == {"sensitivity", "entropy", "row-entropy", "variance"}
+    assert all([len(values[path]) for path in PATHS] == [3, 3] for values in result.scores.values())
+    assert result.scores["sensitivity"] == header.freezing.scores
+    assert (result.frozen, result.sparsity) == (header.freezing.heads, header.freezing.sparsity)
+    assert (result.calibration, result.preprocessing) == (header.calibration, header.preprocessing)
+    assert Analysis.parse(result.model_dump_json(), "analysis") == result
+
+
+def test_bins_and_spacing_reach_the_entropy_and_nothing_else(spec: ModelSpec, source: ImageSource) -> None:
+    options = FreezeOptions(score="entropy")
+    plain = analyze(spec, source, options).scores
+    for changed in (replace(options, bins=4), replace(options, spacing="squared")):
+        scores = analyze(spec, source, changed).scores
+        assert scores["entropy"] != plain["entropy"]
+        assert {**scores, "entropy": None} == {**plain, "entropy": None}
+
+
+def test_overrides_reach_preprocessing_and_maps(spec: ModelSpec, source: ImageSource) -> None:
+    plain = analyze(spec, source, FAST)
+    changed = analyze(spec, source, FAST, overrides=PreprocessingOverrides(mean=(0, 0, 0), crop_pct=1.0))
+    assert (changed.preprocessing.mean, changed.preprocessing.crop_pct) == ((0, 0, 0), 1.0)
+    assert changed.scores != plain.scores
+
+
+# --- pack ------------------------------------------------------------------------------------------------------------
+
+
+def some_maps(modules: dict[str, list[int]], tokens: int = TOKENS) -> dict[str, FrozenMaps]:
+    rng = np.random.default_rng(0)
+    packed = {}
+    for path, heads in modules.items():
+        maps = rng.dirichlet(np.full(tokens, 0.3), (len(heads), tokens))
+        packed[path] = FrozenMaps(np.array(heads), *quantize_rows(maps, 4, "squared"))
+    return packed
+
+
+def test_pack_keeps_given_maps_as_they_are(spec: ModelSpec, tmp_path: Path) -> None:
+    maps = some_maps({"blocks.1.attn": [0, 2]})
+    header = pack(spec, maps, tmp_path / "x.eam.safetensors", bits=4, quantizer="squared")
+    loaded = checkpoints.load(tmp_path / "x.eam.safetensors")
+    assert loaded.header == header
+    assert (header.freezing.score, header.freezing.sparsity_asked, header.calibration) == ("given", None, None)
+    assert header.freezing.sparsity == pytest.approx(2 / 6)
+    assert header.freezing.heads == {"blocks.1.attn": [0, 2]}
+    np.testing.assert_array_equal(loaded.frozen["blocks.1.attn"].codes, maps["blocks.1.attn"].codes)
+    np.testing.assert_array_equal(loaded.frozen["blocks.1.attn"].scales, maps["blocks.1.attn"].scales)
+
+
+@pytest.mark.parametrize(
+    ("maps", "kind", "message"),
+    [
+        (some_maps({"blocks.2.attn": [0]}), ConfigError, r"no attention module blocks\.2\.attn; .*blocks\.1\.attn"),
+        (some_maps({"blocks.0.attn": [3]}), CheckpointError, r"blocks\.0\.attn\.heads; .*in 0…2; got \[3\]"),
+        (some_maps({"blocks.0.attn": [1]}, tokens=16), CheckpointError, r"\[1, 17, 17\]; got uint8 \[1, 16, 16\]"),
+    ],
+    ids=["module", "head", "tokens"],
+)
+def test_maps_that_do_not_fit_the_model_are_refused(
+    spec: ModelSpec, tmp_path: Path, maps: dict[str, FrozenMaps], kind: type[Exception], message: str
+) -> None:
+    with pytest.raises(kind, match=message):
+        pack(spec, maps, tmp_path / "x.eam.safetensors", bits=4, quantizer="squared")
+    assert list(tmp_path.iterdir()) == []
+
+
+# --- every kind of model ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", FAMILY)
+def test_every_kind_of_model_freezes_and_comes_back(kind: str, source: ImageSource, tmp_path: Path) -> None:
+    name, changes = FAMILY[kind]
+    weights = save_weights(make_member(kind), tmp_path / "w.safetensors")
+    output = tmp_path / "x.eam.safetensors"
+    freeze(ModelSpec(name, str(weights), {**KWARGS, **changes}), replace(source, limit=3), output, FAST)
+    loaded = checkpoints.load(output)
+    live = load_reference(loaded, frozen=False, where="x").model
+    frozen = load_reference(loaded, frozen=True, where="x").model
+    images = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    with torch.inference_mode():
+        assert torch.equal(live(images), make_member(kind)(images))
+        assert not torch.allclose(frozen(images), live(images), atol=1e-3)

@@ -1,0 +1,117 @@
+from __future__ import annotations
+
+import dataclasses
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+
+from eamdeploy import build_ort
+from eamdeploy.engines.base import Manifest, manifest_path
+from eamdeploy.engines.provenance import usable_cores
+from eamdeploy.engines.registry import open_runner
+from eamdeploy.errors import CheckpointError, ConfigError, EngineError, ParityError
+from eamdeploy.parity import ReferenceSet, reference_path
+
+
+@pytest.fixture
+def model(eam_model: Path, tmp_path: Path) -> Path:
+    """A copy of the exported model with its reference set."""
+    for file in (eam_model, reference_path(eam_model)):
+        shutil.copy(file, tmp_path)
+    return tmp_path / eam_model.name
+
+
+def test_engine_is_checked_against_the_reference_beside_the_model(model: Path) -> None:
+    engine = model.with_name("x.ort.onnx")
+    manifest = build_ort(model, engine, threads=1)
+    assert Manifest.read(manifest_path(engine)) == manifest
+    assert manifest.parity is not None
+    assert (manifest.parity.passed, manifest.parity.n, manifest.parity.tolerance) == (True, 16, "f32-engine")
+    assert manifest.threads == 1 and manifest.card is not None and manifest.card.freezing is not None
+    with open_runner(engine) as runner:
+        assert runner.io.batch is None and runner.io.num_classes == 10
+
+
+def test_threads_are_every_usable_core_unless_told(model: Path) -> None:
+    assert build_ort(model, model.with_name("x.ort.onnx")).threads == usable_cores()
+
+
+def test_reference_of_another_place_is_used(model: Path, tmp_path: Path) -> None:
+    moved = reference_path(model).rename(tmp_path / "elsewhere.npz")
+    manifest = build_ort(model, tmp_path / "x.ort.onnx", threads=1, reference=moved)
+    assert manifest.parity is not None and manifest.parity.passed
+
+
+def test_missing_reference_is_an_error_that_says_what_to_do_and_can_be_waived(model: Path) -> None:
+    reference_path(model).unlink()
+    engine = model.with_name("x.ort.onnx")
+    with pytest.raises(ConfigError, match=r"no reference set at \S*tiny\.reference\.npz.*--reference.*--no-check"):
+        build_ort(model, engine, threads=1)
+    assert list(model.parent.iterdir()) == [model]
+    assert build_ort(model, engine, threads=1, check=False).parity is None
+
+
+def perturb_logits(model: Path) -> None:
+    reference = ReferenceSet.load(reference_path(model))
+    logits = reference.logits.copy()
+    logits[7, 4] += np.float32(0.01)
+    dataclasses.replace(reference, logits=logits).save(reference_path(model))
+
+
+def perturb_weight(model: Path) -> None:
+    proto = onnx.load(model)
+    bias = next(item for item in proto.graph.initializer if list(item.dims) == [10])
+    bias.CopyFrom(onnx.numpy_helper.from_array(onnx.numpy_helper.to_array(bias) + np.float32(0.01), bias.name))
+    onnx.save(proto, model)
+
+
+@pytest.mark.parametrize("perturb", [perturb_logits, perturb_weight])
+def test_an_engine_that_computes_something_else_is_not_written(model: Path, perturb: Callable[[Path], None]) -> None:
+    engine = model.with_name("x.ort.onnx")
+    build_ort(model, engine, threads=1)
+    old = engine.read_bytes(), manifest_path(engine).read_bytes()
+    perturb(model)
+    with pytest.raises(ParityError, match=r"parity of \S*tiny\.onnx .*0\.01 > 0\.002"):
+        build_ort(model, engine, threads=1)
+    assert (engine.read_bytes(), manifest_path(engine).read_bytes()) == old
+    assert not list(model.parent.glob("*.partial")) and not list(model.parent.glob(".*"))
+
+
+def test_the_twins_reference_does_not_pass_for_the_frozen_model(eam_model: Path, tmp_path: Path) -> None:
+    twin = reference_path(eam_model.with_name("base.onnx"))
+    with pytest.raises(ParityError, match=r"16 images of pictures"):
+        build_ort(eam_model, tmp_path / "x.ort.onnx", threads=1, reference=twin)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("damage", "kind", "message"),
+    [
+        (lambda model: model.write_bytes(model.read_bytes()[:5000]), EngineError, r"can't load \S*tiny\.onnx"),
+        (lambda model: model.write_text("<html>"), EngineError, r"can't load \S*tiny\.onnx"),
+        (lambda model: model.unlink(), ConfigError, r"cannot read \S*tiny\.onnx: No such file"),
+        (lambda model: reference_path(model).write_bytes(b"PK"), CheckpointError, r"tiny\.reference\.npz is not a ref"),
+    ],
+    ids=["truncated model", "foreign model", "no model", "damaged reference"],
+)
+def test_damaged_input_is_named_and_nothing_is_written(
+    model: Path, damage: Callable[[Path], object], kind: type[Exception], message: str
+) -> None:
+    damage(model)
+    with pytest.raises(kind, match=message):
+        build_ort(model, model.with_name("x.ort.onnx"), threads=1)
+    assert not list(model.parent.glob("x*"))
+
+
+def test_foreign_model_has_nothing_to_be_checked_by(model: Path) -> None:
+    proto = onnx.load(model)
+    del proto.metadata_props[:]
+    onnx.save(proto, model)
+    engine = model.with_name("x.ort.onnx")
+    with pytest.raises(ConfigError, match=r"tiny\.onnx carries no model card"):
+        build_ort(model, engine, threads=1)
+    assert build_ort(model, engine, threads=1, check=False).card is None

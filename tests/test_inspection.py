@@ -1,0 +1,144 @@
+from __future__ import annotations
+
+import builtins
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import onnx
+import pytest
+from tiny_models import KWARGS, NAME
+
+from eamdeploy import evaluate, inspect
+from eamdeploy.artifact import digest_file
+from eamdeploy.engines.base import manifest_path
+from eamdeploy.errors import CheckpointError, ConfigError, EngineError
+from eamdeploy.host.freezing import FreezeOptions, analyze
+from eamdeploy.host.model import ModelSpec
+from eamdeploy.inspection import Inspection
+from eamdeploy.parity import reference_path
+from eamdeploy.source import ImageSource
+
+HEADS = ["blocks.0.attn: [1]", "blocks.1.attn: [0, 1]"]
+
+
+def details_of(file: Path, kind: str) -> dict[str, Any]:
+    found = inspect(file)
+    assert (found.file, found.kind) == (str(file), kind)
+    assert (found.bytes, found.digest) == (file.stat().st_size, digest_file(file))
+    assert Inspection.parse(found.model_dump_json(), "inspection") == found
+    return dict(found.details)
+
+
+def test_checkpoint(eam_checkpoint: Path, tiny_weights: Path) -> None:
+    details = details_of(eam_checkpoint, "EAM checkpoint")
+    assert (details["model"], details["weights"], details["classes"]) == (NAME, "tiny.safetensors", 10)
+    assert (details["image size"], details["attention modules"]) == ([32, 32], 2)
+    assert (details["sparsity"], details["bits"], details["quantizer"]) == (0.5, 4, "squared")
+    assert details["frozen heads"] == HEADS
+    assert details["calibration"] == "24 images of pictures"
+    assert details["frozen map bytes"] == -(-17 * 17 * 4 // 8) + -(-2 * 17 * 17 * 4 // 8)
+    assert details["weight tensors"] == 32
+    assert 0 < details["weight bytes"] < tiny_weights.stat().st_size
+
+
+def test_exported_model(eam_model: Path, eam_checkpoint: Path) -> None:
+    details = details_of(eam_model, "exported ONNX model")
+    assert (details["input"], details["output"], details["classes"]) == ("image ['batch', 3, 32, 32]", "logits", 10)
+    assert details["checkpoint"] == digest_file(eam_checkpoint)
+    assert details["frozen heads"] == HEADS
+    assert (details["opset"], details["nodes"]) == (17, len(onnx.load(eam_model).graph.node))
+    assert "2 Softmax" in details["operators"]
+    assert (details["integer map constants"], details["integer map bytes"]) == (2, 3 * 17 * 17)
+    twin = details_of(eam_model.with_name("base.onnx"), "exported ONNX model")
+    assert "frozen heads" not in twin
+    assert (twin["integer map constants"], twin["integer map bytes"]) == (0, 0)
+
+
+def test_engine_with_its_manifest(eam_engine: Path) -> None:
+    details = details_of(eam_engine, "ONNX Runtime engine")
+    assert details["threads"] == 1
+    assert details["parity"].startswith("max |Δ logit| ")
+    assert "session.disable_quant_qdq=1" in details["settings"]
+
+
+def test_model_of_somebody_else(eam_model: Path, tmp_path: Path) -> None:
+    model = onnx.load(eam_model)
+    del model.metadata_props[:]
+    onnx.save(model, tmp_path / "foreign.onnx")
+    details = details_of(tmp_path / "foreign.onnx", "ONNX model")
+    assert "model" not in details and details["classes"] == 10
+
+
+def test_engine_on_a_board_without_the_package_onnx(eam_engine: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    real = builtins.__import__
+
+    def without_onnx(name: str, *arguments: Any) -> Any:
+        if name == "onnx":
+            raise ModuleNotFoundError("No module named 'onnx'", name="onnx")
+        return real(name, *arguments)
+
+    monkeypatch.setattr(builtins, "__import__", without_onnx)
+    details = details_of(eam_engine, "ONNX Runtime engine")
+    assert "nodes" not in details and details["frozen heads"] == HEADS
+
+
+def test_reference_set(eam_model: Path) -> None:
+    details = details_of(reference_path(eam_model), "reference set")
+    assert details == {"images": [16, 32, 32, 3], "logits": [16, 10], "source": "16 images of pictures"}
+
+
+def test_every_document_is_told_apart(eam_engine: Path, pictures: Path, tiny_weights: Path, tmp_path: Path) -> None:
+    assert details_of(manifest_path(eam_engine), "engine manifest")["engine"] == "tiny.ort.onnx"
+    evaluate(eam_engine, ImageSource(pictures), threads=1).write(tmp_path / "e.json")
+    assert details_of(tmp_path / "e.json", "evaluation")["n_images"] == 24
+    spec = ModelSpec(NAME, str(tiny_weights), KWARGS)
+    analyze(spec, ImageSource(pictures, limit=2), FreezeOptions(score="entropy")).write(tmp_path / "a.json")
+    assert details_of(tmp_path / "a.json", "analysis")["bins"] == 16
+    for name, document, kind in (
+        ("p.json", {"engines": [], "threads": 1}, "profile"),
+        ("run.json", {"format": 1, "stages": {}}, "run"),
+        ("other.json", {"a": 1}, "JSON document"),
+    ):
+        (tmp_path / name).write_text(json.dumps(document))
+        details_of(tmp_path / name, kind)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "kind", "message"),
+    [
+        ("x.json", None, ConfigError, r"cannot read \S*x\.json"),
+        ("x.json", b"{", CheckpointError, r"x\.json is no JSON"),
+        ("x.json", b"\xff", CheckpointError, r"x\.json is no JSON"),
+        ("x.json", b"[1]", CheckpointError, r"x\.json is none of our documents; expected a JSON object"),
+        ("x.npz", b"PK", CheckpointError, r"x\.npz is not a reference set"),
+        ("x.onnx", b"\x08", EngineError, r"can't load \S*x\.onnx"),
+        ("x.safetensors", b"\x08", CheckpointError, r"x\.safetensors is damaged or no safetensors"),
+        (
+            "x.txt",
+            b"",
+            ConfigError,
+            r"cannot tell what \S*x\.txt is; expected a file that ends in \.safetensors.*\.txt",
+        ),
+    ],
+)
+def test_damaged_and_unknown_files_are_named(
+    tmp_path: Path, name: str, content: bytes | None, kind: type[Exception], message: str
+) -> None:
+    if content is not None:
+        (tmp_path / name).write_bytes(content)
+    with pytest.raises(kind, match=message):
+        inspect(tmp_path / name)
+
+
+def test_plain_weights_are_told_what_to_do_with(tiny_weights: Path) -> None:
+    with pytest.raises(CheckpointError, match=r"is no EAM checkpoint.*eamdeploy freeze"):
+        inspect(tiny_weights)
+
+
+def test_damaged_manifest_is_an_error_and_not_a_model_without_one(eam_engine: Path, tmp_path: Path) -> None:
+    shutil.copy(eam_engine, tmp_path / "x.ort.onnx")
+    manifest_path(tmp_path / "x.ort.onnx").write_text("{}")
+    with pytest.raises(CheckpointError, match=r"x\.ort\.onnx\.json is not a valid Manifest"):
+        inspect(tmp_path / "x.ort.onnx")

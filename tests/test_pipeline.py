@@ -1,0 +1,389 @@
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tiny_models import KWARGS, NAME, draw_pictures, make_model, save_weights
+
+from eamdeploy import pipeline, run
+from eamdeploy.artifact import digest_file
+from eamdeploy.eam import checkpoint as checkpoints
+from eamdeploy.engines.base import Manifest
+from eamdeploy.errors import ConfigError
+from eamdeploy.evaluation import EvaluationReport
+from eamdeploy.parity import ReferenceSet
+from eamdeploy.pipeline import RunConfig, RunReport, RunState, load_config
+from eamdeploy.profiling.profile import Profile, profile
+from eamdeploy.report import heatmap
+
+STAGES = ["freeze", "export", "build", "evaluate", "profile"]
+OUTPUTS = {
+    "freeze": ["model.eam.safetensors", "heatmap.png"],
+    "export": ["model.onnx", "baseline.onnx", "model.reference.npz", "baseline.reference.npz"],
+    "build": ["model.ort.onnx", "baseline.ort.onnx", "model.ort.onnx.json", "baseline.ort.onnx.json"],
+    "evaluate": ["evaluation.json"],
+    "profile": ["profile.json"],
+}
+
+CONFIG = """
+output = "out"
+[model]
+name = "{name}"
+weights = "tiny.safetensors"
+class_names = "classes.txt"
+[model.kwargs]
+{kwargs}
+[calibrate]
+data = "pictures"
+split = "even"
+[freeze]
+sparsity = 0.4
+score = "row-entropy"
+[export]
+batch = "dynamic"
+exporter = "torchscript"
+[evaluate]
+data = "pictures"
+split = "odd"
+[profile]
+threads = 1
+warmup_ms = 0.0
+min_seconds = 0.0
+min_runs = 2
+"""
+
+
+def make_cheap(patch: pytest.MonkeyPatch) -> None:
+    """Leave out what takes most of such a small run's time: processes to measure memory in, and matplotlib."""
+
+    def draw(scores: object, *, score_name: str, frozen: object, title: str, path: Path) -> None:
+        path.write_text(f"{title}, {score_name}: {frozen}")
+
+    patch.setattr(pipeline, "profile", partial(profile, with_memory=False))
+    patch.setattr(heatmap, "draw_heatmap", draw)
+
+
+@pytest.fixture(autouse=True)
+def cheap(monkeypatch: pytest.MonkeyPatch) -> None:
+    make_cheap(monkeypatch)
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a configuration, all that it needs, and `out`, in which it has run once."""
+    folder = tmp_path_factory.mktemp("pipeline") / "project"
+    folder.mkdir()
+    files = draw_pictures(folder / "pictures", 20)
+    rows = [f"{file.name},{index % 10}" for index, file in enumerate(files)]
+    (folder / "pictures" / "labels.csv").write_text("\n".join(["file,label", *rows]))
+    save_weights(make_model(changes={"depth": 1}), folder / "tiny.safetensors")
+    (folder / "classes.txt").write_text("\n".join(f"class {index}" for index in range(10)))
+    kwargs = "\n".join(f"{key} = {value}" for key, value in {**KWARGS, "depth": 1}.items())
+    (folder / "run.toml").write_text(CONFIG.format(name=NAME, kwargs=kwargs))
+    with pytest.MonkeyPatch.context() as patch:
+        make_cheap(patch)
+        report = run(load_config(folder / "run.toml"))
+    assert (report.ran, report.reused) == (STAGES, [])
+    return folder
+
+
+@pytest.fixture
+def project(finished: Path, tmp_path: Path) -> Path:
+    """A copy of that folder; finished as well, as no stage depends on where its files lie."""
+    shutil.copytree(finished, tmp_path / "project")
+    return tmp_path / "project"
+
+
+def run_again(project: Path, changes: dict[str, dict[str, object]] | None = None) -> RunReport:
+    """Runs the project's configuration with `changes` to its sections."""
+    config = load_config(project / "run.toml")
+    document = config.model_dump()
+    for section, values in (changes or {}).items():
+        document[section].update(values)
+    return run(RunConfig.model_validate(document))
+
+
+class Notes:
+    def __init__(self) -> None:
+        self.texts: list[str] = []
+
+    def progress(self, what: str, done: int, total: int) -> None:
+        pass
+
+    def note(self, text: str) -> None:
+        self.texts.append(text)
+
+
+# --- one run ---------------------------------------------------------------------------------------------------------
+
+
+def test_every_stage_leaves_its_files_and_they_hang_together(finished: Path) -> None:
+    out = finished / "out"
+    assert {file.name for file in out.iterdir()} == {
+        "run.json",
+        *(name for names in OUTPUTS.values() for name in names),
+    }
+    checkpoint = checkpoints.load(out / "model.eam.safetensors")
+    assert checkpoint.header.class_names == [f"class {index}" for index in range(10)]
+    assert checkpoint.header.freezing.score == "row-entropy"
+    assert checkpoint.header.calibration is not None and checkpoint.header.calibration.n_images == 10
+    assert ReferenceSet.load(out / "model.reference.npz").source == "10 images of pictures"
+    for name in ("model", "baseline"):
+        manifest = Manifest.read(out / f"{name}.ort.onnx.json")
+        assert manifest.model_digest == digest_file(out / f"{name}.onnx")
+        assert manifest.parity is not None and manifest.parity.passed and manifest.threads == 1
+    evaluation = EvaluationReport.read(out / "evaluation.json")
+    assert evaluation.n_images == 10 and evaluation.top1 is not None and evaluation.agreement is not None
+    measured = Profile.read(out / "profile.json")
+    assert measured.baseline is not None and len(measured.engines) == 1
+    assert measured.engines[0].digest == digest_file(out / "model.ort.onnx")
+    assert measured.baseline.digest == digest_file(out / "baseline.ort.onnx")
+
+
+def test_second_run_runs_nothing_and_reports_the_same(finished: Path) -> None:
+    before = {file.name: file.stat().st_mtime_ns for file in (finished / "out").iterdir()}
+    report = run(load_config(finished / "run.toml"))
+    assert (report.ran, report.reused) == ([], STAGES)
+    assert {file.name: file.stat().st_mtime_ns for file in (finished / "out").iterdir()} == before
+    assert report.freezing == checkpoints.load(finished / "out" / "model.eam.safetensors").header
+    assert report.evaluation == EvaluationReport.read(finished / "out" / "evaluation.json")
+    assert report.profile == Profile.read(finished / "out" / "profile.json")
+    assert set(report.files) == before.keys() - {"run.json"}
+    assert RunReport.parse(report.model_dump_json(), "report") == report
+
+
+def test_where_the_run_lies_and_where_it_is_started_does_not_matter(
+    project: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(project)
+    assert run(load_config(Path("run.toml"))).ran == []
+    monkeypatch.chdir(project.parent)
+    assert run(load_config(Path("project") / "run.toml")).ran == []
+
+
+def test_force_runs_everything(project: Path) -> None:
+    report = run(load_config(project / "run.toml"), force=True)
+    assert (report.ran, report.reused) == (STAGES, [])
+
+
+# --- what makes a stage run again ------------------------------------------------------------------------------------
+
+FROM_FREEZE, FROM_EXPORT = STAGES, STAGES[1:]
+
+
+@pytest.mark.parametrize(
+    ("changes", "ran"),
+    [
+        ({"freeze": {"sparsity": 0.7}}, FROM_FREEZE),
+        ({"freeze": {"seed": 1}}, ["freeze"]),  # row-entropy needs no seed: the same checkpoint comes out
+        ({"preprocessing": {"crop_pct": 1.0}}, FROM_FREEZE),
+        ({"calibrate": {"images": 7}}, FROM_FREEZE),
+        ({"export": {"batch": 1}}, FROM_EXPORT),
+        ({"export": {"opset": 18}}, FROM_EXPORT),
+        ({"evaluate": {"split": "all"}}, ["evaluate"]),
+        ({"evaluate": {"images": 5}}, ["evaluate"]),
+        ({"profile": {"min_runs": 3}}, ["profile"]),
+        ({"profile": {"threads": 2}}, ["build", "profile"]),
+    ],
+    ids=str,
+)
+def test_one_changed_option_runs_the_stages_that_depend_on_it(
+    project: Path, changes: dict[str, dict[str, object]], ran: list[str]
+) -> None:
+    report = run_again(project, changes)
+    assert report.ran == ran
+    assert report.reused == [stage for stage in STAGES if stage not in ran]
+    assert run_again(project, changes).ran == []
+
+
+def redraw(project: Path, index: int) -> None:
+    (fresh,) = draw_pictures(project / "fresh", 1, seed=99)
+    fresh.replace(project / "pictures" / f"{index:03}.png")
+
+
+def relabel(project: Path, index: int) -> None:
+    table = project / "pictures" / "labels.csv"
+    table.write_text(table.read_text().replace(f"{index:03}.png,{index % 10}", f"{index:03}.png,{(index + 1) % 10}"))
+
+
+def rename_class(project: Path) -> None:
+    (project / "classes.txt").write_text("\n".join(f"kind {index}" for index in range(10)))
+
+
+def other_weights(project: Path) -> None:
+    save_weights(make_model(changes={"depth": 1}, seed=5), project / "tiny.safetensors")
+
+
+@pytest.mark.parametrize(
+    ("change", "ran"),
+    [
+        (partial(redraw, index=4), FROM_FREEZE),
+        (partial(redraw, index=5), ["evaluate"]),
+        (partial(relabel, index=4), []),
+        (partial(relabel, index=5), ["evaluate"]),
+        (rename_class, FROM_FREEZE),
+        (other_weights, FROM_FREEZE),
+    ],
+    ids=["calibration picture", "measured picture", "unused label", "label", "class names", "weights"],
+)
+def test_changed_contents_run_the_stages_that_read_them(
+    project: Path, change: Callable[[Path], None], ran: list[str]
+) -> None:
+    change(project)
+    assert run_again(project).ran == ran
+
+
+def test_a_picture_that_only_export_reads_counts_too(project: Path) -> None:
+    """With a limit, export's reference pictures are others than the ones that were frozen on."""
+    few = {"calibrate": {"images": 2}}
+    run_again(project, few)
+    redraw(project, index=18)
+    assert run_again(project, few).ran[:1] == ["export"]
+
+
+@pytest.mark.parametrize(
+    ("stage", "how"),
+    [
+        ("freeze", "deleted"),
+        ("export", "changed"),
+        ("build", "deleted"),
+        ("build", "changed"),
+        ("evaluate", "changed"),
+        ("profile", "deleted"),
+    ],
+)
+def test_a_touched_output_runs_its_stage(project: Path, stage: str, how: str) -> None:
+    for name in OUTPUTS[stage]:
+        file = project / "out" / name
+        if how == "deleted":
+            file.unlink()
+        else:
+            file.write_bytes(file.read_bytes() + b" ")
+    # the stages are deterministic, so those after it find their input unchanged
+    assert run_again(project).ran == [stage]
+
+
+@pytest.mark.parametrize("text", ["", '{"format": 2, "stages": {}}'])
+def test_damaged_memory_of_the_run_is_told_and_everything_runs(project: Path, text: str) -> None:
+    (project / "out" / "run.json").write_text(text)
+    notes = Notes()
+    report = run(load_config(project / "run.toml"), observer=notes)
+    assert report.ran == STAGES
+    assert "run.json is not a valid RunState" in notes.texts[0] and "every stage runs again" in notes.texts[0]
+    assert [text for text in notes.texts if text.endswith(": running")] == [f"{stage}: running" for stage in STAGES]
+    assert list(RunState.read(project / "out" / "run.json").stages) == STAGES
+
+
+def test_a_failed_stage_keeps_what_was_done_and_the_next_run_goes_on(project: Path) -> None:
+    shutil.rmtree(project / "out")
+    missing = {"evaluate": {"data": project / "missing"}}
+    with pytest.raises(ConfigError, match=r"cannot read images from \S*missing"):
+        run_again(project, missing)
+    assert list(RunState.read(project / "out" / "run.json").stages) == STAGES[:3]
+    report = run_again(project)
+    assert (report.ran, report.reused) == (STAGES[3:], STAGES[:3])
+
+
+def test_without_pictures_to_measure_on_there_is_no_evaluation(project: Path) -> None:
+    config = load_config(project / "run.toml").model_copy(update={"evaluate": None, "output": project / "new"})
+    report = run(config)
+    assert report.ran == ["freeze", "export", "build", "profile"]
+    assert report.evaluation is None
+    assert not (project / "new" / "evaluation.json").exists()
+
+
+def test_class_folders_need_no_names_to_calibrate(project: Path) -> None:
+    pictures = project / "pictures"
+    (pictures / "labels.csv").unlink()
+    for index, file in enumerate(sorted(pictures.glob("*.png"))):
+        folder = pictures / f"animal {index % 3}"
+        folder.mkdir(exist_ok=True)
+        file.rename(folder / file.name)
+    config = load_config(project / "run.toml").model_copy(update={"evaluate": None})
+    assert run(config).ran == ["freeze", "export", "build", "profile"]
+
+
+def test_output_folder_that_cannot_be_made_is_an_error(project: Path) -> None:
+    (project / "file").write_text("")
+    config = load_config(project / "run.toml").model_copy(update={"output": project / "file" / "out"})
+    with pytest.raises(ConfigError, match=r"cannot make the folder \S*file/out: Not a directory"):
+        run(config)
+
+
+# --- the configuration -----------------------------------------------------------------------------------------------
+
+
+def test_paths_are_relative_to_the_configuration(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(project.parent)
+    config = load_config(Path("project") / "run.toml")
+    assert (config.output, config.calibrate.data) == (Path("project/out"), Path("project/pictures"))
+    assert (config.model.weights, config.model.class_names) == ("project/tiny.safetensors", Path("project/classes.txt"))
+    assert config.evaluate is not None and config.evaluate.data == Path("project/pictures")
+    for word in ("random", "pretrained"):
+        (project / "w.toml").write_text((project / "run.toml").read_text().replace("tiny.safetensors", word))
+        assert load_config(project / "w.toml").model.weights == word
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "message"),
+    [
+        ('output = "out"', "", "output: Field required"),
+        ("[calibrate]\ndata", "[calibrate]\nfolder", "calibrate.data: Field required"),
+        ("sparsity = 0.4", "sparsty = 0.5", "freeze.sparsty: Extra inputs are not permitted"),
+        ("sparsity = 0.4", 'sparsity = "half"', "freeze.sparsity: Input should be a valid number"),
+        ('score = "row-entropy"', 'score = "beauty"', "freeze.score: Input should be 'sensitivity'"),
+        ("sparsity = 0.4", "bits = 5", "freeze.bits: Input should be 2, 3, 4 or 8"),
+        ('batch = "dynamic"', "batch = 0", "export.batch: Input should be greater than or equal to 1"),
+        ('batch = "dynamic"', 'batch = "many"', "export.batch: Input should be a valid integer"),
+        ('split = "odd"', 'split = "third"', "evaluate.split: Input should be 'all', 'even' or 'odd'"),
+        ("threads = 1", "threads = 0", "profile.threads: Input should be greater than or equal to 1"),
+        ("[profile]", "[profil]", "profil: Extra inputs are not permitted"),
+        ("[profile]", "[profile", "cannot read the configuration"),
+    ],
+)
+def test_mistakes_in_the_configuration_name_the_file_and_the_key(
+    finished: Path, tmp_path: Path, old: str, new: str, message: str
+) -> None:
+    text = (finished / "run.toml").read_text()
+    assert text.count(old) == 1
+    (tmp_path / "bad.toml").write_text(text.replace(old, new))
+    with pytest.raises(ConfigError) as err:
+        load_config(tmp_path / "bad.toml")
+    assert message in str(err.value) and str(tmp_path / "bad.toml") in str(err.value)
+    assert "\n" not in str(err.value).partition("TOML")[0]
+
+
+@pytest.mark.parametrize("content", [None, b"\xff"])
+def test_configuration_that_cannot_be_read_is_named(tmp_path: Path, content: bytes | None) -> None:
+    if content is not None:
+        (tmp_path / "x.toml").write_bytes(content)
+    with pytest.raises(ConfigError, match=r"cannot read the configuration \S*x\.toml"):
+        load_config(tmp_path / "x.toml")
+
+
+def test_dynamic_is_the_default_batch_and_a_number_is_kept(finished: Path, tmp_path: Path) -> None:
+    text = (finished / "run.toml").read_text()
+    for new, batch in (('batch = "dynamic"', None), ("", None), ("batch = 3", 3)):
+        (tmp_path / "x.toml").write_text(text.replace('batch = "dynamic"', new))
+        assert load_config(tmp_path / "x.toml").export.batch == batch
+
+
+def test_defaults_are_those_of_the_commands(tmp_path: Path) -> None:
+    from eamdeploy.host.freezing import FreezeOptions
+
+    (tmp_path / "x.toml").write_text('output = "o"\n[model]\nname = "a"\n[calibrate]\ndata = "d"\n')
+    config = load_config(tmp_path / "x.toml")
+    options: dict[str, Any] = {"granularity": "head", **config.freeze.model_dump()}
+    assert FreezeOptions(**options) == FreezeOptions()
+    assert json.loads(config.model_dump_json())["profile"] == {
+        "threads": None,
+        "batch": 1,
+        "warmup_ms": 200.0,
+        "min_seconds": 3.0,
+        "min_runs": 50,
+    }
