@@ -18,24 +18,17 @@ import onnx_graphsurgeon as gs
 from numpy.typing import NDArray
 
 from eamdeploy.graph.layout import LAYOUT_OPS, Origin, Probe, probe
-
-_NORM_OPS = frozenset(
-    {"Add", "Sub", "Mul", "Div", "Pow", "Sqrt", "Reciprocal", "ReduceMean", "Cast", "LayerNormalization"}
-    | {"RMSNormalization", "SimplifiedLayerNormalization"}
+from eamdeploy.graph.operand import (
+    Linear,
+    Norm,
+    Operand,
+    follow_operand,
+    is_matrix,
+    only_consumer,
+    peel_scale,
+    producer,
 )
-
-
-@dataclass(frozen=True)
-class Skip:
-    """A place that looked right at first and was left alone.
-
-    Attributes:
-        reason: which condition failed.
-        node: name of the node at which it failed.
-    """
-
-    reason: str
-    node: str
+from eamdeploy.graph.skip import Refused, Skip
 
 
 @dataclass(frozen=True, eq=False)
@@ -53,20 +46,6 @@ class Projection:
     def take(self, heads: list[int]) -> Projection:
         """The projection of `heads` alone, in that order."""
         return Projection(self.weight[:, heads], None if self.bias is None else self.bias[heads])
-
-
-@dataclass(frozen=True, eq=False)
-class Norm:
-    """A normalization of each head's vector on its own (q/k norm), as a piece of graph to copy.
-
-    Attributes:
-        source, result: the tensors it reads and writes, both `[B, H, N, d]`.
-        nodes: what lies between, in topological order.
-    """
-
-    source: gs.Tensor
-    result: gs.Tensor
-    nodes: tuple[gs.Node, ...]
 
 
 @dataclass(frozen=True, eq=False)
@@ -102,46 +81,17 @@ class Attention:
 
 
 @dataclass(frozen=True, eq=False)
-class _Linear:
-    """x · weight + bias, with weight `[D, C]` and bias `[C]` or None, written to `out`."""
-
-    x: gs.Tensor
-    weight: NDArray[np.float32]
-    bias: NDArray[np.float32] | None
-    out: gs.Tensor
-
-
-@dataclass(frozen=True, eq=False)
-class _Operand:
-    """One input of an attention product, followed back to its linear layer; `scale` is applied behind the norm."""
-
-    tensor: gs.Tensor
-    linear: _Linear
-    norm: Norm | None
-    scale: float
-    layout: tuple[str, ...]
-
-
-@dataclass(frozen=True, eq=False)
 class _Candidate:
     """All tensors around one softmax, before the layouts between them are proved."""
 
     softmax: gs.Node
-    query: _Operand
-    key: _Operand
-    value: _Operand
+    query: Operand
+    key: Operand
+    value: Operand
     scale: float
     context: gs.Tensor
     merged: gs.Tensor
     projection: gs.Node
-
-
-class _Refused(Exception):
-    """Internal: this softmax is no attention that we rewrite."""
-
-    def __init__(self, reason: str, node: gs.Node) -> None:
-        super().__init__(reason)
-        self.skip = Skip(reason, node.name or node.op)
 
 
 def find_attention(graph: gs.Graph) -> list[Attention | Skip]:
@@ -155,7 +105,7 @@ def find_attention(graph: gs.Graph) -> list[Attention | Skip]:
         if node.op == "Softmax":
             try:
                 found.append(_candidate(node))
-            except _Refused as refused:
+            except Refused as refused:
                 found.append(refused.skip)
     candidates = [c for c in found if isinstance(c, _Candidate)]
     if not candidates:
@@ -168,7 +118,7 @@ def find_attention(graph: gs.Graph) -> list[Attention | Skip]:
             continue
         try:
             result.append(_attention(item, origins))
-        except _Refused as refused:
+        except Refused as refused:
             result.append(refused.skip)
     return result
 
@@ -177,147 +127,31 @@ def _candidate(softmax: gs.Node) -> _Candidate:
     """The tensors around `softmax`, by walking the graph only."""
     rank = len(softmax.outputs[0].shape or softmax.inputs[0].shape or ())
     if softmax.attrs.get("axis", -1) not in (-1, rank - 1):
-        raise _Refused(f"softmax over axis {softmax.attrs.get('axis')}, not over the keys", softmax)
-    scores, scale = _peel_scale(softmax.inputs[0])
-    product = _producer(scores, softmax)
+        raise Refused(f"softmax over axis {softmax.attrs.get('axis')}, not over the keys", softmax)
+    scores, scale = peel_scale(softmax.inputs[0])
+    product = producer(scores, softmax)
     if product.op != "MatMul":
-        raise _Refused(f"its scores come from {product.op}, not from a plain product of queries and keys", softmax)
-    query, key = (_operand(tensor, product) for tensor in product.inputs)
-    context_product = _only_consumer(softmax.outputs[0], softmax)
+        raise Refused(f"its scores come from {product.op}, not from a plain product of queries and keys", softmax)
+    query, key = (follow_operand(tensor, product) for tensor in product.inputs)
+    context_product = only_consumer(softmax.outputs[0], softmax)
     if context_product.op != "MatMul" or context_product.inputs[0] is not softmax.outputs[0]:
-        raise _Refused(f"the map feeds {context_product.op}, not a product with values", softmax)
-    value = _operand(context_product.inputs[1], context_product)
+        raise Refused(f"the map feeds {context_product.op}, not a product with values", softmax)
+    value = follow_operand(context_product.inputs[1], context_product)
     if value.norm is not None or value.scale != 1.0:
-        raise _Refused("values are normalized or scaled", softmax)
+        raise Refused("values are normalized or scaled", softmax)
     if not (query.linear.x is key.linear.x is value.linear.x):
-        raise _Refused("queries, keys and values have different inputs (cross-attention)", softmax)
+        raise Refused("queries, keys and values have different inputs (cross-attention)", softmax)
     context = context_product.outputs[0]
     merged = context
-    node = _only_consumer(merged, context_product)
+    node = only_consumer(merged, context_product)
     while node.op in LAYOUT_OPS:
         merged = node.outputs[0]
-        node = _only_consumer(merged, node)
+        node = only_consumer(merged, node)
     if merged is context:
-        raise _Refused("heads are not merged behind the product with values", softmax)
-    if node.op != "MatMul" or not _is_matrix(node.inputs[1]):
-        raise _Refused(f"the merged heads feed {node.op}, not a constant output projection", softmax)
+        raise Refused("heads are not merged behind the product with values", softmax)
+    if node.op != "MatMul" or not is_matrix(node.inputs[1]):
+        raise Refused(f"the merged heads feed {node.op}, not a constant output projection", softmax)
     return _Candidate(softmax, query, key, value, scale, context, merged, node)
-
-
-def _operand(tensor: gs.Tensor, at: gs.Node) -> _Operand:
-    """`tensor` followed back through layouts, constant factors and at most one norm to a linear layer."""
-    current, scale, norm = tensor, 1.0, None
-    layout: list[str] = []
-    while True:
-        current, factor = _peel_scale(current)
-        if norm is not None and factor != 1.0:
-            raise _Refused("a factor in front of a norm", at)
-        scale *= factor
-        linear = _linear(current)
-        if linear is not None:
-            return _Operand(tensor, linear, norm, scale, tuple(reversed(layout)))
-        node = _producer(current, at)
-        if node.op in LAYOUT_OPS:
-            layout.append(node.op)
-            current = node.inputs[0]
-        elif node.op in _NORM_OPS and norm is None:
-            norm = _norm(current, at)
-            current = norm.source
-        else:
-            raise _Refused(f"an operand of the product comes from {node.op}, not from a linear layer", node)
-
-
-def _peel_scale(tensor: gs.Tensor) -> tuple[gs.Tensor, float]:
-    """`tensor` without the constant scalar factors in front of it, and their product."""
-    scale = 1.0
-    while len(tensor.inputs) == 1 and tensor.inputs[0].op in ("Mul", "Div"):
-        node = tensor.inputs[0]
-        left, right = node.inputs
-        if isinstance(right, gs.Constant) and right.values.size == 1:
-            factor = float(right.values.reshape(()))
-            scale, tensor = scale * (factor if node.op == "Mul" else 1.0 / factor), left
-        elif node.op == "Mul" and isinstance(left, gs.Constant) and left.values.size == 1:
-            scale, tensor = scale * float(left.values.reshape(())), right
-        else:
-            break
-    return tensor, scale
-
-
-def _linear(tensor: gs.Tensor) -> _Linear | None:
-    """The linear layer that writes `tensor`, if one does: MatMul with a constant matrix, with or without a bias."""
-    if len(tensor.inputs) != 1:
-        return None
-    node, bias = tensor.inputs[0], None
-    if node.op == "Add":
-        constants = [t for t in node.inputs if isinstance(t, gs.Constant) and t.values.ndim == 1]
-        others = [t for t in node.inputs if not isinstance(t, gs.Constant)]
-        if len(constants) != 1 or len(others) != 1 or len(others[0].inputs) != 1:
-            return None
-        bias, node = constants[0].values, others[0].inputs[0]
-    if node.op != "MatMul" or not _is_matrix(node.inputs[1]):
-        return None
-    weight = node.inputs[1].values
-    if bias is not None and bias.shape != weight.shape[1:]:
-        return None
-    return _Linear(node.inputs[0], weight, bias, tensor)
-
-
-def _is_matrix(tensor: gs.Tensor) -> bool:
-    return isinstance(tensor, gs.Constant) and tensor.values.ndim == 2
-
-
-def _norm(result: gs.Tensor, at: gs.Node) -> Norm:
-    """The norm that writes `result`, in one node or spelled out, back to the single tensor it reads."""
-    nodes: list[gs.Node] = []
-    sources: list[gs.Tensor] = []
-
-    def visit(tensor: gs.Tensor) -> None:
-        if isinstance(tensor, gs.Constant) or any(tensor is source for source in sources):
-            return
-        node = _producer(tensor, at)
-        if node.op not in _NORM_OPS or _linear(tensor) is not None:
-            sources.append(tensor)
-        elif not any(node is seen for seen in nodes):
-            for operand in node.inputs:
-                visit(operand)
-            nodes.append(node)
-
-    visit(result)
-    if len(sources) != 1:
-        raise _Refused(f"a norm in front of the product reads {len(sources)} tensors, not one", at)
-    for node in nodes:
-        if not _per_vector(node):
-            raise _Refused(f"{node.op} in front of the product is not a norm over one head's vector", node)
-    return Norm(sources[0], result, tuple(nodes))
-
-
-def _per_vector(node: gs.Node) -> bool:
-    """Whether `node` treats every vector along the last axis of a 4-D tensor alike."""
-    if any(tensor.values.ndim > 1 for tensor in node.inputs if isinstance(tensor, gs.Constant)):
-        return False
-    if node.op == "ReduceMean":
-        axes = node.attrs.get("axes")
-        if axes is None and len(node.inputs) == 2 and isinstance(node.inputs[1], gs.Constant):
-            axes = node.inputs[1].values.tolist()
-        return axes is not None and list(axes) in ([-1], [3]) and node.attrs.get("keepdims", 1) == 1
-    if node.op.endswith("Normalization"):
-        return node.attrs.get("axis", -1) in (-1, 3)
-    return True
-
-
-def _producer(tensor: gs.Tensor, at: gs.Node) -> gs.Node:
-    if len(tensor.inputs) != 1:
-        raise _Refused(f"{tensor.name} is a constant or an input of the graph", at)
-    return tensor.inputs[0]
-
-
-def _only_consumer(tensor: gs.Tensor, at: gs.Node) -> gs.Node:
-    if len(tensor.outputs) != 1:
-        raise _Refused(f"{tensor.name} has {len(tensor.outputs)} consumers, not one", at)
-    return tensor.outputs[0]
-
-
-# --- proving the layouts ---------------------------------------------------------------------------------------------
 
 
 def _probe_all(graph: gs.Graph, candidates: list[_Candidate]) -> dict[str, Origin]:
@@ -343,7 +177,7 @@ def _attention(candidate: _Candidate, origins: dict[str, Origin]) -> Attention:
     key = _head_columns(candidate, candidate.key, origins, transposed=True)
     value = _head_columns(candidate, candidate.value, origins, transposed=False)
     if not query.shape == key.shape == value.shape:
-        raise _Refused("queries, keys and values differ in heads or size", candidate.softmax)
+        raise Refused("queries, keys and values differ in heads or size", candidate.softmax)
     batch, heads, tokens, head_dim = origins[candidate.query.tensor.name].row.shape
     b, n, h, j = np.ogrid[:batch, :tokens, :heads, :head_dim]
     merged = origins[candidate.merged.name]
@@ -352,7 +186,7 @@ def _attention(candidate: _Candidate, origins: dict[str, Origin]) -> Attention:
         for numbers in ((b * heads + h) * tokens + n, j)
     )
     if not (np.array_equal(merged.row, row) and np.array_equal(merged.column, column)):
-        raise _Refused("heads are not merged side by side, token by token", candidate.softmax)
+        raise Refused("heads are not merged side by side, token by token", candidate.softmax)
     return Attention(
         x=candidate.query.linear.x,
         query=_project(candidate.query.linear, query),
@@ -372,33 +206,33 @@ def _attention(candidate: _Candidate, origins: dict[str, Origin]) -> Attention:
 
 
 def _head_columns(
-    candidate: _Candidate, operand: _Operand, origins: dict[str, Origin], *, transposed: bool
+    candidate: _Candidate, operand: Operand, origins: dict[str, Origin], *, transposed: bool
 ) -> NDArray[np.int32]:
     """`[H, d]`: which column of the linear layer each head's vector is made of.
 
     Raises:
-        _Refused: the operand is not `[B, H, N, d]` (keys: `[B, H, d, N]`) with every token in its own place.
+        Refused: the operand is not `[B, H, N, d]` (keys: `[B, H, d, N]`) with every token in its own place.
     """
     origin = origins[operand.tensor.name]
     if origin.row.ndim != 4:
-        raise _Refused(f"an operand of the product has {origin.row.ndim} dimensions, not 4", candidate.softmax)
+        raise Refused(f"an operand of the product has {origin.row.ndim} dimensions, not 4", candidate.softmax)
     axes = (0, 1, 3, 2) if transposed else (0, 1, 2, 3)
     row, column = origin.row.transpose(axes), origin.column.transpose(axes)
     batch, heads, tokens, head_dim = row.shape
     b, h, n, j = np.ogrid[:batch, :heads, :tokens, :head_dim]
     if operand.norm is not None:
         if not (_equal(row, (b * heads + h) * tokens + n) and _equal(column, j)):
-            raise _Refused("heads or tokens change places behind the norm", candidate.softmax)
+            raise Refused("heads or tokens change places behind the norm", candidate.softmax)
         origin = origins[operand.norm.source.name]
         row, column = origin.row, origin.column
         if row.shape != (batch, heads, tokens, head_dim):
-            raise _Refused("a norm works on another shape than the product", candidate.softmax)
+            raise Refused("a norm works on another shape than the product", candidate.softmax)
     if origin.source_shape[:-1] != (batch, tokens):
         reason = f"a linear layer writes {list(origin.source_shape)}, the product reads {batch} × {tokens} tokens"
-        raise _Refused(reason, candidate.softmax)
+        raise Refused(reason, candidate.softmax)
     columns: NDArray[np.int32] = column[0, :, 0, :]
     if not (_equal(row, b * tokens + n) and _equal(column, columns[:, None, :])):
-        raise _Refused("tokens or images are mixed in front of the product", candidate.softmax)
+        raise Refused("tokens or images are mixed in front of the product", candidate.softmax)
     return columns
 
 
@@ -407,5 +241,5 @@ def _equal(numbers: NDArray[np.int32], expected: NDArray[np.integer]) -> bool:
     return np.array_equal(numbers, np.broadcast_to(expected, numbers.shape))
 
 
-def _project(linear: _Linear, columns: NDArray[np.int32]) -> Projection:
+def _project(linear: Linear, columns: NDArray[np.int32]) -> Projection:
     return Projection(linear.weight[:, columns], None if linear.bias is None else linear.bias[columns])

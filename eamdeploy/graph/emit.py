@@ -22,7 +22,8 @@ import numpy as np
 import onnx_graphsurgeon as gs
 from numpy.typing import NDArray
 
-from eamdeploy.graph.attention import Attention, Norm, Projection
+from eamdeploy.graph.attention import Attention, Projection
+from eamdeploy.graph.operand import Norm
 
 Shape: TypeAlias = list[int | str]
 

@@ -32,7 +32,7 @@ class Origin:
     Attributes:
         row: int32, shape of the probed tensor: b·N + n of the source element.
         column: int32, the same shape: its index c.
-        source_shape: B, N and C.
+        source_shape: the shape of its source: B, N and C.
     """
 
     row: NDArray[np.int32]

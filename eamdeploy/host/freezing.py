@@ -252,6 +252,8 @@ def _check(options: FreezeOptions) -> None:
     if options.score not in SCORES:
         raise ConfigError("unknown score", expected=f"one of {', '.join(SCORES)}", got=options.score)
     quantize_rows(np.ones((1, 1)), options.bits, options.quantizer)
+    if options.score_images is not None and options.score_images < 1:
+        raise ConfigError("cannot score on that number of images", expected="at least 1", got=options.score_images)
 
 
 def _check_class_names(class_names: list[str] | None, num_classes: int) -> None:

@@ -9,8 +9,8 @@ from typing import Any, Generic, Protocol, TypeVar
 import onnx_graphsurgeon as gs
 
 from eamdeploy.errors import EamDeployError, UnsupportedGraph
-from eamdeploy.graph.attention import Skip
 from eamdeploy.graph.invariants import check_invariants
+from eamdeploy.graph.skip import Skip
 
 MatchT = TypeVar("MatchT")
 

@@ -12,8 +12,9 @@ from __future__ import annotations
 
 import onnx_graphsurgeon as gs
 
-from eamdeploy.graph.attention import Attention, Skip, find_attention
+from eamdeploy.graph.attention import Attention, find_attention
 from eamdeploy.graph.emit import GraphWriter, emit_attention, is_canonical
+from eamdeploy.graph.skip import Skip
 
 
 class CanonicalAttention:

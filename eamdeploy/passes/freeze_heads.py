@@ -19,8 +19,9 @@ import onnx_graphsurgeon as gs
 from numpy.typing import NDArray
 
 from eamdeploy.errors import UnsupportedGraph
-from eamdeploy.graph.attention import Attention, Skip, find_attention
+from eamdeploy.graph.attention import Attention, find_attention
 from eamdeploy.graph.emit import GraphWriter, IntegerMaps, emit_attention
+from eamdeploy.graph.skip import Skip
 
 
 @dataclass(frozen=True, eq=False)

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 import onnx_graphsurgeon as gs
 
-from eamdeploy.graph.attention import Skip
+from eamdeploy.graph.skip import Skip
 
 
 @dataclass(frozen=True)

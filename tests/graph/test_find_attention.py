@@ -30,8 +30,9 @@ from attention_graphs import (
     scalar,
 )
 
-from eamdeploy.graph.attention import Attention, Projection, Skip, find_attention
+from eamdeploy.graph.attention import Attention, Projection, find_attention
 from eamdeploy.graph.model import to_graph
+from eamdeploy.graph.skip import Skip
 
 DYNAMIC = "batch"
 

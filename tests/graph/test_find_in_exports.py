@@ -6,8 +6,9 @@ import pytest
 from attention_graphs import Floats
 from timm_graphs import DEPTH, EXPORTS, HEAD_DIM, D, Export, H, timm_model, tokens_of
 
-from eamdeploy.graph.attention import Attention, Norm, find_attention
+from eamdeploy.graph.attention import Attention, find_attention
 from eamdeploy.graph.model import to_graph
+from eamdeploy.graph.operand import Norm
 
 
 def by_head(rows: Floats) -> Floats:

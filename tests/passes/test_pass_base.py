@@ -8,7 +8,7 @@ import onnx_graphsurgeon as gs
 import pytest
 
 from eamdeploy.errors import CheckpointError, UnsupportedGraph
-from eamdeploy.graph.attention import Skip
+from eamdeploy.graph.skip import Skip
 from eamdeploy.passes.base import PassResult, PlannedPass, run_passes
 
 
