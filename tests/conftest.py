@@ -9,7 +9,9 @@ from pathlib import Path
 import pytest
 from command_line import Outcome, RunCli
 
-os.environ.setdefault("OMP_NUM_THREADS", "2")  # torch, here and in the processes that tests start
+# Torch, here and in the processes that tests start. Models this tiny gain nothing from a second thread, and lose a
+# factor of three when it has to share its core with another program.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 
 @pytest.fixture(scope="session")

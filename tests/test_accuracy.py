@@ -300,7 +300,9 @@ def test_anything_but_a_row_of_logits_for_each_image_is_refused(tmp_path: Path, 
 
 def test_models_of_different_class_counts_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="expected 7; got 6"):
-        measure_accuracy(model(IDENTITY), folder_of(tmp_path), AS_BYTES, batch_size=3, reference=model(IDENTITY, classes=7))
+        measure_accuracy(
+            model(IDENTITY), folder_of(tmp_path), AS_BYTES, batch_size=3, reference=model(IDENTITY, classes=7)
+        )
 
 
 def test_a_label_beyond_the_models_classes_names_the_file(tmp_path: Path) -> None:
@@ -312,6 +314,7 @@ def test_a_label_beyond_the_models_classes_names_the_file(tmp_path: Path) -> Non
 def test_an_evaluation_survives_its_file(tmp_path: Path) -> None:
     images = tmp_path / "images"
     images.mkdir()
-    result = measure_accuracy(model(IDENTITY), folder_of(images, [0] * 6), AS_BYTES, batch_size=4, reference=model(IDENTITY))
+    folder = folder_of(images, [0] * 6)
+    result = measure_accuracy(model(IDENTITY), folder, AS_BYTES, batch_size=4, reference=model(IDENTITY))
     result.write(tmp_path / "evaluation.json")
     assert Evaluation.read(tmp_path / "evaluation.json") == result

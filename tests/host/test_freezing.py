@@ -229,6 +229,7 @@ def test_bad_picture_is_an_error_or_named_counted_and_left_out(spec: ModelSpec, 
         (replace(FAST, sparsity=-0.1), r"sparsity; expected a number in \[0, 1\]; got -0\.1"),
         (replace(FAST, sparsity=float("nan")), r"sparsity; expected a number in \[0, 1\]; got nan"),
         (replace(FAST, score="beauty"), "unknown score; expected one of sensitivity.*; got beauty"),  # type: ignore[arg-type]
+        (replace(FAST, score_images=0), r"number of images; expected at least 1; got 0"),
         (replace(FAST, bits=5), r"width of codes; expected bits of \(2, 3, 4, 8\); got 5"),  # type: ignore[arg-type]
         (replace(FAST, quantizer="cubed"), "unknown quantizer; expected one of uniform, squared; got cubed"),  # type: ignore[arg-type]
     ],
