@@ -231,4 +231,5 @@ class _Scratch:
 
 
 def _xlogx(x: NDArray[np.float64]) -> NDArray[np.float64]:
-    return x * np.log(np.maximum(x, 1))  # only for whole numbers: 0 → 0 and 1 → 0
+    product: NDArray[np.float64] = x * np.log(np.maximum(x, 1))  # only for whole numbers: 0 → 0 and 1 → 0
+    return product

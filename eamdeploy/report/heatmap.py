@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from statistics import median
-from typing import TYPE_CHECKING, TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
 
@@ -311,7 +311,8 @@ def _draw_colour_bar(bar: Colorbar, score_name: str, exponent: int) -> None:
     bar.ax.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value / 10**exponent:.4g}"))
     bar.ax.yaxis.set_minor_formatter(NullFormatter())
     bar.ax.tick_params(labelsize=8.5, labelcolor=_INK, color=_MUTED)
-    bar.outline.set_visible(False)
+    outline: Any = bar.outline  # older matplotlib annotates it as a dictionary's item
+    outline.set_visible(False)
     power = f"10{str(exponent).translate(_SUPERSCRIPTS)}" if exponent else ""
     unit = f"{power} {_SCORE_UNITS.get(score_name, '')}".strip()
     bar.set_label(f"{score_name} [{unit}]" if unit else score_name, fontsize=10, color=_MUTED)
