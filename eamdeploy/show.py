@@ -96,7 +96,7 @@ def manifest(built: Manifest) -> RenderableType:
     parity = "NOT CHECKED"
     if built.parity is not None:
         parity = f"max |Δ logit| {built.parity.max_abs:.1e} on {built.parity.n} images, every top-1 equal"
-    return fields(
+    shown = fields(
         f"Engine {built.engine}",
         {
             "bytes": f"{built.engine_bytes:,}",
@@ -105,6 +105,7 @@ def manifest(built: Manifest) -> RenderableType:
             "parity": parity,
         },
     )
+    return _with_warning(shown, built.card.weights if built.card else None)
 
 
 def evaluation(report: EvaluationReport) -> RenderableType:

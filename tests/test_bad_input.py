@@ -467,7 +467,13 @@ def test_ctrl_c_while_freezing(pictures: Path, out: Path) -> None:
     kwargs = ["img_size=64", "patch_size=8", "embed_dim=96", "depth=12", "num_heads=12", "num_classes=10"]
     words = ["freeze", "--model", NAME, "--model-kwargs", *kwargs, "--weights", "random", "--data", pictures]
     command = [sys.executable, "-m", "eamdeploy.cli", *map(str, [*words, "-o", out / "x.eam.safetensors"])]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+
+    def heed_ctrl_c() -> None:  # a test run in the background of a script inherits that it is ignored
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+    with subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, preexec_fn=heed_ctrl_c
+    ) as process:
         assert process.stderr is not None and process.stdout is not None
         assert process.stderr.readline().startswith("sensitivity of 144 heads: about ")
         assert process.poll() is None

@@ -255,5 +255,6 @@ def _unpack_maps(parts: dict[str, NDArray[Any]], module: str, header: Checkpoint
 
 def _missing_safetensors(path: Path) -> MissingDependency:
     return MissingDependency(
-        f"EAM checkpoint {path}", expected="the package safetensors", hint="pip install eamdeploy[host]"
+        f"the EAM checkpoint {path} needs the package safetensors, which is not installed here",
+        hint="Install the host packages with: pip install 'eamdeploy[host]'.",
     )

@@ -28,6 +28,7 @@ from eamdeploy.errors import ConfigError
 from eamdeploy.graph.emit import IntegerMaps
 from eamdeploy.graph.model import to_graph, to_model, with_card
 from eamdeploy.host.calibrate import predict
+from eamdeploy.host.model import RANDOM
 from eamdeploy.host.reference import LoadedModel, load_reference
 from eamdeploy.host.stock_export import Exporter, StockExport, export_stock
 from eamdeploy.images import normalize
@@ -108,7 +109,7 @@ def export(
     modules = _attention_modules(loaded, live, opset)
     pixels, source = _reference_pixels(loaded, images, observer)
     header = loaded.header
-    observer.note(f"exporting {header.timm_model}")
+    observer.note(f"exporting {header.timm_model}" + (" with random weights" if header.weights == RANDOM else ""))
     stock = export_stock(live.model, header.preprocessing.size, batch=batch, opset=opset, exporter=exporter)
     card = ModelCard(
         timm_model=header.timm_model,

@@ -347,7 +347,7 @@ def test_without_safetensors_the_error_says_what_to_install(
 ) -> None:
     monkeypatch.setitem(sys.modules, "safetensors", None)
     monkeypatch.setitem(sys.modules, "safetensors.numpy", None)
-    with pytest.raises(MissingDependency, match=r"pip install eamdeploy\[host\]"):
+    with pytest.raises(MissingDependency, match=r"pip install 'eamdeploy\[host\]'"):
         load(saved)
-    with pytest.raises(MissingDependency, match=r"pip install eamdeploy\[host\]"):
+    with pytest.raises(MissingDependency, match=r"pip install 'eamdeploy\[host\]'"):
         save(checkpoint, saved)
