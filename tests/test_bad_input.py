@@ -412,6 +412,21 @@ def test_output_that_cannot_be_written(
     assert sorted(tmp_path.rglob("*")) == before
 
 
+@pytest.mark.parametrize("command", ["freeze", "analyze", "pack", "export", "evaluate", "profile"])
+def test_output_that_is_an_input(
+    run_cli: RunCli, writers: dict[str, list[object]], tmp_path: Path, command: str
+) -> None:
+    words = writers[command]
+    after = {"freeze": "--weights", "analyze": "--weights", "pack": "--maps"}.get(command, command)
+    place = words.index(after) + 1
+    source = Path(str(words[place]))
+    words[place] = tmp_path / f"in{source.suffix}"
+    shutil.copy(source, str(words[place]))
+    line = only_error(run_cli(*words, "-o", words[place]), 2)
+    assert f"{words[place]} would replace the input" in line
+    assert Path(str(words[place])).read_bytes() == source.read_bytes()
+
+
 @contextmanager
 def file_size_limit(n_bytes: int) -> Iterator[None]:
     """Inside the block, a write beyond `n_bytes` of a file fails in the kernel, as on a full disk."""

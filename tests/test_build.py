@@ -55,6 +55,15 @@ def test_missing_reference_is_an_error_that_says_what_to_do_and_can_be_waived(mo
     assert build_ort(model, engine, threads=1, check=False).parity is None
 
 
+def test_engine_never_replaces_its_model(model: Path) -> None:
+    data = model.read_bytes()
+    (model.parent / "link.onnx").symlink_to(model)
+    for output in (model, model.parent / "link.onnx"):
+        with pytest.raises(ConfigError, match=r"would replace its model"):
+            build_ort(model, output, threads=1)
+    assert model.read_bytes() == data
+
+
 def perturb_logits(model: Path) -> None:
     reference = ReferenceSet.load(reference_path(model))
     logits = reference.logits.copy()

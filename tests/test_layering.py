@@ -70,6 +70,7 @@ PACKAGES: dict[str, set[str]] = {
     "rich": {"cli", "console", "show"},
     "typer": {"cli", "cli_options"},
     "tomli": {"pipeline"},
+    "tomllib": {"pipeline"},  # Python's own from 3.11
     "onnxruntime": {"engines.ort", "engines.registry", "graph.layout", "graph.model"},
     "torch": {"host"},
     "timm": {"host"},
@@ -79,7 +80,7 @@ PACKAGES: dict[str, set[str]] = {
     "matplotlib": {"report"},
     "tensorrt": set(),
 }
-BASE = {"numpy", "pydantic", "PIL", "psutil", "rich", "typer", "tomli", "onnxruntime"}
+BASE = {"numpy", "pydantic", "PIL", "psutil", "rich", "typer", "tomli", "tomllib", "onnxruntime"}
 BLOCKED = sorted(PACKAGES.keys() - BASE)
 BACKENDS = {path.stem for path in (ROOT / "engines").glob("*.py")} - {"__init__", "base", "provenance", "registry"}
 
