@@ -110,9 +110,8 @@ def manifest(built: Manifest) -> RenderableType:
 
 def evaluation(report: EvaluationReport) -> RenderableType:
     """Accuracy beside the reference's."""
-    table = Table(
-        title=f"{report.n_images} images of {report.images}", title_justify="left", box=None, padding=(0, 2, 0, 0)
-    )
+    title = Text(f"{report.n_images} images of {report.images}", style="italic")
+    table = Table(box=None, padding=(0, 2, 0, 0))  # without the title, which may be wider
     for name in ("", "model", "reference"):
         table.add_column(name, justify="left" if not name else "right")
     rows = (("top-1", report.top1, report.reference_top1), ("top-5", report.top5, report.reference_top5))
@@ -123,8 +122,8 @@ def evaluation(report: EvaluationReport) -> RenderableType:
         table.add_row("agreement", f"{report.agreement:.1f} %", "")
         table.add_row("KL", f"{report.kl:.2g} nats", "")
     if report.top1 is None and report.agreement is None:
-        return Group(table, Text("Neither labels nor a reference: nothing to compare with. See --reference."))
-    return _with_warning(table, report.weights)
+        return Group(title, table, Text("Neither labels nor a reference: nothing to compare with. See --reference."))
+    return _with_warning(Group(title, table), report.weights)
 
 
 def profile(measured: Profile) -> RenderableType:
