@@ -15,7 +15,7 @@ from eamdeploy import show
 from eamdeploy.artifact import require_output
 from eamdeploy.console import Terminal, print_result
 from eamdeploy.errors import EamDeployError, host_packages
-from eamdeploy.source import read_class_names
+from eamdeploy.source import ImageSource, read_class_names
 
 if TYPE_CHECKING:
     from eamdeploy.host.freezing import FreezeOptions
@@ -113,7 +113,7 @@ def analyze(
     with context.obj as terminal:
         result = run_analyze(
             _model_spec(model, weights, model_kwargs, seed),
-            options.image_source(data, split, images, skip_bad),
+            ImageSource(data, split, images, skip_bad),
             settings,
             overrides=_overrides(mean, std, crop_pct, interpolation),
             observer=terminal,
@@ -160,7 +160,7 @@ def freeze(
     with context.obj as terminal:
         header = run_freeze(
             _model_spec(model, weights, model_kwargs, seed),
-            options.image_source(data, split, images, skip_bad),
+            ImageSource(data, split, images, skip_bad),
             output,
             _freeze_options(sparsity, score, bits, quantizer, bins, spacing, seed, score_images),
             overrides=_overrides(mean, std, crop_pct, interpolation),
@@ -239,7 +239,7 @@ def export(
             batch=options.parse_batch(batch),
             opset=opset,
             exporter=exporter,
-            images=None if data is None else options.image_source(data, split, images, skip_bad),
+            images=None if data is None else ImageSource(data, split, images, skip_bad),
             observer=terminal,
         )
     print_result(result, show.export(result), as_json=as_json)
@@ -283,7 +283,7 @@ def evaluate(
     from eamdeploy.evaluation import evaluate as run_evaluate
 
     _require_outputs([output], [model])
-    source = options.image_source(data, split, images, skip_bad)
+    source = ImageSource(data, split, images, skip_bad)
     with context.obj as terminal:
         result = run_evaluate(model, source, reference=reference, threads=threads, observer=terminal)
     if output is not None:

@@ -11,7 +11,6 @@ import typer
 
 from eamdeploy.eam import quantizers
 from eamdeploy.errors import ConfigError
-from eamdeploy.source import ImageSource
 
 _ASSIGNMENT = re.compile(r"[A-Za-z_]\w*=")
 
@@ -98,8 +97,3 @@ def parse_batch(text: str) -> int | None:
     if not text.isdecimal() or int(text) < 1:
         raise ConfigError("--batch", expected="'dynamic' or a number of at least 1", got=text)
     return int(text)
-
-
-def image_source(data: Path, split: Literal["all", "even", "odd"], images: int | None, skip_bad: bool) -> ImageSource:
-    """The options `--data`, `--split`, `--images` and `--skip-bad` together."""
-    return ImageSource(data, split, images, skip_bad)

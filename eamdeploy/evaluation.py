@@ -70,13 +70,14 @@ def evaluate(
     """
     with ExitStack() as stack:
         candidate = stack.enter_context(_open(model, threads, frozen=True))
+        model_digest = digest_file(model)
         other, other_name, other_digest = None, None, None
         if reference is not None:
             other = stack.enter_context(_open(reference, threads, frozen=True))
             other_name, other_digest = str(reference), digest_file(reference)
         elif _is_checkpoint(model):
             other = stack.enter_context(_open(model, threads, frozen=False))
-            other_name, other_digest = f"{model} with all attention live", digest_file(model)
+            other_name, other_digest = f"{model} with all attention live", model_digest
         how = _preprocessing(model, candidate, other)
         class_names = candidate.class_names or (other.class_names if other else None)
         folder = images.open_labelled(candidate.num_classes or 2**31, class_names)
@@ -97,7 +98,7 @@ def evaluate(
     return EvaluationReport(
         **result.model_dump(),
         model=str(model),
-        model_digest=digest_file(model),
+        model_digest=model_digest,
         weights=candidate.weights,
         reference=other_name,
         reference_digest=other_digest,

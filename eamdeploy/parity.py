@@ -19,6 +19,9 @@ from numpy.typing import NDArray
 from eamdeploy.artifact import Record, atomic_output
 from eamdeploy.errors import CheckpointError, ConfigError, ParityError
 
+REFERENCE_IMAGES = 16
+"""How many images a model's reference set has, unless its user wants another number."""
+
 _REFERENCE_FORMAT = 1
 _REFERENCE_KEYS = ("format", "logits", "pixels", "source")
 

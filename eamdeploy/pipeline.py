@@ -30,7 +30,7 @@ from eamdeploy.errors import CheckpointError, ConfigError, host_packages
 from eamdeploy.evaluation import EvaluationReport, evaluate
 from eamdeploy.folder import Split, folder_digest
 from eamdeploy.observer import SILENT, Observer
-from eamdeploy.parity import reference_path
+from eamdeploy.parity import REFERENCE_IMAGES, reference_path
 from eamdeploy.profiling.profile import Profile, profile
 from eamdeploy.source import ImageSource, read_class_names
 
@@ -39,7 +39,6 @@ if sys.version_info >= (3, 11):
 else:
     import tomli as tomllib
 
-_REFERENCE_IMAGES = 16
 _Batch = Annotated[int | None, Field(ge=1), BeforeValidator(lambda value: None if value == "dynamic" else value)]
 
 
@@ -271,7 +270,7 @@ def _freeze_stage(config: RunConfig, observer: Observer) -> _Stage:
 def _export_stage(config: RunConfig, observer: Observer) -> _Stage:
     checkpoint = config.output / "model.eam.safetensors"
     model, baseline = config.output / "model.onnx", config.output / "baseline.onnx"
-    images = replace(_source(config.calibrate), limit=_REFERENCE_IMAGES)
+    images = replace(_source(config.calibrate), limit=REFERENCE_IMAGES)
 
     def action() -> None:
         with host_packages("exporting"):

@@ -53,7 +53,7 @@ LAYERS: dict[str, set[str]] = {
     },
     "show": {"artifact", "eam", "engines", "evaluation", "host", "inspection", "pipeline", "profiling"},
     "console": {"artifact"},
-    "cli_options": {"eam", "errors", "source"},
+    "cli_options": {"eam", "errors"},
     "cli": {
         *("artifact", "build", "cli_options", "console", "engines", "errors", "evaluation", "host", "inspection"),
         *("pipeline", "profiling", "report", "show", "source"),

@@ -33,14 +33,13 @@ from eamdeploy.host.reference import LoadedModel, load_reference
 from eamdeploy.host.stock_export import Exporter, StockExport, export_stock
 from eamdeploy.images import normalize
 from eamdeploy.observer import SILENT, Observer
-from eamdeploy.parity import TOLERANCES, ParityReport, ReferenceSet, reference_path
+from eamdeploy.parity import REFERENCE_IMAGES, TOLERANCES, ParityReport, ReferenceSet, reference_path
 from eamdeploy.passes.base import PassResult, run_passes
 from eamdeploy.passes.freeze_heads import AttentionModule, check_accounted
 from eamdeploy.passes.order import plan_passes
 from eamdeploy.source import ImageSource
 
 DEFAULT_OPSET = 17
-_REFERENCE_IMAGES = 16
 _SEED = 0
 _UINT16_OPSET = 21
 
@@ -215,10 +214,10 @@ def _reference_pixels(
     """Images for the parity gate, uint8 `[n, H, W, 3]`, and where they come from."""
     header = checkpoint.header
     if images is None:
-        return _synthetic_pixels(header.preprocessing), f"{_REFERENCE_IMAGES} synthetic images"
-    chosen = replace(images, limit=images.limit or _REFERENCE_IMAGES)
+        return _synthetic_pixels(header.preprocessing), f"{REFERENCE_IMAGES} synthetic images"
+    chosen = replace(images, limit=images.limit or REFERENCE_IMAGES)
     folder = chosen.open()
-    batches = chosen.batches(folder, header.preprocessing, _REFERENCE_IMAGES, observer)
+    batches = chosen.batches(folder, header.preprocessing, REFERENCE_IMAGES, observer)
     pixels = np.concatenate([batch.pixels for batch in batches])
     return pixels, f"{len(pixels)} images of {folder.root.name}"
 
@@ -228,9 +227,9 @@ def _synthetic_pixels(how: Preprocessing) -> NDArray[np.uint8]:
     height, width = how.size
     rng = np.random.default_rng(_SEED)
     y, x = np.mgrid[0 : 1 : height * 1j, 0 : 1 : width * 1j]
-    waves = rng.uniform(-3, 3, (_REFERENCE_IMAGES, 3, 4, 2))  # 4 plane waves in each channel of each image
-    phases = rng.uniform(0, 2 * np.pi, (_REFERENCE_IMAGES, 3, 4))
+    waves = rng.uniform(-3, 3, (REFERENCE_IMAGES, 3, 4, 2))  # 4 plane waves in each channel of each image
+    phases = rng.uniform(0, 2 * np.pi, (REFERENCE_IMAGES, 3, 4))
     angles = 2 * np.pi * np.einsum("ncwa,ahx->ncwhx", waves, np.stack([y, x])) + phases[..., None, None]
-    smooth = np.sin(angles).sum(axis=2) / 4 + rng.normal(0, 0.1, (_REFERENCE_IMAGES, 3, height, width))
+    smooth = np.sin(angles).sum(axis=2) / 4 + rng.normal(0, 0.1, (REFERENCE_IMAGES, 3, height, width))
     pixels: NDArray[np.uint8] = np.clip(127.5 * (1 + smooth), 0, 255).astype(np.uint8).transpose(0, 2, 3, 1)
     return pixels

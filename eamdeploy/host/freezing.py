@@ -14,7 +14,7 @@ from eamdeploy.artifact import Freezing, Preprocessing, Record, require_output
 from eamdeploy.eam import checkpoint as checkpoints
 from eamdeploy.eam import scores as map_scores
 from eamdeploy.eam.checkpoint import AttentionShape, Calibration, Checkpoint, CheckpointHeader, FrozenMaps
-from eamdeploy.eam.quantizers import Bits, Quantizer, dequantize, quantize_rows
+from eamdeploy.eam.quantizers import Bits, Quantizer, quantize_rows
 from eamdeploy.eam.selection import Selection, select
 from eamdeploy.eam.statistics import MapStatistics, Spacing
 from eamdeploy.engines.provenance import package_versions
@@ -272,10 +272,10 @@ def _scores(
 ) -> dict[str, NDArray[np.float64]]:
     if options.score != "sensitivity":
         return map_scores.score_heads(statistics, options.score, seed=options.seed)
-    maps = {}
-    for path, module in statistics.items():
-        codes, scales = quantize_rows(module.mean(), options.bits, options.quantizer, where=path)
-        maps[path] = dequantize(codes, scales, options.quantizer)
+    maps = {
+        path: _quantize(path, np.arange(module.shape[0]), module.mean(), options).maps(options.quantizer)
+        for path, module in statistics.items()
+    }
     chosen = images if options.score_images is None else replace(images, limit=options.score_images)
     folder = chosen.open()
     estimated = False
