@@ -16,6 +16,7 @@ $(READY): pyproject.toml
 
 demo: $(READY)
 	$(BIN)/eamdeploy run --force models/digits_deit.toml
+	$(BIN)/eamdeploy run --force models/digits_swin.toml
 
 test: lint
 	$(BIN)/pytest

@@ -192,12 +192,17 @@ class Freezing(Record):
     """What is frozen in a model and how it was chosen.
 
     Attributes:
-        heads: frozen head indices by attention module path, e.g. `{"blocks.3.attn": [0, 2]}`.
+        granularity: what is frozen as one piece: a head's map, a row of it, or an entry of it.
+        window_maps: which windows share a frozen map: all (`shared`), those with the same shift mask (`class`), or
+            none (`window`); None for a model without windows.
+        heads: heads with at least one frozen piece by attention module path, e.g. `{"blocks.3.attn": [0, 2]}`.
         sparsity: frozen entries ÷ all attention entries, in [0, 1]; `sparsity_asked` is what the user wanted.
-        score: what ranked the heads, and `scores` its value for every head of every attention module.
+        score: what ranked the pieces, and `scores` its value for every head of every attention module: for rows and
+            entries the mean over the head's.
     """
 
     granularity: Literal["head", "row", "entry"] = "head"
+    window_maps: Literal["shared", "class", "window"] | None = None
     bits: Literal[2, 3, 4, 8]
     quantizer: Literal["uniform", "squared"]
     score: str

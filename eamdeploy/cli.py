@@ -18,8 +18,8 @@ from eamdeploy.errors import EamDeployError, host_packages
 from eamdeploy.source import ImageSource, read_class_names
 
 if TYPE_CHECKING:
-    from eamdeploy.host.freezing import FreezeOptions
     from eamdeploy.host.model import ModelSpec, PreprocessingOverrides
+    from eamdeploy.host.options import FreezeOptions
 
 app = typer.Typer(
     name="eamdeploy",
@@ -71,7 +71,18 @@ Heatmap = Annotated[Path | None, typer.Option(help="Draw layers × heads with th
 Sparsity = Annotated[float, typer.Option(help="Frozen ÷ all attention entries, in [0, 1].")]
 Score = Annotated[
     Literal["sensitivity", "entropy", "row-entropy", "variance", "random"],
-    typer.Option(help="What ranks the heads, lowest first; sensitivity is the KL of the logits with one head frozen."),
+    typer.Option(
+        help="What ranks the pieces, lowest first; sensitivity is the KL of the logits with one piece frozen, "
+        "estimated for rows and entries."
+    ),
+]
+Granularity = Annotated[
+    Literal["head", "row", "entry"],
+    typer.Option(help="What is frozen as one piece: a whole map, one query's row of it, or one value."),
+]
+WindowMaps = Annotated[
+    Literal["shared", "class", "window"],
+    typer.Option(help="Swin: one frozen map for all windows, for those with the same shift mask, or for each."),
 ]
 Bins = Annotated[int, typer.Option(help="Bins of the histograms behind the score entropy.")]
 Spacing = Annotated[Literal["uniform", "squared"], typer.Option(help="Where the bins' edges lie: i/n or (i/n)².")]
@@ -92,6 +103,8 @@ def analyze(
     split: options.Split = "all",
     skip_bad: options.SkipBad = False,
     sparsity: Sparsity = 0.2,
+    granularity: Granularity = "head",
+    window_maps: WindowMaps = "shared",
     score: Score = "entropy",
     bits: options.Bits = 4,
     quantizer: options.Quantizer = "squared",
@@ -109,7 +122,9 @@ def analyze(
     with host_packages("analyze"):
         from eamdeploy.host.freezing import analyze as run_analyze
     _require_outputs([output, heatmap], [Path(weights)])
-    settings = _freeze_options(sparsity, score, bits, quantizer, bins, spacing, seed, score_images)
+    settings = _freeze_options(
+        sparsity, granularity, window_maps, score, bits, quantizer, bins, spacing, seed, score_images
+    )
     with context.obj as terminal:
         result = run_analyze(
             _model_spec(model, weights, model_kwargs, seed),
@@ -120,7 +135,7 @@ def analyze(
         )
     result.write(output)
     if heatmap is not None:
-        _draw(result.scores[score], score, result.frozen, model, heatmap)
+        _draw(result.scores[score], score, result.frozen, result.shares, model, heatmap)
     print_result(result, show.analysis(result), as_json=as_json)
 
 
@@ -138,7 +153,8 @@ def freeze(
     split: options.Split = "all",
     skip_bad: options.SkipBad = False,
     sparsity: Sparsity = 0.2,
-    granularity: Annotated[Literal["head"], typer.Option(help="What is frozen as one piece.")] = "head",
+    granularity: Granularity = "head",
+    window_maps: WindowMaps = "shared",
     score: Score = "sensitivity",
     bits: options.Bits = 4,
     quantizer: options.Quantizer = "squared",
@@ -152,30 +168,36 @@ def freeze(
     interpolation: options.Interpolation = None,
     as_json: options.AsJson = False,
 ) -> None:
-    """Freeze the heads that depend least on the image; write an EAM checkpoint (*.eam.safetensors)."""
+    """Freeze what depends least on the image; write an EAM checkpoint (*.eam.safetensors)."""
     with host_packages("freeze"):
         from eamdeploy.host.freezing import freeze as run_freeze
-    del granularity  # the only one so far
+        from eamdeploy.host.freezing import read_shares
     _require_outputs([output, heatmap], [Path(weights)])
+    settings = _freeze_options(
+        sparsity, granularity, window_maps, score, bits, quantizer, bins, spacing, seed, score_images
+    )
     with context.obj as terminal:
         header = run_freeze(
             _model_spec(model, weights, model_kwargs, seed),
             ImageSource(data, split, images, skip_bad),
             output,
-            _freeze_options(sparsity, score, bits, quantizer, bins, spacing, seed, score_images),
+            settings,
             overrides=_overrides(mean, std, crop_pct, interpolation),
             class_names=read_class_names(class_names),
             observer=terminal,
         )
     if heatmap is not None:
-        _draw(header.freezing.scores, score, header.freezing.heads, model, heatmap)
+        _draw(header.freezing.scores, score, header.freezing.heads, read_shares(output), model, heatmap)
     print_result(header, show.checkpoint(header), as_json=as_json)
 
 
 @app.command()
 def pack(
     model: options.Model,
-    maps: Annotated[Path, typer.Option(help="Frozen maps, .npz or .safetensors: <module>.heads with .maps or .codes.")],
+    maps: Annotated[
+        Path,
+        typer.Option(help="Frozen maps, .npz or .safetensors: <module>.heads with .maps or .codes, perhaps .mask."),
+    ],
     output: Output,
     weights: options.Weights = "pretrained",
     model_kwargs: options.ModelKwargs = [],  # noqa: B006
@@ -383,6 +405,8 @@ def _overrides(
 
 def _freeze_options(
     sparsity: float,
+    granularity: Literal["head", "row", "entry"],
+    window_maps: Literal["shared", "class", "window"],
     score: Literal["sensitivity", "entropy", "row-entropy", "variance", "random"],
     bits: int,
     quantizer: Literal["uniform", "squared"],
@@ -391,10 +415,12 @@ def _freeze_options(
     seed: int,
     score_images: int | None,
 ) -> FreezeOptions:
-    from eamdeploy.host.freezing import FreezeOptions
+    from eamdeploy.host.options import FreezeOptions
 
     return FreezeOptions(
         sparsity=sparsity,
+        granularity=granularity,
+        window_maps=window_maps,
         score=score,
         bits=options.parse_bits(bits),
         quantizer=quantizer,
@@ -405,10 +431,17 @@ def _freeze_options(
     )
 
 
-def _draw(scores: dict[str, list[float]], score: str, frozen: dict[str, list[int]], title: str, path: Path) -> None:
+def _draw(
+    scores: dict[str, list[float]],
+    score: str,
+    frozen: dict[str, list[int]],
+    shares: dict[str, list[float]],
+    title: str,
+    path: Path,
+) -> None:
     from eamdeploy.report.heatmap import draw_heatmap
 
-    draw_heatmap(scores, score_name=score, frozen=frozen, title=title, path=path)
+    draw_heatmap(scores, score_name=score, frozen=frozen, shares=shares, title=title, path=path)
 
 
 if __name__ == "__main__":

@@ -4,19 +4,24 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
+import numpy as np
 from pydantic import JsonValue
 
 from eamdeploy.artifact import Freezing, Record, digest_file
 from eamdeploy.eam import checkpoint as checkpoints
-from eamdeploy.eam.quantizers import packed_size
+from eamdeploy.eam.packing import packed_size
+from eamdeploy.eam.records import AttentionShape, Checkpoint
+from eamdeploy.eam.selection import Granularity
 from eamdeploy.engines.base import Manifest, read_manifest
 from eamdeploy.engines.registry import open_runner
 from eamdeploy.errors import CheckpointError, ConfigError
 from eamdeploy.parity import ReferenceSet
+
+PLURALS: Final[dict[Granularity, str]] = {"head": "heads", "row": "rows", "entry": "entries"}
 
 
 class Inspection(Record):
@@ -54,21 +59,50 @@ def inspect(path: Path) -> Inspection:
 def _checkpoint(path: Path) -> tuple[str, dict[str, JsonValue]]:
     loaded = checkpoints.load(path)
     header = loaded.header
-    packed = sum(packed_size(item.codes.size, header.freezing.bits) for item in loaded.frozen.values())
     details: dict[str, JsonValue] = {
         "model": header.timm_model,
         "weights": header.weights,
         "classes": header.num_classes,
         "image size": list(header.preprocessing.size),
         "attention modules": len(header.attention),
+        **_windows(header.attention),
         **_freezing(header.freezing),
+        **_frozen_maps(loaded),
         "weight tensors": len(loaded.weights),
         "weight bytes": sum(int(weight.nbytes) for weight in loaded.weights.values()),
-        "frozen map bytes": packed,
     }
     if header.calibration is not None:
         details["calibration"] = f"{header.calibration.n_images} images of {header.calibration.source}"
     return "EAM checkpoint", details
+
+
+def _windows(attention: Mapping[str, AttentionShape]) -> dict[str, JsonValue]:
+    """How many windows and window maps every module has; nothing for a model without windows."""
+    lines: list[JsonValue] = [
+        f"{path}: {shape.n_windows} of {shape.tokens} tokens, window maps: {shape.n_maps}"
+        for path, shape in attention.items()
+        if shape.windows is not None
+    ]
+    return {"windows": lines} if lines else {}
+
+
+def _frozen_maps(loaded: Checkpoint) -> dict[str, JsonValue]:
+    """How many pieces of every module are frozen, where they are not whole heads, and what their values take."""
+    freezing, attention = loaded.header.freezing, loaded.header.attention
+    codes = sum(
+        packed_size(item.frozen_entries * attention[path].n_maps, freezing.bits) for path, item in loaded.frozen.items()
+    )
+    if freezing.granularity == "head":
+        return {"frozen map bytes": codes}
+    masks = {path: item.mask for path, item in loaded.frozen.items() if item.mask is not None}
+    counts = {path: (np.count_nonzero(mask), attention[path].heads * mask[0].size) for path, mask in masks.items()}
+    return {
+        f"frozen {PLURALS[freezing.granularity]}{' of every window' if freezing.window_maps else ''}": [
+            f"{path}: {frozen} of {total} ({frozen / total:.1%})" for path, (frozen, total) in counts.items()
+        ],
+        "frozen map bytes": codes,
+        "mask bytes": sum(packed_size(mask.size, 1) for mask in masks.values()),
+    }
 
 
 def _onnx(path: Path) -> tuple[str, dict[str, JsonValue]]:
@@ -122,10 +156,13 @@ def _built(manifest: Manifest) -> dict[str, JsonValue]:
 
 
 def _freezing(freezing: Freezing) -> dict[str, JsonValue]:
+    whole = freezing.granularity == "head"
+    heads = "frozen heads" if whole else f"heads with frozen {PLURALS[freezing.granularity]}"
     return {
         "sparsity": freezing.sparsity,
-        "frozen heads": [f"{path}: {heads}" for path, heads in freezing.heads.items()],
+        heads: [f"{path}: {frozen}" for path, frozen in freezing.heads.items()],
         "granularity": freezing.granularity,
+        **({} if freezing.window_maps is None else {"window maps": freezing.window_maps}),
         "bits": freezing.bits,
         "quantizer": freezing.quantizer,
         "score": freezing.score,

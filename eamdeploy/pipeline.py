@@ -73,6 +73,8 @@ class FreezeConfig(Record):
     """`[freeze]`: the options of `eamdeploy freeze`."""
 
     sparsity: float = 0.2
+    granularity: Literal["head", "row", "entry"] = "head"
+    window_maps: Literal["shared", "class", "window"] = "shared"
     score: Literal["sensitivity", "entropy", "row-entropy", "variance", "random"] = "sensitivity"
     bits: Literal[2, 3, 4, 8] = 4
     quantizer: Literal["uniform", "squared"] = "squared"
@@ -236,8 +238,9 @@ def _freeze_stage(config: RunConfig, observer: Observer) -> _Stage:
 
     def action() -> None:
         with host_packages("freezing"):
-            from eamdeploy.host.freezing import FreezeOptions, freeze
+            from eamdeploy.host.freezing import freeze, read_shares
             from eamdeploy.host.model import ModelSpec, PreprocessingOverrides
+            from eamdeploy.host.options import FreezeOptions
             from eamdeploy.report.heatmap import draw_heatmap
         header = freeze(
             ModelSpec(model.name, model.weights, model.kwargs),
@@ -252,6 +255,7 @@ def _freeze_stage(config: RunConfig, observer: Observer) -> _Stage:
             header.freezing.scores,
             score_name=header.freezing.score,
             frozen=header.freezing.heads,
+            shares=read_shares(output),
             title=header.timm_model,
             path=heatmap,
         )

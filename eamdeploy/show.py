@@ -10,10 +10,10 @@ from rich.table import Table
 from rich.text import Text
 
 from eamdeploy.artifact import Freezing
-from eamdeploy.eam.checkpoint import AttentionShape, CheckpointHeader
+from eamdeploy.eam.records import AttentionShape, CheckpointHeader
 from eamdeploy.engines.base import Manifest
 from eamdeploy.evaluation import EvaluationReport
-from eamdeploy.inspection import Inspection
+from eamdeploy.inspection import PLURALS, Inspection
 from eamdeploy.pipeline import RunReport
 from eamdeploy.profiling.profile import EngineProfile, Profile
 
@@ -34,17 +34,22 @@ def fields(title: str, rows: Mapping[str, object]) -> RenderableType:
 
 
 def frozen_heads(freezing: Freezing, attention: Mapping[str, AttentionShape]) -> RenderableType:
-    """Which heads of which module are frozen, and the sparsity reached."""
-    table = Table(title="Frozen heads", title_justify="left", box=None, padding=(0, 2, 0, 0))
+    """Which heads of which module are frozen, or have frozen rows or entries, and the sparsity reached."""
+    whole, pieces = freezing.granularity == "head", PLURALS[freezing.granularity]
+    table = Table(title=f"Frozen {pieces}", title_justify="left", box=None, padding=(0, 2, 0, 0))
     table.add_column("module")
-    table.add_column("heads (* frozen)")
+    table.add_column("heads (* frozen)" if whole else f"heads (* with frozen {pieces})")
     for path, shape in attention.items():
         frozen = freezing.heads.get(path, [])
         table.add_row(path, " ".join(f"{head}*" if head in frozen else f"{head} " for head in range(shape.heads)))
     count, total = sum(map(len, freezing.heads.values())), sum(shape.heads for shape in attention.values())
     asked = "" if freezing.sparsity_asked is None else f" (asked for {freezing.sparsity_asked:.1%})"
-    summary = f"sparsity {freezing.sparsity:.1%}{asked}: {count} of {total} heads, by {freezing.score}"
-    return Group(table, Text(f"{summary}; {freezing.bits} bits {freezing.quantizer}"))
+    what = f"{'' if whole else f'{pieces} in '}{count} of {total} heads"
+    stored = f"{freezing.bits} bits {freezing.quantizer}"
+    windows = "" if freezing.window_maps is None else f"; window maps: {freezing.window_maps}"
+    return Group(
+        table, Text(f"sparsity {freezing.sparsity:.1%}{asked}: {what}, by {freezing.score}; {stored}{windows}")
+    )
 
 
 def checkpoint(header: CheckpointHeader) -> RenderableType:
@@ -53,16 +58,25 @@ def checkpoint(header: CheckpointHeader) -> RenderableType:
 
 
 def analysis(result: Analysis) -> RenderableType:
-    """The score of every head, the ones that would be frozen marked."""
+    """The score of every head, and which would be frozen, or how much of them."""
+    whole, pieces = result.granularity == "head", PLURALS[result.granularity]
     table = Table(title=f"{result.score} of {result.timm_model}", title_justify="left", box=None, padding=(0, 2, 0, 0))
     table.add_column("module")
-    table.add_column("heads (* would be frozen)")
+    table.add_column(f"heads ({'* would be frozen' if whole else f'share of {pieces} that would be frozen'})")
     for path, values in result.scores[result.score].items():
-        marks = ["*" if head in result.frozen.get(path, []) else " " for head in range(len(values))]
+        shares = dict(zip(result.frozen.get(path, []), result.shares.get(path, []), strict=True))
+        marks = [_mark(shares.get(head, 0), whole) for head in range(len(values))]
         table.add_row(path, "  ".join(f"{value:.4g}{mark}" for value, mark in zip(values, marks, strict=True)))
     source = f"{result.calibration.n_images} images of {result.calibration.source}"
     summary = Text(f"{source}; sparsity {result.sparsity:.1%} of {result.sparsity_asked:.1%} asked for")
     return _with_warning(Group(table, summary), result.weights)
+
+
+def _mark(share: float, whole: bool) -> str:
+    """What stands after the score of a head of which `share` would be frozen."""
+    if whole:
+        return "*" if share else " "
+    return f" ({share:.0%})"
 
 
 def export(result: Export) -> RenderableType:

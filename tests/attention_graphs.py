@@ -72,6 +72,9 @@ PATCH = _FIXED.normal(0, 1, (3, D)).astype(np.float32)
 POSITIONS = _FIXED.normal(0, 1, (N, D)).astype(np.float32)
 HEAD = _FIXED.normal(0, 1, (D, CLASSES)).astype(np.float32)
 IMAGES = _FIXED.normal(0, 1, (B, 3, HEIGHT, WIDTH)).astype(np.float32)
+GRID = (4, 6)  # 24 tokens, or four windows of N
+GRID_POSITIONS = _FIXED.normal(0, 1, (24, D)).astype(np.float32)
+GRID_IMAGES = _FIXED.normal(0, 1, (B, 3, *GRID)).astype(np.float32)
 
 
 def forward(modules: Sequence[Weights], frozen: Sequence[Mapping[int, Floats]] = ()) -> Floats:
@@ -104,15 +107,21 @@ def scalar(value: float) -> Floats:
 
 
 class GraphBuilder:
-    """Draws a graph from `image` [B,3,2,3] on. Tensors are names; an array given as an input becomes an initializer."""
+    """Draws a graph from `image` [B,3,*grid] on. Tensors are names; an array given as an input becomes an initializer.
 
-    def __init__(self, batch: int | str = B, opset: int = 17) -> None:
+    `x` is [B,h·w,D].
+    """
+
+    def __init__(self, batch: int | str = B, opset: int = 17, grid: tuple[int, int] = (HEIGHT, WIDTH)) -> None:
         self.nodes: list[onnx.NodeProto] = []
         self.constants: dict[str, NDArray[np.generic]] = {}
         self.batch = batch
         self.opset = opset
-        pixels = self.op("Transpose", self.op("Reshape", "image", ints(0, 3, N)), perm=[0, 2, 1])
-        self.x = self.op("Add", self.op("MatMul", pixels, PATCH), POSITIONS)  # [B,N,D]
+        self.grid = grid
+        tokens = grid[0] * grid[1]
+        pixels = self.op("Transpose", self.op("Reshape", "image", ints(0, 3, tokens)), perm=[0, 2, 1])
+        positions = POSITIONS if tokens == N else GRID_POSITIONS[:tokens]
+        self.x = self.op("Add", self.op("MatMul", pixels, PATCH), positions)
 
     def op(self, op: str, *inputs: str | NDArray[np.generic], **attributes: object) -> str:
         """The only output of a new node."""
@@ -177,7 +186,7 @@ class GraphBuilder:
         return self.op("Add", self.x, self.op("MatMul", merged, out))
 
     def classify(self, tokens: str) -> onnx.ModelProto:
-        """The model: mean over the tokens [B,N,D], then logits."""
+        """The model: mean over the tokens [B,T,D], then logits."""
         flat = self.op("Squeeze", self.mean(tokens, 1), ints(1))
         self.nodes.append(helper.make_node("MatMul", [flat, self.constant(HEAD)], ["logits"], name="head"))
         model = self.model({"logits": [self.batch, CLASSES]})
@@ -195,7 +204,7 @@ class GraphBuilder:
         graph = helper.make_graph(
             self.nodes,
             "attention",
-            [helper.make_tensor_value_info("image", TensorProto.FLOAT, [self.batch, 3, HEIGHT, WIDTH])],
+            [helper.make_tensor_value_info("image", TensorProto.FLOAT, [self.batch, 3, *self.grid])],
             [helper.make_tensor_value_info(name, TensorProto.FLOAT, shape) for name, shape in outputs.items()],
             [numpy_helper.from_array(values, name) for name, values in self.constants.items()],
         )
@@ -325,6 +334,129 @@ class Stack:
             keys = builder.op("Transpose", key, perm=[0, 1, 3, 2])
             builder.x = builder.project(builder.mix(builder.op("Mul", query, scalar(SCALE)), keys, value), out)
         return builder.classify(builder.x)
+
+
+@dataclass(frozen=True, eq=False)
+class Windows:
+    """How an image of tokens is cut into windows of N = 2·3 tokens, as timm's Swin does it, in ONNX and in numpy.
+
+    Attributes:
+        grid: height and width in tokens.
+        shift: how far the image is rolled up and to the left before; 0 for not at all.
+    """
+
+    grid: tuple[int, int] = GRID
+    shift: tuple[int, int] = (0, 0)
+
+    @property
+    def padded(self) -> tuple[int, int]:
+        """The grid with rows and columns of zeros, so that windows divide it."""
+        height, width = self.grid
+        return height + -height % HEIGHT, width + -width % WIDTH
+
+    @property
+    def count(self) -> int:
+        """W."""
+        return self.padded[0] // HEIGHT * (self.padded[1] // WIDTH)
+
+    def partition(self, g: GraphBuilder, tokens: str) -> str:
+        """[B,h·w,D] as [B·W,N,D]."""
+        image = g.op("Reshape", tokens, g.sizes(*self.grid, D))
+        for axis, shift in enumerate(self.shift, 1):
+            image = _roll(g, image, shift, axis)
+        below, beside = (p - n for p, n in zip(self.padded, self.grid, strict=True))
+        if below or beside:
+            image = g.op("Pad", image, ints(0, 0, 0, 0, 0, below, beside, 0))
+        height, width = self.padded
+        split = g.op("Reshape", image, ints(-1, height // HEIGHT, HEIGHT, width // WIDTH, WIDTH, D))
+        return g.op("Reshape", g.op("Transpose", split, perm=[0, 1, 3, 2, 4, 5]), ints(-1, N, D))
+
+    def reverse(self, g: GraphBuilder, windows: str) -> str:
+        """[B·W,N,D] as [B,h·w,D]."""
+        height, width = self.padded
+        split = g.op("Reshape", windows, ints(-1, height // HEIGHT, width // WIDTH, HEIGHT, WIDTH, D))
+        image = g.op("Reshape", g.op("Transpose", split, perm=[0, 1, 3, 2, 4, 5]), ints(-1, height, width, D))
+        if self.padded != self.grid:
+            image = g.op("Slice", image, ints(0, 0), ints(*self.grid), ints(1, 2))
+        for axis, shift in enumerate(self.shift, 1):
+            image = _roll(g, image, -shift, axis)
+        return g.op("Reshape", image, g.sizes(self.grid[0] * self.grid[1], D))
+
+    def tokens(self) -> NDArray[np.int64]:
+        """The token that each token of each window is, or -1 for zeros: int64 [W·N]."""
+        image = np.roll(np.arange(self.grid[0] * self.grid[1]).reshape(self.grid), [-s for s in self.shift], (0, 1))
+        below, beside = (p - n for p, n in zip(self.padded, self.grid, strict=True))
+        image = np.pad(image, ((0, below), (0, beside)), constant_values=-1)
+        split = image.reshape(self.padded[0] // HEIGHT, HEIGHT, self.padded[1] // WIDTH, WIDTH)
+        return split.transpose(0, 2, 1, 3).reshape(-1)
+
+
+def _roll(g: GraphBuilder, image: str, shift: int, axis: int) -> str:
+    """`image` with what stood at `shift` at the start, as exporters write torch.roll."""
+    if not shift:
+        return image
+    end = np.iinfo(np.int64).max
+    first = g.op("Slice", image, ints(shift), ints(end), ints(axis))
+    return g.op("Concat", first, g.op("Slice", image, ints(0), ints(shift), ints(axis)), axis=axis)
+
+
+POSITION_BIAS = _FIXED.normal(0, 1, (H, N, N)).astype(np.float32)
+
+
+def window_mask(windows: int, kinds: Sequence[int] | None = None) -> Floats:
+    """[W,N,N]: in windows of kind k > 0, the first k tokens and the others don't see each other; 0 and −100."""
+    token = np.arange(N)
+    masks = [
+        np.where((token < kind)[:, None] == (token < kind), 0, -100).astype(np.float32)
+        for kind in (range(windows) if kinds is None else kinds)
+    ]
+    return np.stack(masks)
+
+
+@dataclass(frozen=True, eq=False)
+class WindowBlock:
+    """x + reverse(attention(partition(norm(x)))), spelled as torch exports timm's Swin.
+
+    Attributes:
+        bias: position bias [H,N,N], or None.
+        mask: [W,N,N], or None.
+    """
+
+    windows: Windows = Windows()  # noqa: RUF009 (frozen)
+    bias: Floats | None = None
+    mask: Floats | None = None
+    weights: Weights = WEIGHTS
+
+    def draw(self, g: GraphBuilder) -> str:
+        """[B,h·w,D]; `g.x` is its input."""
+        normed = g.op("LayerNormalization", g.x, np.linspace(0.5, 2, D).astype(np.float32), epsilon=EPSILON)
+        reversed_ = self.windows.reverse(g, self.attention(g, self.windows.partition(g, normed)))
+        return g.op("Add", g.x, reversed_)
+
+    def attention(self, g: GraphBuilder, x: str) -> str:
+        """[B·W,N,D] of [B·W,N,D]: heads split with constant shapes, scores biased and masked, projected."""
+        weights = self.weights
+
+        def heads(linear: Linear, perm: Sequence[int]) -> str:
+            split = g.op("Reshape", g.linear(x, linear), ints(-1, N, H, HEAD_DIM))
+            return g.op("Transpose", split, perm=list(perm))
+
+        query = g.op("Mul", heads(weights.query, (0, 2, 1, 3)), scalar(SCALE))
+        scores = g.op("MatMul", query, heads(weights.key, (0, 2, 3, 1)))
+        if self.bias is not None:
+            scores = g.op("Add", scores, self.bias[None])
+        if self.mask is not None:
+            by_image = g.op("Reshape", scores, ints(-1, self.windows.count, H, N, N))
+            masked = g.op("Add", by_image, self.mask[None, :, None])
+            scores = g.op("Reshape", masked, ints(-1, H, N, N))
+        context = g.op("MatMul", g.op("Softmax", scores, axis=-1), heads(weights.value, (0, 2, 1, 3)))
+        merged = g.op("Reshape", g.op("Transpose", context, perm=[0, 2, 1, 3]), ints(-1, N, C))
+        return g.op("MatMul", merged, weights.out)
+
+    def model(self, batch: int | str = B) -> onnx.ModelProto:
+        """The block, classified."""
+        g = GraphBuilder(batch, grid=self.windows.grid)
+        return g.classify(self.draw(g))
 
 
 def run_unoptimized(model: onnx.ModelProto, images: Floats) -> Floats:

@@ -12,6 +12,7 @@ import pytest
 
 from eamdeploy import artifact
 from eamdeploy.artifact import (
+    Freezing,
     ModelCard,
     Preprocessing,
     Record,
@@ -214,3 +215,12 @@ def test_card_key_and_card_survive_json() -> None:
     card = ModelCard(timm_model="é", weights="random", num_classes=2, preprocessing=HOW, class_names=["a", "b"])
     assert ModelCard.parse(card.model_dump_json(), "card") == card
     assert artifact.CARD_KEY == "eamdeploy"
+
+
+def test_freezing_of_before_windows_still_parses() -> None:
+    freezing = {"bits": 4, "quantizer": "squared", "score": "variance", "sparsity_asked": 0.5, "sparsity": 0.5}
+    old = Freezing.model_validate({**freezing, "heads": {"blocks.0.attn": [1]}})
+    assert (old.granularity, old.window_maps) == ("head", None)
+    for change in ({"window_maps": "mask"}, {"granularity": "cell"}):
+        with pytest.raises(ValueError, match=next(iter(change))):
+            Freezing.model_validate({**old.model_dump(), **change})

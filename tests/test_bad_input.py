@@ -171,7 +171,7 @@ CHECKPOINT_DAMAGE: dict[str, tuple[Callable[[Path], None], str]] = {
     "NaN": (lambda file: edit_checkpoint(file, weight_nan), r"c\.eam\.safetensors: model\.norm\.weight is not finite"),
     "bits": (
         lambda file: edit_checkpoint(file, header={"freezing.bits": 3}),
-        r"eam\.blocks\.0\.attn\.codes have the wrong size; expected uint8 \[109\] for 3-bit codes",
+        r"eam\.blocks\.0\.attn\.codes has the wrong size; expected uint8 \[109\] for 3-bit codes",
     ),
     "sparsity": (lambda file: edit_checkpoint(file, header={"freezing.sparsity": 0.7}), r"sparsity; expected 0\.5"),
     "format": (

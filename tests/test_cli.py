@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from command_line import Outcome, RunCli, only_error
 from PIL import Image
-from tiny_models import KWARGS, NAME
+from tiny_models import KWARGS, NAME, SWIN_KWARGS, SWIN_NAME
 
 import eamdeploy
 from eamdeploy import cli_options as options
@@ -59,7 +59,8 @@ def test_version(run_cli: RunCli) -> None:
         (["freeze", "--data", "d", "-o", "x"], "Missing option '--model'"),
         (["freeze", "--model", "m", "--data", "d", "-o", "x", "--sparsity", "much"], "'--sparsity'"),
         (["freeze", "--model", "m", "--data", "d", "-o", "x", "--score", "beauty"], "'--score'"),
-        (["freeze", "--model", "m", "--data", "d", "-o", "x", "--granularity", "row"], "'--granularity'"),
+        (["freeze", "--model", "m", "--data", "d", "-o", "x", "--granularity", "column"], "'--granularity'"),
+        (["analyze", "--model", "m", "--data", "d", "-o", "x", "--window-maps", "all"], "'--window-maps'"),
         (["evaluate", "x.onnx", "--data", "d", "--split", "third"], "'--split'"),
         (["profile", "x.onnx", "--threads", "0"], "'--threads'"),
         (["inspect"], "Missing argument"),
@@ -121,6 +122,45 @@ def test_analyze_writes_what_it_prints(run_cli: RunCli, tiny_weights: Path, pict
     assert result.score == "entropy" and sum(map(len, result.frozen.values())) == 1
     assert "24 images of pictures; sparsity 16.7% of 20.0% asked for" in outcome.err
     assert picture.read_text().startswith("<?xml")
+
+
+@pytest.mark.parametrize("granularity", ["row", "entry"])
+def test_analyze_and_freeze_of_swin_by_rows_and_entries(
+    run_cli: RunCli, pictures: Path, tmp_path: Path, granularity: str
+) -> None:
+    model = ["--model", SWIN_NAME, "--model-kwargs", *(f"{key}={value}" for key, value in SWIN_KWARGS.items())]
+    output, record, picture = tmp_path / "x.eam.safetensors", tmp_path / "x.json", tmp_path / "x.svg"
+    common = ["--weights", "random", "--data", pictures, "--images", 4, "--sparsity", 0.3, "--score", "variance"]
+    chosen = ["--granularity", granularity, "--window-maps", "class", "--heatmap", picture]
+    frozen = run_cli("freeze", *model, *common, *chosen, "-o", output)
+    assert frozen.code == 0, frozen.err
+    header = checkpoints.load(output).header
+    assert (header.freezing.granularity, header.freezing.window_maps) == (granularity, "class")
+    assert header.timm_kwargs == json.loads(json.dumps(SWIN_KWARGS))
+    assert "frozen share of " in picture.read_text()
+    picture.unlink()
+    analyzed = run_cli("analyze", *model, *common, *chosen, "-o", record)
+    assert analyzed.code == 0, analyzed.err
+    result = Analysis.read(record)
+    assert (result.granularity, result.window_maps, result.frozen) == (granularity, "class", header.freezing.heads)
+    assert "frozen share of " in picture.read_text()
+
+
+def test_swin_that_is_not_supported_is_told_in_one_line(run_cli: RunCli, pictures: Path, tmp_path: Path) -> None:
+    common = ["--weights", "random", "--data", pictures, "-o", tmp_path / "x.eam.safetensors"]
+    for model, reason in (
+        (["swinv2_tiny_window8_256", "--model-kwargs", "depths=(1,)", "embed_dim=24", "num_heads=(1,)"], "temperature"),
+        (
+            [SWIN_NAME, "--model-kwargs", "strict_img_size=False", "depths=(1,)", "num_heads=(1,)"],
+            "depend on the image",
+        ),
+    ):
+        assert reason in only_error(run_cli("freeze", "--model", *model, *common), 2)
+    model = [SWIN_NAME, "--model-kwargs", "depths=(1,)", "num_heads=(1,)", "embed_dim=8"]
+    error = only_error(
+        run_cli("freeze", "--model", *model, *common, "--score", "row-entropy", "--granularity", "entry"), 2
+    )
+    assert "row-entropy cannot rank entries" in error
 
 
 def test_pack_takes_maps_of_somebodys_own_training(run_cli: RunCli, tiny_weights: Path, tmp_path: Path) -> None:

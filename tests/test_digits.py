@@ -1,4 +1,4 @@
-"""The embedded digit model: its files agree with each other and with the scripts that made them."""
+"""The embedded digit models: their files agree with each other and with the scripts that made them."""
 
 from __future__ import annotations
 
@@ -14,9 +14,13 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from eamdeploy.cli_options import parse_model_kwargs, split_model_kwargs
+from eamdeploy.eam import checkpoint as checkpoints
+from eamdeploy.pipeline import load_config
+
 REPOSITORY = Path(__file__).resolve().parents[1]
-WEIGHTS = REPOSITORY / "models/digits_deit.safetensors"
 README = REPOSITORY / "models/README.md"
+NAMES = ("digits_deit", "digits_swin")
 CALIBRATE = REPOSITORY / "calib_data/digits/calibrate"
 HELDOUT = REPOSITORY / "calib_data/digits/heldout"
 
@@ -31,52 +35,137 @@ def read_pixels(path: Path) -> np.ndarray[Any, np.dtype[np.uint8]]:
         return np.asarray(image)
 
 
+def weights_of(name: str) -> Path:
+    return REPOSITORY / f"models/{name}.safetensors"
+
+
+def heldout_pixels() -> np.ndarray[Any, np.dtype[np.uint8]]:
+    """Grey, uint8 [B,32,32], in the order of `labels.csv`."""
+    return np.stack([read_pixels(HELDOUT / name) for name in read_labels(HELDOUT)])
+
+
+def heldout_top1(model: Any) -> float:
+    """Percent of the held-out digits that the torch model gets right; preprocessed here, independently of eamdeploy."""
+    torch = pytest.importorskip("torch", reason="the timm model needs the extra 'host'")
+    pixels = (heldout_pixels().astype(np.float32) / 255 - 0.5) / 0.5
+    with torch.inference_mode():
+        found = model(torch.from_numpy(np.repeat(pixels[:, None], 3, axis=1))).argmax(-1).numpy()
+    return 100 * float(np.mean(found == np.array(list(read_labels(HELDOUT).values()))))
+
+
+@pytest.fixture(scope="module", params=NAMES)
+def name(request: pytest.FixtureRequest) -> str:
+    return request.param
+
+
 @pytest.fixture(scope="module")
-def facts() -> dict[str, Any]:
+def facts(name: str) -> dict[str, Any]:
     safetensors = pytest.importorskip("safetensors", reason="reading weights needs the extra 'host'")
-    with safetensors.safe_open(WEIGHTS, framework="np") as file:
+    with safetensors.safe_open(weights_of(name), framework="np") as file:
         return json.loads(file.metadata()["training"])
 
 
+@pytest.fixture(scope="module")
+def model(name: str, facts: dict[str, Any]) -> Any:
+    pytest.importorskip("torch", reason="the timm model needs the extra 'host'")
+    timm = pytest.importorskip("timm", reason="the timm model needs the extra 'host'")
+    load_file = pytest.importorskip("safetensors.torch").load_file
+    made = timm.create_model(facts["timm_model"], num_classes=facts["num_classes"], **facts["timm_kwargs"]).eval()
+    made.load_state_dict(load_file(weights_of(name)), strict=True)
+    return made
+
+
 @pytest.fixture
-def digit_images(monkeypatch: pytest.MonkeyPatch) -> Any:
+def scripts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The scripts of models/ can be imported."""
     pytest.importorskip("sklearn", reason="the digits come from scikit-learn (extra 'dev')")
     monkeypatch.syspath_prepend(str(REPOSITORY / "models"))
+
+
+@pytest.fixture
+def digit_images(scripts: None) -> Any:
     return importlib.import_module("digit_images")
 
 
-def test_weights_fit_the_timm_model_and_reach_the_stated_heldout_accuracy(facts: dict[str, Any]) -> None:
-    torch = pytest.importorskip("torch", reason="the timm model needs the extra 'host'")
-    timm = pytest.importorskip("timm", reason="the timm model needs the extra 'host'")
-    load_file = pytest.importorskip("safetensors.torch").load_file
-
-    model = timm.create_model(facts["timm_model"], num_classes=facts["num_classes"], **facts["timm_kwargs"]).eval()
-    model.load_state_dict(load_file(WEIGHTS), strict=True)
-    labels = read_labels(HELDOUT)
-    pixels = np.stack([read_pixels(HELDOUT / name) for name in labels]).astype(np.float32) / 255
-    images = torch.from_numpy(np.repeat(((pixels - 0.5) / 0.5)[:, None], 3, axis=1))
-    with torch.inference_mode():
-        found = model(images).argmax(-1).numpy()
-    top1 = 100 * np.mean(found == np.array(list(labels.values())))
-
+def test_weights_reach_the_stated_heldout_accuracy(model: Any, facts: dict[str, Any]) -> None:
+    reached = heldout_top1(model)
     assert facts["preprocessing"]["mean"] == facts["preprocessing"]["std"] == [0.5, 0.5, 0.5]
-    assert top1 == pytest.approx(facts["heldout_top1"], abs=0.5)
-    assert top1 > 95
+    assert reached == pytest.approx(facts["heldout_top1"], abs=0.5)
+    assert reached > 95
 
 
-def test_readme_logs_this_very_file(facts: dict[str, Any]) -> None:
-    text = README.read_text()
-    stated = re.search(r"\| held-out top-1 \| ([\d.]+) % \((\d+) of (\d+) digits wrong\)", text)
+def test_readme_logs_this_very_file(name: str, facts: dict[str, Any]) -> None:
+    log = re.search(rf"<!-- training log of {name} -->(.*?)<!-- end -->", README.read_text(), re.DOTALL)
+    assert log is not None
+    stated = re.search(r"\| held-out top-1 \| ([\d.]+) % \((\d+) of (\d+) digits wrong\)", log[1])
     assert stated is not None
     assert float(stated[1]) == pytest.approx(facts["heldout_top1"], abs=0.01)
     assert 100 * (1 - int(stated[2]) / int(stated[3])) == pytest.approx(facts["heldout_top1"], abs=0.01)
     assert int(stated[3]) == facts["heldout_images"] == len(read_labels(HELDOUT))
-    assert f"sha256:{hashlib.sha256(WEIGHTS.read_bytes()).hexdigest()}" in text
+    assert f"sha256:{hashlib.sha256(weights_of(name).read_bytes()).hexdigest()}" in log[1]
 
 
-def test_model_is_small_with_enough_heads(facts: dict[str, Any]) -> None:
-    assert WEIGHTS.stat().st_size < 2_000_000
-    assert facts["timm_kwargs"]["depth"] * facts["timm_kwargs"]["num_heads"] >= 24
+def test_model_is_small_with_enough_heads(name: str, model: Any) -> None:
+    assert weights_of(name).stat().st_size < 2_000_000
+    assert sum(module.num_heads for module in model.modules() if hasattr(module, "qkv")) >= 24
+
+
+@pytest.mark.parametrize("name", ["digits_swin"], indirect=True)
+def test_swin_has_windows_of_every_kind(model: Any) -> None:
+    """Unshifted blocks, shifted ones whose windows share masks or have one each, and a stage of a single window."""
+    found = []  # (windows, different shift masks) of every block
+    for stage in model.layers:
+        for block in stage.blocks:
+            mask = block.attn_mask
+            windows = np.prod(np.array(block.input_resolution) // np.array(block.window_size))
+            found.append((int(windows), 0 if mask is None else len(mask.flatten(1).unique(dim=0))))
+    assert found == [(16, 0), (16, 4), (4, 0), (4, 4), (1, 0), (1, 0)]
+
+
+def test_run_config_is_the_trained_model_on_the_embedded_images(name: str, facts: dict[str, Any]) -> None:
+    config = load_config(REPOSITORY / f"models/{name}.toml")
+    assert config.model.name == facts["timm_model"]
+    assert config.model.kwargs == {**facts["timm_kwargs"], "num_classes": facts["num_classes"]}
+    assert Path(config.model.weights).resolve() == weights_of(name)
+    assert [config.preprocessing.mean, config.preprocessing.std] == [(0.5, 0.5, 0.5)] * 2
+    assert config.preprocessing.crop_pct == facts["preprocessing"]["crop_pct"] == 1.0
+    assert config.calibrate.data.resolve() == CALIBRATE
+    assert config.evaluate is not None and config.evaluate.data.resolve() == HELDOUT
+    assert config.output.resolve() == REPOSITORY / "demo_output" / name
+
+
+def test_demo_runs_every_model() -> None:
+    makefile = (REPOSITORY / "Makefile").read_text()
+    recipe = makefile.partition("\ndemo:")[2].partition("\n\n")[0]
+    assert re.findall(r"eamdeploy run --force models/(\w+)\.toml$", recipe, re.MULTILINE) == list(NAMES)
+
+
+def test_freeze_command_spells_the_recipe(name: str, facts: dict[str, Any], scripts: None) -> None:
+    """Also the lists, such as `depths=[2, 2, 2]`, which come back from the command line as lists."""
+    train_digits = importlib.import_module("train_digits")
+    recipe = next(recipe for recipe in train_digits.MODELS if recipe.name == name)
+    spelled = split_model_kwargs(train_digits.freeze_command(recipe))
+    kwargs = [spelled[index + 1] for index, argument in enumerate(spelled) if argument == "--model-kwargs"]
+    assert parse_model_kwargs(kwargs) == {"num_classes": facts["num_classes"], **facts["timm_kwargs"]}
+    assert spelled[spelled.index("--model") + 1] == facts["timm_model"]
+
+
+def test_checkpoint_holds_the_trained_weights(name: str, facts: dict[str, Any]) -> None:
+    load_file = pytest.importorskip("safetensors.numpy", reason="reading weights needs the extra 'host'").load_file
+    checkpoint = checkpoints.load(weights_of(name).with_suffix(".eam.safetensors"))
+    header, weights = checkpoint.header, load_file(weights_of(name))
+    assert checkpoint.weights.keys() == weights.keys()
+    assert all(np.array_equal(checkpoint.weights[key], weights[key]) for key in weights)
+    assert header.timm_kwargs == {"num_classes": facts["num_classes"], **facts["timm_kwargs"]}
+    assert header.preprocessing.model_dump(mode="json") == facts["preprocessing"]
+    assert header.freezing.granularity == "head" and 0.15 < header.freezing.sparsity <= 0.2
+
+
+def test_frozen_model_keeps_its_accuracy(name: str, facts: dict[str, Any]) -> None:
+    reference = pytest.importorskip("eamdeploy.host.reference", reason="the reference forward needs the extra 'host'")
+    path = weights_of(name).with_suffix(".eam.safetensors")
+    loaded = reference.load_reference(checkpoints.load(path), frozen=True, where=path.name)
+    assert heldout_top1(loaded.model) >= facts["heldout_top1"] - 0.5
 
 
 @pytest.mark.parametrize(("folder", "count"), [(CALIBRATE, 64), (HELDOUT, 355)])

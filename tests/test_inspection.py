@@ -8,10 +8,14 @@ from typing import Any
 
 import onnx
 import pytest
+from made_checkpoints import WindowMaps, make
+from safetensors.numpy import load_file
 from tiny_models import KWARGS, NAME
 
 from eamdeploy import evaluate, inspect
 from eamdeploy.artifact import digest_file
+from eamdeploy.eam import checkpoint as checkpoints
+from eamdeploy.eam.selection import Granularity
 from eamdeploy.engines.base import manifest_path
 from eamdeploy.errors import CheckpointError, ConfigError, EngineError
 from eamdeploy.host.freezing import FreezeOptions, analyze
@@ -40,7 +44,44 @@ def test_checkpoint(eam_checkpoint: Path, tiny_weights: Path) -> None:
     assert details["calibration"] == "24 images of pictures"
     assert details["frozen map bytes"] == -(-17 * 17 * 4 // 8) + -(-2 * 17 * 17 * 4 // 8)
     assert details["weight tensors"] == 32
+    assert details["granularity"] == "head" and not {"windows", "window maps", "mask bytes"} & set(details)
     assert 0 < details["weight bytes"] < tiny_weights.stat().st_size
+
+
+@pytest.mark.parametrize(("granularity", "pieces"), [("row", "rows"), ("entry", "entries")])
+@pytest.mark.parametrize("window_maps", [None, "class"])
+def test_checkpoint_of_rows_or_entries(
+    eam_checkpoint: Path, tmp_path: Path, granularity: Granularity, pieces: str, window_maps: WindowMaps | None
+) -> None:
+    made = make(checkpoints.load(eam_checkpoint), granularity, window_maps)
+    checkpoints.save(made, tmp_path / "x.eam.safetensors")
+    details = details_of(tmp_path / "x.eam.safetensors", "EAM checkpoint")
+    maps = made.frozen["blocks.1.attn"]
+    assert maps.mask is not None
+    count, total = maps.mask.sum(), 3 * maps.mask[0].size
+    label = f"frozen {pieces}" if window_maps is None else f"frozen {pieces} of every window"
+    assert details[label] == [f"blocks.1.attn: {count} of {total} ({count / total:.1%})"]
+    assert details[f"heads with frozen {pieces}"] == ["blocks.1.attn: [0, 2]"]
+    assert "frozen heads" not in details
+    assert details["granularity"] == granularity
+    tensors = load_file(tmp_path / "x.eam.safetensors")
+    assert details["frozen map bytes"] == tensors["eam.blocks.1.attn.codes"].nbytes
+    assert details["mask bytes"] == tensors["eam.blocks.1.attn.mask"].nbytes
+    assert details["sparsity"] == made.header.freezing.sparsity
+
+
+@pytest.mark.parametrize(("window_maps", "n_maps"), [("shared", 1), ("class", 3), ("window", 4)])
+def test_checkpoint_of_a_model_with_windows(
+    eam_checkpoint: Path, tmp_path: Path, window_maps: WindowMaps, n_maps: int
+) -> None:
+    made = make(checkpoints.load(eam_checkpoint), "head", window_maps)
+    checkpoints.save(made, tmp_path / "x.eam.safetensors")
+    details = details_of(tmp_path / "x.eam.safetensors", "EAM checkpoint")
+    assert details["window maps"] == window_maps
+    assert details["windows"] == [f"blocks.{i}.attn: 4 of 5 tokens, window maps: {n_maps}" for i in range(2)]
+    assert details["frozen heads"] == ["blocks.1.attn: [0, 2]"]
+    assert details["frozen map bytes"] == -(-2 * n_maps * 25 * 3 // 8)
+    assert "mask bytes" not in details
 
 
 def test_exported_model(eam_model: Path, eam_checkpoint: Path) -> None:

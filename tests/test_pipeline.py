@@ -5,7 +5,6 @@ import shutil
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import pytest
 from tiny_models import KWARGS, NAME, draw_pictures, make_model, save_weights
@@ -61,8 +60,8 @@ min_runs = 2
 def make_cheap(patch: pytest.MonkeyPatch) -> None:
     """Leave out what takes most of such a small run's time: processes to measure memory in, and matplotlib."""
 
-    def draw(scores: object, *, score_name: str, frozen: object, title: str, path: Path) -> None:
-        path.write_text(f"{title}, {score_name}: {frozen}")
+    def draw(scores: object, *, score_name: str, frozen: object, shares: object, title: str, path: Path) -> None:
+        path.write_text(f"{title}, {score_name}: {frozen}, {shares}")
 
     patch.setattr(pipeline, "profile", partial(profile, with_memory=False))
     patch.setattr(heatmap, "draw_heatmap", draw)
@@ -180,6 +179,8 @@ FROM_FREEZE, FROM_EXPORT = STAGES, STAGES[1:]
     ("changes", "ran"),
     [
         ({"freeze": {"sparsity": 0.7}}, FROM_FREEZE),
+        ({"freeze": {"granularity": "row"}}, FROM_FREEZE),
+        ({"freeze": {"window_maps": "class"}}, ["freeze"]),  # a ViT has no windows: the same checkpoint comes out
         ({"freeze": {"seed": 1}}, ["freeze"]),  # row-entropy needs no seed: the same checkpoint comes out
         ({"preprocessing": {"crop_pct": 1.0}}, FROM_FREEZE),
         ({"calibrate": {"images": 7}}, FROM_FREEZE),
@@ -374,12 +375,11 @@ def test_dynamic_is_the_default_batch_and_a_number_is_kept(finished: Path, tmp_p
 
 
 def test_defaults_are_those_of_the_commands(tmp_path: Path) -> None:
-    from eamdeploy.host.freezing import FreezeOptions
+    from eamdeploy.host.options import FreezeOptions
 
     (tmp_path / "x.toml").write_text('output = "o"\n[model]\nname = "a"\n[calibrate]\ndata = "d"\n')
     config = load_config(tmp_path / "x.toml")
-    options: dict[str, Any] = {"granularity": "head", **config.freeze.model_dump()}
-    assert FreezeOptions(**options) == FreezeOptions()
+    assert FreezeOptions(**config.freeze.model_dump()) == FreezeOptions()
     assert json.loads(config.model_dump_json())["profile"] == {
         "threads": None,
         "batch": 1,

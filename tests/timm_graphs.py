@@ -17,8 +17,8 @@ import torch
 from attention_graphs import Floats
 from tiny_models import FAMILY, KWARGS, NAME, images, make_model
 
-from eamdeploy.graph.emit import IntegerMaps
-from eamdeploy.host.attention import attention_sites, freeze_attention
+from eamdeploy.graph.frozen import IntegerMaps
+from eamdeploy.host.attention import Constants, attention_sites, freeze_attention
 from eamdeploy.host.stock_export import Exporter, export_stock
 from eamdeploy.passes.freeze_heads import AttentionModule
 
@@ -116,7 +116,7 @@ def tokens_of(variant: str) -> int:
 
 def random_maps(heads: tuple[int, ...], tokens: int, seed: int = 0) -> IntegerMaps:
     """Maps of random squares of 4-bit codes, each row summing to 1."""
-    codes = np.random.default_rng(seed).integers(0, 16, (len(heads), tokens, tokens), np.uint8)
+    codes = np.random.default_rng(seed).integers(0, 16, (len(heads), 1, tokens, tokens), np.uint8)
     codes[..., 0] += codes.sum(axis=-1) == 0
     integers = (codes**2).astype(np.uint8)
     return IntegerMaps(heads, integers, (1 / integers.sum(axis=-1)).astype(np.float32))
@@ -126,7 +126,7 @@ def torch_logits(variant: str, frozen: Mapping[int, IntegerMaps]) -> Floats:
     """Logits of `IMAGES` by the reference forward with these maps in the blocks of these numbers."""
     model = copy.deepcopy(timm_model(variant))
     maps = {
-        f"blocks.{i}.attn": (torch.tensor(m.heads), torch.from_numpy(m.integers * m.scales[..., None]))
+        f"blocks.{i}.attn": Constants(torch.tensor(m.heads), torch.from_numpy((m.integers * m.scales[..., None])[:, 0]))
         for i, m in frozen.items()
     }
     freeze_attention(model, maps)

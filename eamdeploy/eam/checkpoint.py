@@ -3,10 +3,14 @@
 | tensor | dtype, shape | holds |
 |---|---|---|
 | `model.<timm state-dict key>` | as trained | the weights |
-| `eam.<attention module path>.heads` | int64 [F] | the frozen heads, strictly ascending |
-| `eam.<attention module path>.codes` | uint8 [ceil(F·N·N·bits / 8)] | their maps' codes [F, N, N], see `pack_codes` |
-| `eam.<attention module path>.scales` | float32 [F, N] | one scale per row |
+| `eam.<attention module path>.heads` | int64 [F] | the heads with something frozen, strictly ascending |
+| `eam.<attention module path>.codes` | uint8 [ceil(codes·bits / 8)] | codes of the frozen entries, see below |
+| `eam.<attention module path>.scales` | float32 [F, *rows] | one scale per row, 0 where nothing of it is frozen |
+| `eam.<attention module path>.mask` | uint8 [ceil(pieces / 8)] | granularity row or entry: what is frozen |
 
+*rows* is N, or with windows M, N. The codes are those of the frozen entries alone, in row-major order of
+[F, *rows, N] (for granularity head: all of it), packed by `pack_codes`. The mask is bool [F, N] for rows or [F, N, N]
+for entries, packed by `pack_mask`; it holds in all M window maps.
 The file's metadata has one entry, `eam`: a `CheckpointHeader` as JSON. Only modules with frozen heads have tensors
 under `eam.`. Nothing is unpickled, and what is loaded has passed `validate`.
 Source: DESIGN §3.
@@ -15,105 +19,36 @@ Source: DESIGN §3.
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final, Literal
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from pydantic import Field, JsonValue
 
-from eamdeploy.artifact import Freezing, Preprocessing, Record, write_bytes
-from eamdeploy.eam.quantizers import Quantizer, dequantize, pack_codes, unpack_codes
+from eamdeploy.artifact import write_bytes
+from eamdeploy.eam.packing import pack_codes, pack_mask, unpack_codes, unpack_mask
+from eamdeploy.eam.records import (
+    FORMAT,
+    MASK_AXES,
+    AttentionShape,
+    Calibration,
+    Checkpoint,
+    CheckpointHeader,
+    FrozenMaps,
+    spread_mask,
+)
+from eamdeploy.eam.selection import Granularity
 from eamdeploy.eam.validation import check_header, validate
 from eamdeploy.errors import CheckpointError, ConfigError, MissingDependency
 
-FORMAT: Final = 1
-_SUFFIXES = ("heads", "codes", "scales")
+__all__ = ["AttentionShape", "Calibration", "Checkpoint", "CheckpointHeader", "FrozenMaps", "load", "save"]
+
+_SUFFIXES: dict[Granularity, tuple[str, ...]] = {
+    "head": ("heads", "codes", "scales"),
+    "row": ("heads", "mask", "codes", "scales"),
+    "entry": ("heads", "mask", "codes", "scales"),
+}
 _DTYPES = ("F16", "F32", "F64", "I8", "I16", "I32", "I64", "U8", "U16", "U32", "U64", "BOOL")
-
-
-class AttentionShape(Record):
-    """One attention module: `heads` maps of [tokens, tokens]."""
-
-    heads: int = Field(ge=1)
-    tokens: int = Field(ge=1)
-
-    @property
-    def entries_per_head(self) -> int:
-        """Entries of one map."""
-        return self.tokens**2
-
-
-class Calibration(Record):
-    """What the frozen maps were averaged over.
-
-    Attributes:
-        n_images: how many images.
-        digest: SHA-256 of the images' contents.
-        source: the folder's name, as the user gave it.
-    """
-
-    n_images: int = Field(ge=1)
-    digest: str
-    source: str
-
-
-class CheckpointHeader(Record):
-    """The JSON in the file's metadata: all that is not a tensor.
-
-    Attributes:
-        timm_model, timm_kwargs: arguments of `timm.create_model`.
-        weights: where the weights came from; `random` marks a model that is good for latency only.
-        attention: every attention module by its path, in the model's order, frozen or not.
-        calibration: None when the maps came from the user's own training.
-        versions: version by package name.
-    """
-
-    format: Literal[1] = FORMAT
-    timm_model: str
-    timm_kwargs: dict[str, JsonValue] = Field(default_factory=dict)
-    weights: str
-    num_classes: int = Field(ge=1)
-    class_names: list[str] | None = None
-    preprocessing: Preprocessing
-    attention: dict[str, AttentionShape]
-    freezing: Freezing
-    calibration: Calibration | None = None
-    versions: dict[str, str] = Field(default_factory=dict)
-
-
-@dataclass(frozen=True, eq=False)
-class FrozenMaps:
-    """The frozen maps of one attention module.
-
-    Attributes:
-        heads: int64 [F], strictly ascending.
-        codes: uint8 [F, N, N], unpacked.
-        scales: float32 [F, N].
-    """
-
-    heads: NDArray[np.int64]
-    codes: NDArray[np.uint8]
-    scales: NDArray[np.float32]
-
-    def maps(self, quantizer: Quantizer) -> NDArray[np.float32]:
-        """The maps themselves, float32 [F, N, N], rows summing to 1."""
-        return dequantize(self.codes, self.scales, quantizer)
-
-
-@dataclass(frozen=True, eq=False)
-class Checkpoint:
-    """A model with frozen attention maps.
-
-    Attributes:
-        weights: the timm state dict; float16, float32 or float64 parameters, integer and boolean buffers.
-        frozen: by attention module path, only modules with frozen heads.
-    """
-
-    weights: dict[str, NDArray[Any]]
-    frozen: dict[str, FrozenMaps]
-    header: CheckpointHeader
 
 
 def save(checkpoint: Checkpoint, path: Path) -> None:
@@ -132,9 +67,12 @@ def save(checkpoint: Checkpoint, path: Path) -> None:
 
     tensors: dict[str, NDArray[Any]] = {f"model.{key}": weight for key, weight in checkpoint.weights.items()}
     for module, frozen in checkpoint.frozen.items():
+        codes = frozen.codes[spread_mask(frozen.mask, frozen.codes.shape)]
         tensors[f"eam.{module}.heads"] = frozen.heads
-        tensors[f"eam.{module}.codes"] = pack_codes(frozen.codes, checkpoint.header.freezing.bits)
+        tensors[f"eam.{module}.codes"] = pack_codes(codes, checkpoint.header.freezing.bits)
         tensors[f"eam.{module}.scales"] = frozen.scales
+        if frozen.mask is not None:
+            tensors[f"eam.{module}.mask"] = pack_mask(frozen.mask)
     contiguous = {key: np.ascontiguousarray(tensor).reshape(tensor.shape) for key, tensor in tensors.items()}
     write_bytes(path, to_bytes(contiguous, metadata={"eam": checkpoint.header.model_dump_json()}))
 
@@ -152,9 +90,8 @@ def load(path: Path) -> Checkpoint:
     header = _parse_header(text, path)
     check_header(header, str(path))
     weights = {key.removeprefix("model."): tensor for key, tensor in tensors.items() if key.startswith("model.")}
-    frozen = {
-        module: _unpack_maps(parts, module, header, path) for module, parts in _group_by_module(tensors, path).items()
-    }
+    modules = _group_by_module(tensors, header.freezing.granularity, path)
+    frozen = {module: _unpack_maps(parts, module, header, path) for module, parts in modules.items()}
     checkpoint = Checkpoint(weights, frozen, header)
     validate(checkpoint, str(path))
     return checkpoint
@@ -215,32 +152,36 @@ def _parse_header(text: str, path: Path) -> CheckpointHeader:
     return CheckpointHeader.parse(text, where)
 
 
-def _group_by_module(tensors: dict[str, NDArray[Any]], path: Path) -> dict[str, dict[str, NDArray[Any]]]:
-    """The tensors under `eam.`, by module path and suffix, each module with exactly heads, codes and scales."""
+def _group_by_module(
+    tensors: dict[str, NDArray[Any]], granularity: Granularity, path: Path
+) -> dict[str, dict[str, NDArray[Any]]]:
+    """The tensors under `eam.`, by module path and suffix, each module with exactly those of the granularity."""
+    suffixes = _SUFFIXES[granularity]
     modules: dict[str, dict[str, NDArray[Any]]] = {}
     for key, tensor in tensors.items():
         if key.startswith("model.") and key != "model.":
             continue
         module, _, suffix = key.removeprefix("eam.").rpartition(".")
-        if not key.startswith("eam.") or not module or suffix not in _SUFFIXES:
+        if not key.startswith("eam.") or not module or suffix not in suffixes:
             raise CheckpointError(
                 f"{path}: unknown tensor {key}",
-                expected="model.<timm state-dict key> or eam.<module>.heads, .codes, .scales",
+                expected=f"model.<timm state-dict key> or eam.<module>.{', .'.join(suffixes)}"
+                f" for granularity {granularity}",
                 got=key,
             )
         modules.setdefault(module, {})[suffix] = tensor
     for module, parts in modules.items():
-        if missing := [suffix for suffix in _SUFFIXES if suffix not in parts]:
+        if missing := [suffix for suffix in suffixes if suffix not in parts]:
             raise CheckpointError(
                 f"{path}: eam.{module} is incomplete",
-                expected=", ".join(f"eam.{module}.{suffix}" for suffix in _SUFFIXES),
+                expected=f"{', '.join(f'eam.{module}.{suffix}' for suffix in suffixes)} for granularity {granularity}",
                 got=f"no {', '.join(missing)}",
             )
     return modules
 
 
 def _unpack_maps(parts: dict[str, NDArray[Any]], module: str, header: CheckpointHeader, path: Path) -> FrozenMaps:
-    heads, scales = parts["heads"], parts["scales"]
+    """The maps of one module, their codes spread to where they belong; checked no further than that needs."""
     attention = header.attention.get(module)
     if attention is None:
         raise CheckpointError(
@@ -248,9 +189,18 @@ def _unpack_maps(parts: dict[str, NDArray[Any]], module: str, header: Checkpoint
             expected=f"one of {', '.join(header.attention)}",
             got=module,
         )
-    shape = (heads.size, attention.tokens, attention.tokens)
-    codes = unpack_codes(parts["codes"], header.freezing.bits, shape, where=f"{path}: eam.{module}.codes")
-    return FrozenMaps(heads, codes, scales)
+    where, bits = f"{path}: eam.{module}", header.freezing.bits
+    heads, scales, tokens = parts["heads"], parts["scales"], attention.tokens
+    shape = (heads.size, *attention.rows, tokens)
+    if header.freezing.granularity == "head":
+        return FrozenMaps(heads, unpack_codes(parts["codes"], bits, shape, where=f"{where}.codes"), scales)
+    pieces = shape[:1] + (tokens,) * MASK_AXES[header.freezing.granularity]
+    mask = unpack_mask(parts["mask"], pieces, where=f"{where}.mask")
+    n_codes = np.count_nonzero(spread_mask(mask, (heads.size, tokens, tokens))) * attention.n_maps
+    frozen_codes = unpack_codes(parts["codes"], bits, (int(n_codes),), where=f"{where}.codes")
+    codes = np.zeros(shape, np.uint8)
+    codes[spread_mask(mask, shape)] = frozen_codes
+    return FrozenMaps(heads, codes, scales, mask)
 
 
 def _missing_safetensors(path: Path) -> MissingDependency:

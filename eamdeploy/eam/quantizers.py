@@ -1,20 +1,19 @@
 """Attention maps as small integers with one scale per row, such that every row sums to 1 at any bit width.
 
 A code is an unsigned integer below 2^bits. `uniform` stands for scale·code, `squared` for scale·code²; the scale of a
-row is 1/Σ code or 1/Σ code², so the sum of a dequantized row is 1 by construction (DESIGN §1).
+row is 1/Σ code or 1/Σ code², so the sum of a dequantized row is 1 by construction (DESIGN §1). Of a row of which only
+some entries are frozen, these have codes, and the scale is S/Σ: they keep the sum S that they had.
 """
 
 from __future__ import annotations
 
-import math
-from collections.abc import Sequence
 from typing import Any, Literal, get_args
 
 import numpy as np
 from numpy.typing import NDArray
 
 from eamdeploy.eam.maps import check_maps
-from eamdeploy.errors import CheckpointError, ConfigError
+from eamdeploy.errors import ConfigError
 
 Bits = Literal[2, 3, 4, 8]
 Quantizer = Literal["uniform", "squared"]
@@ -27,19 +26,26 @@ QUANTIZERS: tuple[Quantizer, ...] = get_args(Quantizer)
 # of 1/1.3 keeps the maximum of a row above half a step even with codes {0, 1}: no row becomes all zero.
 _PEAKS = (1.0, *np.geomspace(1 / 1.3, 20, 63).tolist())
 _CHUNK_ROWS = 512  # a few MB of temporaries at 197 keys
+_LEAST_SUM = 1e-24  # of a row's frozen part; with less, its scale could leave float32's normal numbers
 
 
 def quantize_rows(
-    rows: NDArray[Any], bits: Bits, quantizer: Quantizer, *, max_code: int | None = None, where: str = "the map"
+    rows: NDArray[Any],
+    bits: Bits,
+    quantizer: Quantizer,
+    *,
+    max_code: int | None = None,
+    where: str = "the map",
+    mask: NDArray[np.bool_] | None = None,
 ) -> tuple[NDArray[np.uint8], NDArray[np.float32]]:
-    """Codes and scales that stand for `rows`; each row has a non-zero code and, dequantized, sums to 1.
+    """Codes and scales that stand for `rows`, or for what `mask` freezes of them; dequantized, the sum is the same.
 
     For every row the step is searched (64 values, from the largest code unused to the largest values saturating) for
-    the least squared error after the row was scaled back to sum 1: as rows sum to 1 on both sides, that is, up to the
-    spread of the value vectors, the squared error of the attention output. A code is the one nearest in value. Against
-    the plain code = round(sqrt(row / max)·largest), the search lowers the KL of DeiT-Tiny's logits, half its heads
-    frozen by row-entropy, from 0.80 to 0.61 nats at 2 bits squared and from 1.09 to 0.58 at 4 bits uniform; without
-    quantization it is 0.56 (100 images).
+    the least squared error after the row was scaled back to its sum: as the sums agree on both sides, that is, up to
+    the spread of the value vectors, the squared error of the attention output. A code is the one nearest in value.
+    Against the plain code = round(sqrt(row / max)·largest), the search lowers the KL of DeiT-Tiny's logits, half its
+    heads frozen by row-entropy, from 0.80 to 0.61 nats at 2 bits squared and from 1.09 to 0.58 at 4 bits uniform;
+    without quantization it is 0.56 (100 images).
 
     Args:
         rows: floating point [..., N], values in [0, 1], rows summing to 1 as `check_maps` wants them.
@@ -47,9 +53,11 @@ def quantize_rows(
         quantizer: what a code stands for.
         max_code: no code is larger, for example 11 so that squares fit INT8; by default 2^bits − 1.
         where: what errors call `rows`.
+        mask: which entries are frozen, broadcast to `rows`; None for all.
 
     Returns:
-        codes uint8 [..., N] and scales float32 [...].
+        codes uint8 [..., N], 0 where nothing is frozen; scales float32 [...], positive where something is, else 0. A
+        row frozen whole has a non-zero code and sums to 1. A frozen part that sums to 0 has codes 0 and scale 1.
 
     Raises:
         CheckpointError: `rows` are no attention maps.
@@ -63,12 +71,28 @@ def quantize_rows(
         raise ConfigError("cannot quantize maps: largest code", expected="at least 1", got=max_code)
     keys = rows.shape[-1]
     flat = rows.reshape(-1, keys)
-    flat_codes = np.empty(flat.shape, np.uint8)
+    flat_mask = np.broadcast_to(np.True_ if mask is None else mask, rows.shape).reshape(-1, keys)
+    codes = np.zeros(flat.shape, np.uint8)
+    scales = np.zeros(len(flat), np.float32)
     for start in range(0, len(flat), _CHUNK_ROWS):
-        chunk = np.clip(flat[start : start + _CHUNK_ROWS].astype(np.float64), 0, 1)
-        flat_codes[start : start + _CHUNK_ROWS] = _nearest_codes(chunk, largest, quantizer)
-    codes = flat_codes.reshape(rows.shape)
-    return codes, (1 / integer_values(codes, quantizer).sum(axis=-1, dtype=np.int64)).astype(np.float32)
+        chunk = slice(start, start + _CHUNK_ROWS)
+        codes[chunk], scales[chunk] = _quantize_chunk(flat[chunk], flat_mask[chunk], largest, quantizer)
+    return codes.reshape(rows.shape), scales.reshape(rows.shape[:-1])
+
+
+def _quantize_chunk(
+    rows: NDArray[Any], mask: NDArray[np.bool_], largest: int, quantizer: Quantizer
+) -> tuple[NDArray[np.uint8], NDArray[np.float64]]:
+    """Codes [rows, N] and scales [rows] of the masked entries."""
+    whole = np.clip(rows.astype(np.float64), 0, 1)
+    part = np.where(mask, whole, 0)
+    sums = part.sum(axis=-1) / whole.sum(axis=-1)  # exactly 1 where the row is frozen whole
+    codes = np.zeros(rows.shape, np.uint8)
+    scales = np.where(mask.any(axis=-1), 1.0, 0.0)
+    kept = sums > _LEAST_SUM
+    codes[kept] = _nearest_codes(part[kept], largest, quantizer)
+    scales[kept] = sums[kept] / integer_values(codes[kept], quantizer).sum(axis=-1, dtype=np.int64)
+    return codes, scales
 
 
 def _nearest_codes(rows: NDArray[np.float64], largest: int, quantizer: Quantizer) -> NDArray[np.uint8]:
@@ -105,56 +129,6 @@ def integer_values(codes: NDArray[np.uint8], quantizer: Quantizer) -> NDArray[np
 def dequantize(codes: NDArray[np.uint8], scales: NDArray[np.float32], quantizer: Quantizer) -> NDArray[np.float32]:
     """The maps that `codes` [..., N] and `scales` [...] stand for, float32 [..., N]: scale·integer in float32."""
     return integer_values(codes, quantizer).astype(np.float32) * scales[..., None].astype(np.float32, copy=False)
-
-
-def packed_size(n_codes: int, bits: Bits) -> int:
-    """Bytes that `n_codes` codes take when packed."""
-    return (n_codes * bits + 7) // 8
-
-
-def pack_codes(codes: NDArray[np.uint8], bits: Bits) -> NDArray[np.uint8]:
-    """`codes` (any shape, C order) as a little-endian bit stream, uint8 [ceil(codes · bits / 8)].
-
-    Bit j of the stream is bit j mod 8 (value 2^(j mod 8)) of byte j div 8. Code i occupies the stream's bits
-    i·bits … i·bits + bits − 1, least significant first. Bits after the last code are 0. So:
-
-    - 2 bits: byte = c0 | c1 << 2 | c2 << 4 | c3 << 6
-    - 3 bits: eight codes in three bytes, the 24-bit little-endian number c0 | c1 << 3 | … | c7 << 21
-    - 4 bits: byte = c0 | c1 << 4
-    - 8 bits: byte = c0
-
-    Raises:
-        CheckpointError: a code needs more bits.
-    """
-    _check_options(bits)
-    if codes.size and int(codes.max()) >= 2**bits:
-        raise CheckpointError(f"codes do not fit {bits} bits", expected=f"at most {2**bits - 1}", got=int(codes.max()))
-    stream = np.unpackbits(codes.reshape(-1, 1), axis=1, count=bits, bitorder="little")
-    return np.packbits(stream, bitorder="little")
-
-
-def unpack_codes(
-    packed: NDArray[np.uint8], bits: Bits, shape: Sequence[int], *, where: str = "packed codes"
-) -> NDArray[np.uint8]:
-    """The codes, uint8 of `shape`, that `pack_codes` wrote into `packed`.
-
-    Raises:
-        CheckpointError: `packed` has another length than `shape` needs, or a bit after the last code is set; the
-            message begins with `where`.
-    """
-    _check_options(bits)
-    n_codes = math.prod(shape)
-    if packed.dtype != np.uint8 or packed.shape != (packed_size(n_codes, bits),):
-        raise CheckpointError(
-            f"{where} have the wrong size",
-            expected=f"uint8 [{packed_size(n_codes, bits)}] for {bits}-bit codes {list(shape)}",
-            got=f"{packed.dtype} {list(packed.shape)}",
-        )
-    stream = np.unpackbits(packed, bitorder="little")
-    if stream[n_codes * bits :].any():
-        raise CheckpointError(f"{where} go on after the last code", expected="padding bits 0", got=int(packed[-1]))
-    codes = np.packbits(stream[: n_codes * bits].reshape(n_codes, bits), axis=1, bitorder="little")
-    return codes.reshape(tuple(shape))
 
 
 def _check_options(bits: int, quantizer: str = "uniform") -> None:

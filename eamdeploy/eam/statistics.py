@@ -1,4 +1,4 @@
-"""Streaming statistics of one attention module's maps, exact under any order and split of the images.
+"""Streaming statistics of one attention module's maps, exact under any order and split of the images or windows.
 
 Every accumulator is an integer, so that adding is associative: two halves of a data set merged are bit for bit the
 whole, however the images were batched and whichever half came first.
@@ -48,8 +48,8 @@ class MapStatistics:
     """Histogram, mean and variance of every entry of one module's attention maps, and the entropy of its rows.
 
     Args:
-        shape: shape of one sample's maps; the first axis are the heads, the last the keys: (H, N, N) for ViT,
-            (H, W, N, N) for windows.
+        shape: shape of one sample's maps (H, N, N); the first axis are the heads, the last the keys. A sample is an
+            image, or one window of an image in a model with windows.
         bins: number of histogram bins, 2…256.
         spacing: where the bins' edges lie, see `bin_edges`.
         module: path of the attention module, named in errors.

@@ -2,21 +2,20 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from eamdeploy.artifact import Freezing
 from eamdeploy.eam.quantizers import integer_values
+from eamdeploy.eam.records import MASK_AXES, AttentionShape, Checkpoint, CheckpointHeader, FrozenMaps, spread_mask
 from eamdeploy.eam.selection import sparsity_of
 from eamdeploy.errors import CheckpointError
 
-if TYPE_CHECKING:
-    from eamdeploy.eam.checkpoint import AttentionShape, Checkpoint, CheckpointHeader, FrozenMaps
-
 _ROW_SUM_TOLERANCE = 1e-5
 _SPARSITY_TOLERANCE = 1e-9
+_AXES = {3: "(frozen head, row", 4: "(frozen head, window map, row"}  # by the dimensions of the codes
 
 
 def validate(checkpoint: Checkpoint, where: str = "checkpoint") -> None:
@@ -49,15 +48,9 @@ def check_header(header: CheckpointHeader, where: str) -> None:
         CheckpointError: they do not, or it can't; the message names `where` and the header key.
     """
     freezing = header.freezing
-    if freezing.granularity != "head":
-        raise CheckpointError(
-            f"{where}: granularity {freezing.granularity} is not supported yet",
-            expected="head: whole maps, the only pieces that this version exports",
-            got=freezing.granularity,
-            hint="Freeze whole heads, or use a later version of eamdeploy.",
-        )
     if not header.attention:
         raise CheckpointError(f"{where}: header key attention is empty", expected="every attention module of the model")
+    _check_windows(header, where)
     if header.class_names is not None and len(header.class_names) != header.num_classes:
         raise CheckpointError(
             f"{where}: header key class_names does not fit num_classes",
@@ -79,6 +72,25 @@ def check_header(header: CheckpointHeader, where: str) -> None:
                 raise CheckpointError(
                     f"{where}: header key freezing.scores.{path}", expected="finite numbers", got=values
                 )
+
+
+def _check_windows(header: CheckpointHeader, where: str) -> None:
+    """Either no module has windows, or all have, and use their frozen maps as `freezing.window_maps` says."""
+    how = header.freezing.window_maps
+    for path, shape in header.attention.items():
+        name, windows = f"{where}: header key attention.{path}.windows", shape.windows
+        if (windows is None) != (how is None):
+            raise CheckpointError(
+                f"{name} and freezing.window_maps disagree",
+                expected="both, for a model with windows, or neither",
+                got=f"{windows} and {how}",
+            )
+        if how == "shared" and shape.n_maps > 1:
+            raise CheckpointError(f"{name} does not fit window_maps shared", expected="only 0", got=windows)
+        if how == "window" and windows != list(range(shape.n_windows)):
+            raise CheckpointError(
+                f"{name} does not fit window_maps window", expected=f"0…{shape.n_windows - 1} in order", got=windows
+            )
 
 
 def _check_weight(weight: NDArray[Any], name: str) -> None:
@@ -111,31 +123,80 @@ def _check_maps(frozen: FrozenMaps, attention: AttentionShape, freezing: Freezin
             expected=f"strictly ascending head indices in 0…{attention.heads - 1}",
             got=heads.tolist(),
         )
-    _check_form(frozen.codes, np.uint8, (len(heads), tokens, tokens), f"{name}.codes")
-    _check_form(frozen.scales, np.float32, (len(heads), tokens), f"{name}.scales")
-    largest = 2**freezing.bits - 1
-    if int(frozen.codes.max()) > largest:
+    _check_mask(frozen, tokens, freezing, f"{name}.mask")
+    _check_form(frozen.codes, np.uint8, (len(heads), *attention.rows, tokens), f"{name}.codes")
+    _check_form(frozen.scales, np.float32, (len(heads), *attention.rows), f"{name}.scales")
+    mask = spread_mask(frozen.mask, frozen.codes.shape)
+    _check_codes(frozen.codes, mask, 2**freezing.bits - 1, freezing, f"{name}.codes")
+    _check_scales(frozen.scales, np.count_nonzero(mask, axis=-1) > 0, f"{name}.scales")
+    _check_row_sums(frozen, mask, freezing, name)
+
+
+def _check_mask(frozen: FrozenMaps, tokens: int, freezing: Freezing, name: str) -> None:
+    if (frozen.mask is None) != (freezing.granularity == "head"):
         raise CheckpointError(
-            f"{name}.codes do not fit {freezing.bits} bits", expected=f"at most {largest}", got=int(frozen.codes.max())
+            f"{name} does not fit granularity {freezing.granularity}",
+            expected="a mask for granularity row or entry, none for head",
+            got="none" if frozen.mask is None else "a mask",
         )
-    if not (np.isfinite(frozen.scales) & (frozen.scales > 0)).all():
-        worst = np.unravel_index(int((~(frozen.scales > 0) | np.isinf(frozen.scales)).argmax()), frozen.scales.shape)
+    if frozen.mask is None:
+        return
+    pieces = (tokens,) * MASK_AXES[freezing.granularity]
+    _check_form(frozen.mask, np.bool_, (len(frozen.heads), *pieces), name)
+    frozen_per_head = np.count_nonzero(frozen.mask.reshape(len(frozen.heads), -1), axis=1)
+    if (frozen_per_head == 0).any():
         raise CheckpointError(
-            f"{name}.scales at (frozen head, row) {_place(worst)}",
-            expected="a positive finite number",
-            got=float(frozen.scales[worst]),
+            f"{name} freezes nothing of head {int(frozen.heads[frozen_per_head.argmin()])}",
+            expected=f"at least one {freezing.granularity} of every head in .heads",
         )
+
+
+def _check_codes(
+    codes: NDArray[np.uint8], mask: NDArray[np.bool_], largest: int, freezing: Freezing, name: str
+) -> None:
+    if int(codes.max()) > largest:
+        raise CheckpointError(
+            f"{name} do not fit {freezing.bits} bits", expected=f"at most {largest}", got=int(codes.max())
+        )
+    if (stray := (codes != 0) & ~mask).any():
+        place = np.unravel_index(int(stray.argmax()), stray.shape)
+        raise CheckpointError(
+            f"{name} at {_AXES[codes.ndim]}, key) {_place(place)}",
+            expected="0 where nothing is frozen",
+            got=codes[place],
+        )
+
+
+def _check_scales(scales: NDArray[np.float32], in_use: NDArray[np.bool_], name: str) -> None:
+    """`in_use`: rows with a frozen entry."""
+    sound = np.where(in_use, np.isfinite(scales) & (scales > 0), scales == 0)
+    if not sound.all():
+        place = np.unravel_index(int((~sound).argmax()), scales.shape)
+        raise CheckpointError(
+            f"{name} at {_AXES[scales.ndim + 1]}) {_place(place)}",
+            expected="a positive finite number" if in_use[place] else "0 in a row without frozen entries",
+            got=float(scales[place]),
+        )
+
+
+def _check_row_sums(frozen: FrozenMaps, mask: NDArray[np.bool_], freezing: Freezing, name: str) -> None:
+    """Rows frozen whole sum to 1; the frozen part of others, to at most 1."""
     integers = integer_values(frozen.codes, freezing.quantizer).sum(axis=-1, dtype=np.int64)
     row_sums = integers * frozen.scales.astype(np.float64)
-    errors = np.abs(row_sums - 1)
-    if (errors > _ROW_SUM_TOLERANCE).any():
-        worst = np.unravel_index(int(errors.argmax()), errors.shape)
-        raise CheckpointError(
-            f"{name}: {np.count_nonzero(errors > _ROW_SUM_TOLERANCE)} of {errors.size} rows do not sum to 1",
-            expected=f"scale · Σ {'code²' if freezing.quantizer == 'squared' else 'code'} within"
-            f" {_ROW_SUM_TOLERANCE:g} of 1 for quantizer {freezing.quantizer}",
-            got=f"{row_sums[worst]:.7g} at (frozen head, row) {_place(worst)}",
-        )
+    excess = row_sums - 1
+    whole = np.count_nonzero(mask, axis=-1) == mask.shape[-1]
+    for errors, rule, range_ in (
+        (np.where(whole, np.abs(excess), 0), "do not sum to 1", "within {:g} of 1"),
+        (np.where(whole, 0, excess), "have a frozen part that sums to more than 1", "at most {:g} over 1"),
+    ):
+        if (errors > _ROW_SUM_TOLERANCE).any():
+            worst = np.unravel_index(int(errors.argmax()), errors.shape)
+            raise CheckpointError(
+                f"{name}: {np.count_nonzero(errors > _ROW_SUM_TOLERANCE)} of {errors.size} rows {rule}",
+                expected=f"scale · Σ {'code²' if freezing.quantizer == 'squared' else 'code'}"
+                f" {range_.format(_ROW_SUM_TOLERANCE)} for quantizer {freezing.quantizer}",
+                got=f"{row_sums[worst]:.7g} at {_AXES[frozen.codes.ndim]}) {_place(worst)}",
+            )
 
 
 def _check_form(array: NDArray[Any], dtype: type[np.generic], shape: tuple[int, ...], name: str) -> None:
@@ -162,12 +223,8 @@ def _check_freezing(checkpoint: Checkpoint, where: str) -> None:
             expected=f"{freezing.heads.get(path, 'no frozen heads')} as in the header",
             got=tensors.get(path, "no such tensor"),
         )
-    sparsity = sparsity_of(
-        freezing.heads,
-        {path: shape.heads for path, shape in attention.items()},
-        {path: shape.entries_per_head for path, shape in attention.items()},
-    )
+    sparsity = sparsity_of(checkpoint.frozen, attention)
     if not abs(freezing.sparsity - sparsity) <= _SPARSITY_TOLERANCE:  # true for NaN too
         raise CheckpointError(
-            f"{where}: header key freezing.sparsity", expected=f"{sparsity} for its heads", got=freezing.sparsity
+            f"{where}: header key freezing.sparsity", expected=f"{sparsity} for what is frozen", got=freezing.sparsity
         )

@@ -1,11 +1,13 @@
 """Find multi-head self-attention in an ONNX graph by its structure, never by names.
 
     x ──MatMul Wq──(+bq)──layout──[norm]──layout──(·s)──┐
-    x ──MatMul Wk──(+bk)──layout──[norm]──layout──(·s)──MatMul──(·s)──Softmax──┐
-    x ──MatMul Wv──(+bv)──layout─────────────────────────────────────────────MatMul──layout──▶ merged ──MatMul Wo
+    x ──MatMul Wk──(+bk)──layout──[norm]──layout──(·s)──MatMul──(·s)──(+bias, mask)──Softmax──┐
+    x ──MatMul Wv──(+bv)──layout────────────────────────────────────────────────────────────MatMul──layout──▶ merged
 
-Wq, Wk and Wv may be one matrix. A layout is any chain of reshapes, transposes, splits, slices and gathers; what it
-permutes is read off by `layout.probe`, so both of torch's exporters, with a fixed or a dynamic batch, look the same.
+and `merged` feeds a MatMul with the constant Wo. Wq, Wk and Wv may be one matrix. A layout is any chain of reshapes,
+transposes, splits, slices and gathers; what it permutes is read off by `layout.probe`, and so are bias and mask: both
+of torch's exporters, with a fixed or a dynamic batch, look the same. With windows, x holds W windows of each image as
+if they were images: `[B·W, N, D]`.
 """
 
 from __future__ import annotations
@@ -23,11 +25,11 @@ from eamdeploy.graph.operand import (
     Norm,
     Operand,
     follow_operand,
+    follow_scores,
     is_matrix,
     only_consumer,
-    peel_scale,
-    producer,
 )
+from eamdeploy.graph.running import PROBE_BATCH, images_of
 from eamdeploy.graph.skip import Refused, Skip
 
 
@@ -49,28 +51,49 @@ class Projection:
 
 
 @dataclass(frozen=True, eq=False)
+class ScoreBias:
+    """What is added to the scores before the softmax: a position bias, a mask, or both.
+
+    Attributes:
+        values: float32 `[K, H, N, N]`, one for each kind of window.
+        kinds: which of the K each of an image's W windows uses.
+    """
+
+    values: NDArray[np.float32]
+    kinds: tuple[int, ...]
+
+    def take(self, heads: list[int]) -> ScoreBias:
+        """The bias of `heads` alone, in that order."""
+        return ScoreBias(self.values[:, heads], self.kinds)
+
+
+@dataclass(frozen=True, eq=False)
 class Attention:
     """One self-attention found in a graph.
 
     Attributes:
-        x: its input `[B, N, D]`.
+        x: its input `[B·W, N, D]`.
+        windows: W, the number of windows of an image; 1 where there are none.
         query, key, value: the projections, with heads in the order of the graph.
         query_norm, key_norm: per-head norms between projection and product, or None.
         scale: what the scores are multiplied with before the softmax.
+        bias: what is added to them after that, or None.
         heads, tokens, head_dim: H, N and d.
-        merged: the output `[B, N, H·d]`, heads side by side, in front of the output projection.
+        merged: the output `[B·W, N, H·d]`, heads side by side, in front of the output projection.
         projection: the MatMul of `merged` with the constant output projection `[H·d, D]`.
         softmax: the node that all this was found around.
         layout: operators between the linear layers and the products: those of queries, of keys, of values.
     """
 
     x: gs.Tensor
+    windows: int
     query: Projection
     key: Projection
     value: Projection
     query_norm: Norm | None
     key_norm: Norm | None
     scale: float
+    bias: ScoreBias | None
     heads: int
     tokens: int
     head_dim: int
@@ -82,9 +105,10 @@ class Attention:
 
 @dataclass(frozen=True, eq=False)
 class _Candidate:
-    """All tensors around one softmax, before the layouts between them are proved."""
+    """All tensors around one softmax, before the layouts between them are proved; `product` is q·kᵀ."""
 
     softmax: gs.Node
+    product: gs.Tensor
     query: Operand
     key: Operand
     value: Operand
@@ -117,7 +141,7 @@ def find_attention(graph: gs.Graph) -> list[Attention | Skip]:
             result.append(item)
             continue
         try:
-            result.append(_attention(item, origins))
+            result.append(_attention(item, origins, images_of(graph) or PROBE_BATCH))
         except Refused as refused:
             result.append(refused.skip)
     return result
@@ -128,10 +152,7 @@ def _candidate(softmax: gs.Node) -> _Candidate:
     rank = len(softmax.outputs[0].shape or softmax.inputs[0].shape or ())
     if softmax.attrs.get("axis", -1) not in (-1, rank - 1):
         raise Refused(f"softmax over axis {softmax.attrs.get('axis')}, not over the keys", softmax)
-    scores, scale = peel_scale(softmax.inputs[0])
-    product = producer(scores, softmax)
-    if product.op != "MatMul":
-        raise Refused(f"its scores come from {product.op}, not from a plain product of queries and keys", softmax)
+    product, scale = follow_scores(softmax)
     query, key = (follow_operand(tensor, product) for tensor in product.inputs)
     context_product = only_consumer(softmax.outputs[0], softmax)
     if context_product.op != "MatMul" or context_product.inputs[0] is not softmax.outputs[0]:
@@ -151,7 +172,7 @@ def _candidate(softmax: gs.Node) -> _Candidate:
         raise Refused("heads are not merged behind the product with values", softmax)
     if node.op != "MatMul" or not is_matrix(node.inputs[1]):
         raise Refused(f"the merged heads feed {node.op}, not a constant output projection", softmax)
-    return _Candidate(softmax, query, key, value, scale, context, merged, node)
+    return _Candidate(softmax, product.outputs[0], query, key, value, scale, context, merged, node)
 
 
 def _probe_all(graph: gs.Graph, candidates: list[_Candidate]) -> dict[str, Origin]:
@@ -168,10 +189,12 @@ def _segments(candidate: _Candidate) -> Iterator[Probe]:
         else:
             yield Probe(operand.linear.out, operand.norm.source)
             yield Probe(operand.norm.result, operand.tensor, operand.scale)
+    if candidate.product is not candidate.softmax.inputs[0]:
+        yield Probe(candidate.product, candidate.softmax.inputs[0], candidate.scale)
     yield Probe(candidate.context, candidate.merged)
 
 
-def _attention(candidate: _Candidate, origins: dict[str, Origin]) -> Attention:
+def _attention(candidate: _Candidate, origins: dict[str, Origin], images: int) -> Attention:
     """The proved `Attention`; every layout must be the one self-attention needs."""
     query = _head_columns(candidate, candidate.query, origins, transposed=False)
     key = _head_columns(candidate, candidate.key, origins, transposed=True)
@@ -179,6 +202,8 @@ def _attention(candidate: _Candidate, origins: dict[str, Origin]) -> Attention:
     if not query.shape == key.shape == value.shape:
         raise Refused("queries, keys and values differ in heads or size", candidate.softmax)
     batch, heads, tokens, head_dim = origins[candidate.query.tensor.name].row.shape
+    if batch % images:
+        raise Refused(f"{batch} maps of each head are no whole number of windows per image", candidate.softmax)
     b, n, h, j = np.ogrid[:batch, :tokens, :heads, :head_dim]
     merged = origins[candidate.merged.name]
     row, column = (
@@ -189,12 +214,14 @@ def _attention(candidate: _Candidate, origins: dict[str, Origin]) -> Attention:
         raise Refused("heads are not merged side by side, token by token", candidate.softmax)
     return Attention(
         x=candidate.query.linear.x,
+        windows=batch // images,
         query=_project(candidate.query.linear, query),
         key=_project(candidate.key.linear, key),
         value=_project(candidate.value.linear, value),
         query_norm=candidate.query.norm,
         key_norm=candidate.key.norm,
         scale=candidate.scale * candidate.query.scale * candidate.key.scale,
+        bias=_score_bias(candidate, origins, images),
         heads=heads,
         tokens=tokens,
         head_dim=head_dim,
@@ -203,6 +230,30 @@ def _attention(candidate: _Candidate, origins: dict[str, Origin]) -> Attention:
         softmax=candidate.softmax,
         layout=(candidate.query.layout, candidate.key.layout, candidate.value.layout),
     )
+
+
+def _score_bias(candidate: _Candidate, origins: dict[str, Origin], images: int) -> ScoreBias | None:
+    """What is added to the scores between their product and the softmax.
+
+    Raises:
+        Refused: scores change places on the way, or the images of a batch get different biases.
+    """
+    if candidate.product is candidate.softmax.inputs[0]:
+        return None
+    origin = origins[candidate.softmax.inputs[0].name]
+    shape = origin.source_shape
+    if not np.isfinite(origin.offset).all():
+        raise Refused("its bias or mask is not finite", candidate.softmax)
+    row, column = np.divmod(np.arange(np.prod(shape)).reshape(shape), shape[-1])
+    if not (np.array_equal(origin.row, row) and np.array_equal(origin.column, column)):
+        raise Refused("scores change places in front of the softmax", candidate.softmax)
+    offset = origin.offset.reshape(images, shape[0] // images, *shape[1:])
+    if not offset.any():
+        return None
+    if (offset != offset[:1]).any():
+        raise Refused("the images of a batch get different biases or masks", candidate.softmax)
+    values, kinds = distinct(offset[0])
+    return ScoreBias(values, kinds)
 
 
 def _head_columns(
@@ -243,3 +294,10 @@ def _equal(numbers: NDArray[np.int32], expected: NDArray[np.integer]) -> bool:
 
 def _project(linear: Linear, columns: NDArray[np.int32]) -> Projection:
     return Projection(linear.weight[:, columns], None if linear.bias is None else linear.bias[columns])
+
+
+def distinct(arrays: NDArray[np.float32]) -> tuple[NDArray[np.float32], tuple[int, ...]]:
+    """The different ones among `arrays` `[W, …]` in order of appearance `[K, …]`, and for each of the W its number."""
+    numbers: dict[bytes, int] = {}
+    kinds = tuple(numbers.setdefault(array.tobytes(), len(numbers)) for array in arrays)
+    return arrays[[kinds.index(kind) for kind in range(len(numbers))]], kinds

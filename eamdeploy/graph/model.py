@@ -16,20 +16,26 @@ from onnx_graphsurgeon.logger import G_LOGGER
 
 from eamdeploy.artifact import CARD_KEY, ModelCard
 from eamdeploy.errors import UnsupportedGraph
+from eamdeploy.graph.running import fill_in_shapes
 
 _ORT_FATAL, _ORT_WARNING = 4, 2
 
 
 def to_graph(model: onnx.ModelProto) -> gs.Graph:
-    """An editable copy of `model` with constants folded, shapes inferred and nodes in topological order.
+    """An editable copy of `model` with constants folded, shapes known and nodes in topological order.
 
     Folding turns an exporter's `Constant`, `Identity` and shape arithmetic into initializers, so that what follows sees
     one spelling of either exporter. Quantize and dequantize nodes are never folded.
+
+    Raises:
+        UnsupportedGraph: shapes that inference can't tell can't be measured either.
     """
     with _quiet():
         graph = gs.import_onnx(onnx.shape_inference.infer_shapes(model, data_prop=True))
         graph.fold_constants()
-        return graph.cleanup().toposort()
+        graph.cleanup().toposort()
+        fill_in_shapes(graph)
+        return graph
 
 
 def to_model(graph: gs.Graph) -> onnx.ModelProto:

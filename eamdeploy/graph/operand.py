@@ -80,6 +80,30 @@ def follow_operand(tensor: gs.Tensor, at: gs.Node) -> Operand:
             raise Refused(f"an operand of the product comes from {node.op}, not from a linear layer", node)
 
 
+def follow_scores(softmax: gs.Node) -> tuple[gs.Node, float]:
+    """The product of queries and keys whose scores `softmax` reads, and the factor that they are multiplied with.
+
+    Between the two, constants may be added and reshapes may split off windows.
+    """
+    tensor, scale = peel_scale(softmax.inputs[0])
+    while (node := producer(tensor, softmax)).op in ("Add", "Reshape", "Identity"):
+        sides = [side for side in node.inputs if not is_fixed(side)] if node.op == "Add" else node.inputs[:1]
+        if len(sides) != 1:
+            raise Refused("something that depends on the image is added to its scores", softmax)
+        tensor, factor = peel_scale(sides[0])
+        scale *= factor
+    if node.op != "MatMul":
+        raise Refused(f"its scores come from {node.op}, not from a product of queries and keys", softmax)
+    return node, scale
+
+
+def is_fixed(tensor: gs.Tensor) -> bool:
+    """Whether `tensor` is a constant or computed from constants alone."""
+    if isinstance(tensor, gs.Constant):
+        return True
+    return len(tensor.inputs) == 1 and bool(tensor.inputs[0].inputs) and all(map(is_fixed, tensor.inputs[0].inputs))
+
+
 def peel_scale(tensor: gs.Tensor) -> tuple[gs.Tensor, float]:
     """`tensor` without the constant scalar factors in front of it, and their product."""
     scale = 1.0

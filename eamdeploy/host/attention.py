@@ -1,82 +1,89 @@
-"""The attention modules of a timm VisionTransformer: which are there, what their maps are, and how to freeze them."""
+"""The attention modules of a timm model: which are there, what their maps are, and how to freeze them.
+
+What differs between the families is in `vit` and `swin`; everything here treats a ViT as one window per image.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from types import ModuleType
+from typing import Any, NamedTuple
 
 import torch
-from timm.models.deit import VisionTransformerDistilled
-from timm.models.vision_transformer import Attention, Block, VisionTransformer
 from torch import nn
 
 from eamdeploy.errors import UnsupportedGraph
+from eamdeploy.host import swin, vit
+from eamdeploy.host.sites import AttentionSite, refuse_unless
 
-_POOLS = ("token", "avg", "avgmax", "max")
+_FAMILIES: tuple[ModuleType, ...] = (vit, swin)
+_BY_MODEL = {model: family for family in _FAMILIES for model in family.MODELS}
+_BY_ATTENTION = {family.ATTENTION: family for family in _FAMILIES}
+_OWN_ATTENTION = (
+    "its attention is no softmax(s·q·kᵀ + b): cosine similarity scaled per head by a learned temperature, "
+    "and a bias that a network computes from continuous positions"
+)
+_REASONS = {"SwinTransformerV2": _OWN_ATTENTION, "SwinTransformerV2Cr": _OWN_ATTENTION}
 
 
-@dataclass(frozen=True)
-class AttentionSite:
-    """One attention module of a model.
+class Constants(NamedTuple):
+    """What is frozen in one attention module.
 
     Attributes:
-        path: its module path, e.g. `blocks.3.attn`.
-        heads: H.
-        tokens: N, with prefix tokens.
+        heads: int64 `[F]`, heads with something frozen.
+        maps: float `[F, N, N]`, or `[F, M, N, N]` in a model with windows.
+        mask: bool `[F, N]` (rows) or `[F, N, N]` (entries), true where frozen; None: everything of these heads.
+        windows: for every window of an image which of the M maps it uses; None without windows.
     """
 
-    path: str
-    heads: int
-    tokens: int
-
-    @property
-    def entries_per_head(self) -> int:
-        """Values in one head's map: N²."""
-        return self.tokens**2
+    heads: torch.Tensor
+    maps: torch.Tensor
+    mask: torch.Tensor | None = None
+    windows: tuple[int, ...] | None = None
 
 
 def attention_sites(model: Any) -> list[AttentionSite]:
     """Every attention module of `model`, in forward order.
 
     Raises:
-        UnsupportedGraph: the model is not of timm's VisionTransformer family, or uses a variant of it whose attention
-            is not `softmax(q·kᵀ)·v`; the reason is given.
+        UnsupportedGraph: the model is of no supported family, or uses a variant of it whose attention means something
+            else; the reason is given.
     """
-    if type(model) not in (VisionTransformer, VisionTransformerDistilled):
+    family = _BY_MODEL.get(type(model))
+    if family is None:
+        name = type(model).__name__
+        reason = f": {_REASONS[name]}" if name in _REASONS else ""
         raise UnsupportedGraph(
-            f"models of class {type(model).__name__} are not supported",
-            expected="timm's VisionTransformer: ViT, DeiT, DeiT distilled, DeiT-III",
+            f"models of class {name} are not supported{reason}",
+            expected="timm's VisionTransformer (ViT, DeiT, DeiT distilled, DeiT-III) or SwinTransformer (version 1)",
         )
-    _refuse_unless(model.num_classes > 0, "it has no classifier (num_classes=0)")
-    _refuse_unless(model.patch_embed.proj.in_channels == 3, "its input does not have 3 channels")
-    _refuse_unless(not model.dynamic_img_size, "dynamic_img_size makes the token count depend on the image")
-    _refuse_unless(model.global_pool in _POOLS, f"pooling {model.global_pool!r} has an attention of its own or none")
-    tokens = model.patch_embed.num_patches + model.num_prefix_tokens
-    for index, block in enumerate(model.blocks):
-        where = f"blocks.{index}"
-        _refuse_unless(type(block) is Block, f"{where} is a {type(block).__name__}, not a pre-norm Block")
-        attention = block.attn
-        _refuse_unless(type(attention) is Attention, f"{where}.attn is a {type(attention).__name__}")
-        _refuse_unless(getattr(attention, "gate", None) is None, f"{where}.attn gates its output")
-        norm = getattr(attention, "norm", nn.Identity())
-        _refuse_unless(isinstance(norm, nn.Identity), f"{where}.attn normalizes its output (scale_norm)")
-    return [AttentionSite(f"blocks.{i}.attn", block.attn.num_heads, tokens) for i, block in enumerate(model.blocks)]
+    refuse_unless(model.num_classes > 0, "it has no classifier (num_classes=0)")
+    refuse_unless(model.patch_embed.proj.in_channels == 3, "its input does not have 3 channels")
+    found: list[AttentionSite] = family.sites(model)
+    refuse_unless(bool(found), "it has no attention module")
+    return found
 
 
-def project(attention: Any, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Queries (already scaled), keys and values of `x` `[B, N, D]`, each `[B, H, N, d]`; as timm computes them."""
-    batch, tokens, _ = x.shape
-    qkv = attention.qkv(x).reshape(batch, tokens, 3, attention.num_heads, attention.head_dim)
-    query, key, value = qkv.permute(2, 0, 3, 1, 4).unbind(0)
-    return attention.q_norm(query) * attention.scale, attention.k_norm(key), value
+def steps(model: Any) -> list[tuple[str, nn.Module]]:
+    """Path and module of everything between embedding and final norm: each maps one tensor to the next one's input.
+
+    The module `x.attn` is in the step `x`, wherever `model` has an attention site of that path.
+    """
+    found: list[tuple[str, nn.Module]] = _BY_MODEL[type(model)].steps(model)
+    return found
 
 
-def attention_map(query: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
-    """softmax(q·kᵀ), float32 `[B, H, N, N]`, of scaled queries and keys `[B, H, N, d]`."""
-    return (query @ key.transpose(-2, -1)).softmax(dim=-1)
+def attend(
+    attention: nn.Module, x: torch.Tensor, mask: torch.Tensor | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Maps `[B·W, H, N, N]` and values `[B·W, H, N, d]` that timm's `attention` makes of its input `[B·W, N, D]`.
+
+    Window w of image b is at b·W + w. The result is the same whichever attention kernel the module uses.
+    """
+    maps, value = _BY_ATTENTION[type(attention)].attend(attention, x, mask)
+    return maps, value
 
 
 def merge_heads(context: torch.Tensor) -> torch.Tensor:
@@ -85,20 +92,18 @@ def merge_heads(context: torch.Tensor) -> torch.Tensor:
 
 
 @contextmanager
-def tapped_maps(
-    model: nn.Module, sites: list[AttentionSite], on_map: Callable[[str, torch.Tensor], None]
+def tapped_inputs(
+    model: nn.Module, sites: list[AttentionSite], on_input: Callable[[str, torch.Tensor, torch.Tensor | None], None]
 ) -> Iterator[None]:
-    """Inside the block, every forward hands each module's map `[B, H, N, N]` to `on_map(path, map)`.
+    """Inside the block, every forward hands each module's input and mask to `on_input(path, x, mask)`."""
 
-    The map is computed beside the module from the module's own input, so that the model's result stays what it was,
-    bit for bit, whichever attention kernel it uses.
-    """
+    def hook(path: str, _: nn.Module, inputs: tuple[torch.Tensor, ...], named: dict[str, Any]) -> None:
+        on_input(path, inputs[0], named.get("mask"))
 
-    def hook(path: str, attention: nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
-        query, key, _ = project(attention, inputs[0])
-        on_map(path, attention_map(query, key))
-
-    handles = [model.get_submodule(s.path).register_forward_pre_hook(partial(hook, s.path)) for s in sites]
+    handles = [
+        model.get_submodule(site.path).register_forward_pre_hook(partial(hook, site.path), with_kwargs=True)
+        for site in sites
+    ]
     try:
         yield
     finally:
@@ -106,40 +111,90 @@ def tapped_maps(
             handle.remove()
 
 
+@contextmanager
+def tapped_maps(
+    model: nn.Module, sites: list[AttentionSite], on_map: Callable[[str, torch.Tensor], None]
+) -> Iterator[None]:
+    """Inside the block, every forward hands each module's maps `[B·W, H, N, N]` to `on_map(path, maps)`.
+
+    They are computed beside the module from the module's own input, so that the model's result stays what it was,
+    bit for bit, whichever attention kernel it uses.
+    """
+
+    def on_input(path: str, x: torch.Tensor, mask: torch.Tensor | None) -> None:
+        on_map(path, attend(model.get_submodule(path), x, mask)[0])
+
+    with tapped_inputs(model, sites, on_input):
+        yield
+
+
 class FrozenAttention(nn.Module):
-    """timm's attention with the maps of some heads replaced by constants: the meaning of a frozen head.
+    """timm's attention with frozen entries of its maps replaced by constants: the meaning of freezing.
+
+        A[w, h] ← mask[h] · F[h, windows[w]] + (1 − mask[h]) · A[w, h](x)
 
     Args:
         attention: the module to stand in for.
-        heads: which heads are frozen.
-        maps: float32 `[F, N, N]`, rows summing to 1.
+        heads, maps, mask, windows: what is frozen in it, see `Constants`.
     """
 
-    def __init__(self, attention: nn.Module, heads: torch.Tensor, maps: torch.Tensor) -> None:
+    def __init__(
+        self,
+        attention: nn.Module,
+        heads: torch.Tensor,
+        maps: torch.Tensor,
+        mask: torch.Tensor | None = None,
+        windows: tuple[int, ...] | None = None,
+    ) -> None:
         super().__init__()
         self.attention: Any = attention
+        self.windows = [0] if windows is None else list(windows)
         self.heads: torch.Tensor
-        self.maps: torch.Tensor
+        self.maps: torch.Tensor  # [F, M, N, N]
+        self.mask: torch.Tensor | None  # [F, N, 1 or N]
         self.register_buffer("heads", heads, persistent=False)
-        self.register_buffer("maps", maps, persistent=False)
+        self.register_buffer("maps", maps[:, None] if windows is None else maps, persistent=False)
+        rows = mask[..., None] if mask is not None and mask.ndim == 2 else mask
+        self.register_buffer("mask", rows, persistent=False)
 
-    def forward(self, x: torch.Tensor, attn_mask: None = None, is_causal: bool = False) -> torch.Tensor:
-        """`[B, N, D]` to `[B, N, D]`."""
+    def forward(
+        self,
+        x: torch.Tensor,
+        mask: torch.Tensor | None = None,
+        attn_mask: torch.Tensor | None = None,
+        is_causal: bool = False,
+    ) -> torch.Tensor:
+        """`[B·W, N, D]` to `[B·W, N, D]`; `mask` is Swin's, `attn_mask` and `is_causal` are ViT's and unused."""
         assert attn_mask is None and not is_causal, "image models pass no mask"
-        query, key, value = project(self.attention, x)
-        maps = attention_map(query, key)
-        maps[:, self.heads] = self.maps
+        maps, value = attend(self.attention, x, mask)
+        by_image = maps.view(-1, len(self.windows), *maps.shape[1:])  # [B, W, H, N, N]
+        constants = self.maps[:, self.windows].transpose(0, 1)  # [W, F, N, N]
+        if self.mask is not None:
+            constants = torch.where(self.mask, constants, by_image[:, :, self.heads])
+        by_image[:, :, self.heads] = constants
         merged: torch.Tensor = self.attention.proj(merge_heads(maps @ value))
         return merged
 
 
-def freeze_attention(model: nn.Module, frozen: Mapping[str, tuple[torch.Tensor, torch.Tensor]]) -> None:
-    """`model` uses the given (heads `[F]`, maps `[F, N, N]`) in the named attention modules from now on."""
-    for path, (heads, maps) in frozen.items():
-        parent = model.get_submodule(path.rpartition(".")[0])
-        parent.attn = FrozenAttention(model.get_submodule(path), heads, maps)
+def freeze_attention(model: nn.Module, frozen: Mapping[str, Constants]) -> None:
+    """`model` uses the given constants in the named attention modules from now on."""
+    for path, constants in frozen.items():
+        _set(model, path, FrozenAttention(model.get_submodule(path), *constants))
 
 
-def _refuse_unless(supported: bool, reason: str) -> None:
-    if not supported:
-        raise UnsupportedGraph(f"this model is not supported: {reason}")
+@contextmanager
+def replaced_attention(model: nn.Module, modules: Mapping[str, nn.Module]) -> Iterator[None]:
+    """Inside the block, `model` has other attention modules at the given paths."""
+    originals = {path: model.get_submodule(path) for path in modules}
+    try:
+        for path, module in modules.items():
+            _set(model, path, module)
+        yield
+    finally:
+        for path, module in originals.items():
+            _set(model, path, module)
+
+
+def _set(model: nn.Module, path: str, module: nn.Module) -> None:
+    parent, _, name = path.rpartition(".")
+    setattr(model.get_submodule(parent), name, module)

@@ -11,7 +11,8 @@ from torch import nn
 
 from eamdeploy.artifact import Preprocessing
 from eamdeploy.eam.statistics import MapStatistics, Spacing
-from eamdeploy.host.attention import AttentionSite, tapped_maps
+from eamdeploy.host.attention import tapped_maps
+from eamdeploy.host.sites import AttentionSite, WindowMaps, window_maps
 from eamdeploy.images import ImageBatch, normalize
 
 
@@ -29,21 +30,36 @@ def collect_statistics(
     *,
     bins: int,
     spacing: Spacing,
+    windows: WindowMaps = "shared",
     on_images: Callable[[int], None],
-) -> dict[str, MapStatistics]:
-    """The statistics of every attention module's maps over all images, by module path.
+) -> dict[str, list[MapStatistics]]:
+    """The statistics of every attention module's maps over all images, by module path, one for each of M window maps.
+
+    A sample is what one window of one image shows; every window is counted to the window map that stands for it, all
+    of them to the only one where the model has no windows.
 
     Args:
         batches: normalized images, float32 `[B, 3, H, W]`.
         bins, spacing: of the histograms, see `MapStatistics`.
+        windows: which windows share a map, see `window_maps`; ignored for models without windows.
         on_images: called with the number of images so far after every batch.
     """
+    used = {site.path: np.array(window_maps(site, windows) or [0]) for site in sites}
     statistics = {
-        site.path: MapStatistics((site.heads, site.tokens, site.tokens), bins=bins, spacing=spacing, module=site.path)
+        site.path: [
+            MapStatistics((site.heads, site.tokens, site.tokens), bins=bins, spacing=spacing, module=site.path)
+            for _ in range(used[site.path].max() + 1)
+        ]
         for site in sites
     }
+
+    def on_map(path: str, maps: torch.Tensor) -> None:
+        by_image = maps.numpy().reshape(-1, len(used[path]), *maps.shape[1:])  # [B, W, H, N, N]
+        for number, each in enumerate(statistics[path]):
+            each.update(by_image[:, used[path] == number].reshape(-1, *maps.shape[1:]))
+
     done = 0
-    with tapped_maps(model, sites, lambda path, maps: statistics[path].update(maps.numpy())):
+    with tapped_maps(model, sites, on_map):
         for images in batches:
             model(images)
             done += len(images)

@@ -19,13 +19,13 @@ from eamdeploy.artifact import (
     require_output,
 )
 from eamdeploy.eam import checkpoint as checkpoints
-from eamdeploy.eam.checkpoint import Checkpoint
-from eamdeploy.eam.quantizers import integer_values
+from eamdeploy.eam.checkpoint import AttentionShape, Checkpoint, FrozenMaps
+from eamdeploy.eam.quantizers import Quantizer, integer_values
 from eamdeploy.engines.base import check_against_reference
 from eamdeploy.engines.ort import UNOPTIMIZED, OrtRunner
 from eamdeploy.engines.provenance import package_versions, usable_cores
 from eamdeploy.errors import ConfigError
-from eamdeploy.graph.emit import IntegerMaps
+from eamdeploy.graph.frozen import IntegerMaps
 from eamdeploy.graph.model import to_graph, to_model, with_card
 from eamdeploy.host.calibrate import predict
 from eamdeploy.host.model import RANDOM
@@ -145,23 +145,32 @@ class _Draft:
 def _attention_modules(checkpoint: Checkpoint, live: LoadedModel, opset: int) -> list[AttentionModule]:
     """Every attention module with its value weights and, where it has some, its frozen maps as ONNX stores them."""
     modules = []
-    quantizer = checkpoint.header.freezing.quantizer
     for site in live.sites:
         weight = live.model.get_submodule(site.path).qkv.weight.detach().numpy()  # rows: q, k, v
         frozen = checkpoint.frozen.get(site.path)
-        maps = None
-        if frozen is not None:
-            integers = integer_values(frozen.codes, quantizer)
-            if integers.dtype == np.uint16 and opset < _UINT16_OPSET:
-                raise ConfigError(
-                    "squared 8-bit codes need UINT16 constants",
-                    expected=f"opset {_UINT16_OPSET} or higher",
-                    got=opset,
-                    hint="Freeze with --bits 4 or --quantizer uniform.",
-                )
-            maps = IntegerMaps(tuple(frozen.heads.tolist()), integers, frozen.scales)
+        shape = checkpoint.header.attention[site.path]
+        maps = None if frozen is None else _integer_maps(frozen, shape, checkpoint.header.freezing.quantizer, opset)
         modules.append(AttentionModule(site.path, weight[2 * len(weight) // 3 :], maps))
     return modules
+
+
+def _integer_maps(frozen: FrozenMaps, shape: AttentionShape, quantizer: Quantizer, opset: int) -> IntegerMaps:
+    integers = integer_values(frozen.codes, quantizer)
+    if integers.dtype == np.uint16 and opset < _UINT16_OPSET:
+        raise ConfigError(
+            "squared 8-bit codes need UINT16 constants",
+            expected=f"opset {_UINT16_OPSET} or higher",
+            got=opset,
+            hint="Freeze with --bits 4 or --quantizer uniform.",
+        )
+    rows = (len(frozen.heads), shape.n_maps, shape.tokens)
+    return IntegerMaps(
+        heads=tuple(frozen.heads.tolist()),
+        integers=integers.reshape(*rows, shape.tokens),
+        scales=frozen.scales.reshape(rows),
+        windows=tuple(shape.windows or [0]),
+        mask=frozen.mask,
+    )
 
 
 def _draft(

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -13,15 +13,17 @@ from numpy.typing import NDArray
 from eamdeploy.artifact import Freezing, Preprocessing, Record, require_output
 from eamdeploy.eam import checkpoint as checkpoints
 from eamdeploy.eam import scores as map_scores
-from eamdeploy.eam.checkpoint import AttentionShape, Calibration, Checkpoint, CheckpointHeader, FrozenMaps
-from eamdeploy.eam.quantizers import Bits, Quantizer, quantize_rows
-from eamdeploy.eam.selection import Selection, select
+from eamdeploy.eam.quantizers import Bits, Quantizer
+from eamdeploy.eam.records import AttentionShape, Calibration, Checkpoint, CheckpointHeader, FrozenMaps
+from eamdeploy.eam.selection import Granularity, Selection, select, sparsity_of
 from eamdeploy.eam.statistics import MapStatistics, Spacing
 from eamdeploy.engines.provenance import package_versions
 from eamdeploy.errors import ConfigError
 from eamdeploy.folder import folder_digest
-from eamdeploy.host.attention import AttentionSite, attention_sites
+from eamdeploy.host.attention import attention_sites
 from eamdeploy.host.calibrate import as_tensors, collect_statistics
+from eamdeploy.host.given_maps import fit_maps
+from eamdeploy.host.means import freeze_pieces, mean_maps
 from eamdeploy.host.model import (
     TIMM_PREPROCESSING,
     ModelSpec,
@@ -30,49 +32,25 @@ from eamdeploy.host.model import (
     preprocessing_of,
     to_numpy,
 )
-from eamdeploy.host.sensitivity import sensitivity
+from eamdeploy.host.options import DEFAULT_OPTIONS, FreezeOptions, Score, check_options
+from eamdeploy.host.scoring import score_pieces
+from eamdeploy.host.sites import AttentionSite, WindowMaps, window_maps
 from eamdeploy.observer import SILENT, Observer
 from eamdeploy.source import ImageSource
 
-Score = Literal["sensitivity", "entropy", "row-entropy", "variance", "random"]
-SCORES: tuple[Score, ...] = get_args(Score)
-
 _BATCH = 16
-
-
-@dataclass(frozen=True)
-class FreezeOptions:
-    """What to freeze and how.
-
-    Attributes:
-        sparsity: frozen ÷ all attention entries, in [0, 1].
-        score: what ranks the heads; lowest first.
-        bits, quantizer: how a frozen map is stored.
-        bins, spacing: of the histograms behind `entropy`.
-        seed: for the score `random`.
-        score_images: images for `sensitivity`, spread evenly over the calibration images; None for all.
-    """
-
-    sparsity: float = 0.2
-    granularity: Literal["head"] = "head"
-    score: Score = "sensitivity"
-    bits: Bits = 4
-    quantizer: Quantizer = "squared"
-    bins: int = 16
-    spacing: Spacing = "uniform"
-    seed: int = 0
-    score_images: int | None = None
-
-
-DEFAULT_OPTIONS = FreezeOptions()
+_FAST_SCORES: tuple[map_scores.Score, ...] = ("entropy", "row-entropy", "variance")
 
 
 class Analysis(Record):
     """What the attention maps of a model look like over a set of images; the output of `analyze`.
 
     Attributes:
-        scores: by score, by attention module path, one value per head.
-        frozen: the heads that `freeze` would take at `sparsity_asked` by `score`.
+        granularity, window_maps: what would be frozen as one piece, and which windows would share a map (None: the
+            model has no windows).
+        scores: by score, by attention module path, one value per head; the mean over its pieces.
+        frozen: the heads of which `freeze` would take something at `sparsity_asked` by `score`.
+        shares: for each of these heads, which share of its entries would be frozen, in (0, 1].
     """
 
     timm_model: str
@@ -80,6 +58,8 @@ class Analysis(Record):
     preprocessing: Preprocessing
     attention: dict[str, AttentionShape]
     calibration: Calibration
+    granularity: Granularity
+    window_maps: WindowMaps | None
     bins: int
     spacing: Spacing
     score: Score
@@ -87,6 +67,7 @@ class Analysis(Record):
     sparsity_asked: float
     sparsity: float
     frozen: dict[str, list[int]]
+    shares: dict[str, list[float]]
     versions: dict[str, str]
 
 
@@ -97,7 +78,8 @@ class _Calibrated:
     model: Any
     sites: list[AttentionSite]
     how: Preprocessing
-    statistics: dict[str, MapStatistics]
+    statistics: dict[str, list[MapStatistics]]
+    windows: WindowMaps | None
     provenance: Calibration
     scores: dict[str, NDArray[np.float64]]
     selection: Selection
@@ -117,20 +99,26 @@ def analyze(
         ConfigError, CheckpointError, UnsupportedGraph: model, weights, images or options can't be used.
     """
     done = _calibrate(spec, images, options, overrides, None, observer)
-    scores = {name: map_scores.score_heads(done.statistics, name) for name in ("entropy", "row-entropy", "variance")}
+    scores: dict[str, dict[str, NDArray[np.float64]]] = {
+        name: map_scores.score_pieces(done.statistics, name, "head") for name in _FAST_SCORES
+    }
+    scores[options.score] = done.scores
     return Analysis(
         timm_model=spec.name,
         weights=spec.source,
         preprocessing=done.how,
-        attention=_shapes(done.sites),
+        attention=_shapes(done.sites, done.windows),
         calibration=done.provenance,
+        granularity=options.granularity,
+        window_maps=done.windows,
         bins=options.bins,
         spacing=options.spacing,
         score=options.score,
-        scores={name: _lists(values) for name, values in {**scores, options.score: done.scores}.items()},
+        scores={name: _head_means(values) for name, values in scores.items()},
         sparsity_asked=options.sparsity,
         sparsity=done.selection.sparsity,
         frozen={path: list(heads) for path, heads in done.selection.heads.items()},
+        shares={path: _shares(pieces) for path, pieces in done.selection.pieces.items()},
         versions=package_versions(),
     )
 
@@ -154,20 +142,39 @@ def freeze(
     require_output(output, Path(spec.weights))
     done = _calibrate(spec, images, options, overrides, class_names, observer)
     frozen = {
-        path: _quantize(path, np.array(heads), done.statistics[path].mean()[list(heads)], options)
-        for path, heads in done.selection.heads.items()
+        site.path: freeze_pieces(
+            site.path,
+            mean_maps(site, done.statistics[site.path]),
+            done.selection.pieces[site.path],
+            options.bits,
+            options.quantizer,
+        )
+        for site in done.sites
+        if site.path in done.selection.pieces
     }
     freezing = Freezing(
         granularity=options.granularity,
+        window_maps=done.windows,
         bits=options.bits,
         quantizer=options.quantizer,
         score=options.score,
-        scores=_lists(done.scores),
+        scores=_head_means(done.scores),
         sparsity_asked=options.sparsity,
         sparsity=done.selection.sparsity,
         heads={path: list(heads) for path, heads in done.selection.heads.items()},
     )
     return _save(spec, done.model, done.sites, done.how, class_names, freezing, frozen, done.provenance, output)
+
+
+def read_shares(path: Path) -> dict[str, list[float]]:
+    """Which share of its entries is frozen, in (0, 1], for every frozen head of the EAM checkpoint at `path`.
+
+    By module path, in the order of `Freezing.heads`.
+
+    Raises:
+        CheckpointError, ConfigError: as `checkpoint.load`.
+    """
+    return {module: _shares(item.frozen()) for module, item in checkpoints.load(path).frozen.items()}
 
 
 def pack(
@@ -192,22 +199,20 @@ def pack(
     model = load_model(spec)
     sites = attention_sites(model)
     _check_class_names(class_names, model.num_classes)
-    shapes = _shapes(sites)
-    unknown = [path for path in maps if path not in shapes]
-    if unknown:
-        raise ConfigError(f"{spec.name} has no attention module {unknown[0]}", expected=f"one of {', '.join(shapes)}")
-    frozen_entries = sum(len(item.heads) * shapes[path].entries_per_head for path, item in maps.items())
-    entries = sum(shape.heads * shape.entries_per_head for shape in shapes.values())
+    granularity, windows, fitted = fit_maps(maps, sites, spec.name)
+    shapes = _shapes(sites, windows)
     freezing = Freezing(
+        granularity=granularity,
+        window_maps=windows,
         bits=bits,
         quantizer=quantizer,
         score="given",
         sparsity_asked=None,
-        sparsity=frozen_entries / entries,
-        heads={path: item.heads.tolist() for path, item in maps.items()},
+        sparsity=sparsity_of(fitted, shapes),
+        heads={path: item.heads.tolist() for path, item in fitted.items()},
     )
     how = preprocessing_of(model, overrides)
-    return _save(spec, model, sites, how, class_names, freezing, dict(maps), None, output)
+    return _save(spec, model, sites, how, class_names, freezing, fitted, None, output)
 
 
 def _calibrate(
@@ -219,7 +224,7 @@ def _calibrate(
     observer: Observer,
 ) -> _Calibrated:
     """Everything that `analyze` and `freeze` share: statistics over the images, scores, selection."""
-    _check(options)
+    check_options(options)
     model = load_model(spec)
     sites = attention_sites(model)
     _check_class_names(class_names, model.num_classes)
@@ -231,73 +236,26 @@ def _calibrate(
         as_tensors(images.batches(folder, how, _BATCH, observer), how),
         bins=options.bins,
         spacing=options.spacing,
+        windows=options.window_maps,
         on_images=lambda done: observer.progress("attention maps", done, len(folder.files)),
     )
-    n_images = next(iter(statistics.values())).n_samples
-    scores = _scores(model, sites, statistics, images, how, options, observer)
+    n_images = sum(each.n_samples for each in statistics[sites[0].path]) // sites[0].n_windows
+    scores = score_pieces(model, sites, statistics, images, how, options, observer)
     return _Calibrated(
         model=model,
         sites=sites,
         how=how,
         statistics=statistics,
+        windows=None if sites[0].classes is None else options.window_maps,
         provenance=Calibration(n_images=n_images, digest=folder_digest(folder), source=folder.root.name),
         scores=scores,
-        selection=select(scores, {site.path: site.entries_per_head for site in sites}, options.sparsity),
+        selection=select(scores, _entries_per_piece(sites, scores), options.sparsity),
     )
-
-
-def _check(options: FreezeOptions) -> None:
-    """Bad options fail before minutes of work, not after."""
-    select({"": np.zeros(1)}, {"": 1}, options.sparsity)
-    if options.score not in SCORES:
-        raise ConfigError("unknown score", expected=f"one of {', '.join(SCORES)}", got=options.score)
-    quantize_rows(np.ones((1, 1)), options.bits, options.quantizer)
-    if options.score_images is not None and options.score_images < 1:
-        raise ConfigError("cannot score on that number of images", expected="at least 1", got=options.score_images)
 
 
 def _check_class_names(class_names: list[str] | None, num_classes: int) -> None:
     if class_names is not None and len(class_names) != num_classes:
         raise ConfigError("the class names don't fit the model", expected=f"{num_classes} names", got=len(class_names))
-
-
-def _scores(
-    model: Any,
-    sites: list[AttentionSite],
-    statistics: Mapping[str, MapStatistics],
-    images: ImageSource,
-    how: Preprocessing,
-    options: FreezeOptions,
-    observer: Observer,
-) -> dict[str, NDArray[np.float64]]:
-    if options.score != "sensitivity":
-        return map_scores.score_heads(statistics, options.score, seed=options.seed)
-    maps = {
-        path: _quantize(path, np.arange(module.shape[0]), module.mean(), options).maps(options.quantizer)
-        for path, module in statistics.items()
-    }
-    chosen = images if options.score_images is None else replace(images, limit=options.score_images)
-    folder = chosen.open()
-    estimated = False
-
-    def on_progress(done: int, total: int, seconds_left: float) -> None:
-        nonlocal estimated
-        if not estimated:
-            observer.note(f"sensitivity of {sum(s.heads for s in sites)} heads: about {_duration(seconds_left)}")
-            estimated = True
-        observer.progress("sensitivity", done, total)
-
-    batches = as_tensors(chosen.batches(folder, how, _BATCH, observer), how)
-    return sensitivity(model, sites, maps, batches, len(folder.files), on_progress)
-
-
-def _duration(seconds: float) -> str:
-    return f"{seconds:.0f} s" if seconds < 90 else f"{seconds / 60:.0f} min"
-
-
-def _quantize(path: str, heads: NDArray[np.int64], maps: NDArray[np.float64], options: FreezeOptions) -> FrozenMaps:
-    codes, scales = quantize_rows(maps, options.bits, options.quantizer, where=path)
-    return FrozenMaps(heads, codes, scales)
 
 
 def _save(
@@ -313,12 +271,12 @@ def _save(
 ) -> CheckpointHeader:
     header = CheckpointHeader(
         timm_model=spec.name,
-        timm_kwargs=dict(spec.kwargs),
+        timm_kwargs=spec.plain_kwargs,
         weights=spec.source,
         num_classes=model.num_classes,
         class_names=class_names,
         preprocessing=how,
-        attention=_shapes(sites),
+        attention=_shapes(sites, freezing.window_maps),
         freezing=freezing,
         calibration=calibration,
         versions=package_versions(),
@@ -327,9 +285,25 @@ def _save(
     return header
 
 
-def _shapes(sites: list[AttentionSite]) -> dict[str, AttentionShape]:
-    return {site.path: AttentionShape(heads=site.heads, tokens=site.tokens) for site in sites}
+def _shapes(sites: list[AttentionSite], mode: WindowMaps | None) -> dict[str, AttentionShape]:
+    windows = {site.path: window_maps(site, mode or "shared") for site in sites}
+    return {
+        site.path: AttentionShape(
+            heads=site.heads, tokens=site.tokens, windows=None if (used := windows[site.path]) is None else list(used)
+        )
+        for site in sites
+    }
 
 
-def _lists(scores: Mapping[str, NDArray[np.float64]]) -> dict[str, list[float]]:
-    return {path: [float(value) for value in values] for path, values in scores.items()}
+def _entries_per_piece(sites: list[AttentionSite], scores: Mapping[str, NDArray[np.float64]]) -> dict[str, int]:
+    return {site.path: site.heads * site.entries_per_head // scores[site.path].size for site in sites}
+
+
+def _head_means(scores: Mapping[str, NDArray[np.float64]]) -> dict[str, list[float]]:
+    return {path: values.reshape(len(values), -1).mean(axis=1).tolist() for path, values in scores.items()}
+
+
+def _shares(pieces: NDArray[np.bool_]) -> list[float]:
+    """The share of frozen pieces of every head that has one."""
+    shares = pieces.reshape(len(pieces), -1).mean(axis=1)
+    return [float(share) for share in shares if share > 0]

@@ -4,11 +4,18 @@ A safetensors or .npz file, with these arrays for every attention module that ha
 
 | array | dtype, shape | holds |
 |---|---|---|
-| `<module path>.heads` | integers [F] | which heads are frozen |
+| `<module path>.heads` | integers [F] | which heads have something frozen |
 | `<module path>.maps` | float [F, N, N] | their maps, rows summing to 1; quantized here |
 | `<module path>.codes` | integers [F, N, N] | or their codes, kept as they are, each in 0 … 2^bits − 1 |
+| `<module path>.mask` | bool or 0 and 1, [F, N] or [F, N, N] | which rows or entries are frozen; all without it |
+| `<module path>.scales` | float [F, N] | with codes and a mask of entries: one scale per row |
 
-With codes, the scale of a row is 1 ÷ Σ code² (`squared`) or 1 ÷ Σ code (`uniform`), so that it sums to 1.
+In a model with windows, maps and codes are [F, M, N, N] and scales [F, M, N] with M = 1 (all windows share a map), one
+for each shift mask (numbered as they first occur, row by row), or one for each window; without that axis, M is 1. The
+mask is the same for all M. The axes of the mask say what is frozen as one piece, alike for all modules.
+
+What is not frozen is ignored, so it may hold anything. The scale of a row that is frozen whole is 1 ÷ Σ code²
+(`squared`) or 1 ÷ Σ code (`uniform`), so that it sums to 1.
 """
 
 from __future__ import annotations
@@ -21,9 +28,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from eamdeploy.eam.checkpoint import FrozenMaps
 from eamdeploy.eam.quantizers import Bits, Quantizer, integer_values, quantize_rows
+from eamdeploy.eam.records import FrozenMaps, spread_mask
 from eamdeploy.errors import CheckpointError, ConfigError
+
+_KINDS = ("heads", "maps", "codes", "mask", "scales")
 
 
 def read_maps(path: Path, bits: Bits, quantizer: Quantizer) -> dict[str, FrozenMaps]:
@@ -38,9 +47,9 @@ def read_maps(path: Path, bits: Bits, quantizer: Quantizer) -> dict[str, FrozenM
     modules: dict[str, dict[str, NDArray[Any]]] = {}
     for key, array in arrays.items():
         module, _, kind = key.rpartition(".")
-        if not module or kind not in ("heads", "maps", "codes"):
+        if not module or kind not in _KINDS:
             raise CheckpointError(
-                f"{path}: unknown array {key}", expected="<module path>.heads, .maps or .codes", got=key
+                f"{path}: unknown array {key}", expected=f"<module path>.{', .'.join(_KINDS)}", got=key
             )
         modules.setdefault(module, {})[kind] = array
     if not modules:
@@ -56,38 +65,100 @@ def _module_maps(parts: dict[str, NDArray[Any]], where: str, bits: Bits, quantiz
     heads, values = parts["heads"], parts["maps"] if "maps" in parts else parts["codes"]
     if heads.ndim != 1 or not np.issubdtype(heads.dtype, np.integer) or len(np.unique(heads)) != len(heads):
         raise CheckpointError(f"{where}.heads", expected="distinct integers [F]", got=heads.tolist())
-    if values.ndim != 3 or len(values) != len(heads) or values.shape[1] != values.shape[2]:
+    if values.ndim not in (3, 4) or len(values) != len(heads) or values.shape[-2] != values.shape[-1]:
         raise CheckpointError(
-            f"{where} has maps of the wrong shape", expected=f"[{len(heads)}, N, N]", got=list(values.shape)
+            f"{where} has maps of the wrong shape",
+            expected=f"[{len(heads)}, N, N], or [{len(heads)}, M, N, N] with windows",
+            got=list(values.shape),
         )
+    mask = _read_mask(parts["mask"], where, len(heads), values.shape[-1]) if "mask" in parts else None
+    scales = _read_scales(parts, where, values.shape[:-1])
     order = np.argsort(heads)
-    heads, values = heads[order].astype(np.int64), values[order]
+    values, mask = values[order], None if mask is None else mask[order]
+    frozen = spread_mask(mask, values.shape)
     if "maps" in parts:
-        codes, scales = quantize_rows(values, bits, quantizer, where=where)
-        return FrozenMaps(heads, codes, scales)
-    return FrozenMaps(heads, *_check_codes(values, f"{where}.codes", bits, quantizer))
+        if np.issubdtype(values.dtype, np.floating):
+            values = _completed(values, frozen)
+        codes, scales = quantize_rows(values, bits, quantizer, where=where, mask=frozen)
+    else:
+        codes = _read_codes(values, frozen, f"{where}.codes", bits)
+        scales = _whole_row_scales(codes, frozen, where, quantizer) if scales is None else scales[order]
+        scales = np.where(frozen.any(axis=-1), scales, 0).astype(np.float32)
+    return FrozenMaps(heads[order].astype(np.int64), codes, scales, mask)
 
 
-def _check_codes(
-    codes: NDArray[Any], where: str, bits: Bits, quantizer: Quantizer
-) -> tuple[NDArray[np.uint8], NDArray[np.float32]]:
+def _read_mask(mask: NDArray[Any], where: str, heads: int, tokens: int) -> NDArray[np.bool_]:
+    if mask.shape not in ((heads, tokens), (heads, tokens, tokens)):
+        raise CheckpointError(
+            f"{where}.mask has the wrong shape",
+            expected=f"[{heads}, {tokens}] (rows) or [{heads}, {tokens}, {tokens}] (entries)",
+            got=list(mask.shape),
+        )
+    if not np.isin(mask, (0, 1)).all():
+        raise CheckpointError(f"{where}.mask", expected="true and false, or 0 and 1", got=np.unique(mask)[:5].tolist())
+    frozen = mask.astype(np.bool_)
+    empty = ~frozen.reshape(heads, -1).any(axis=1)
+    if empty.any():
+        raise CheckpointError(
+            f"{where}.mask: nothing of the head at index {int(empty.argmax())} is frozen",
+            expected="at least one row or entry of every head",
+        )
+    return frozen
+
+
+def _read_scales(parts: dict[str, NDArray[Any]], where: str, rows: tuple[int, ...]) -> NDArray[Any] | None:
+    """The scales where the file must give them: with codes of entries, whose sum is not known otherwise."""
+    needed = "codes" in parts and "mask" in parts and parts["mask"].ndim == 3
+    if needed != ("scales" in parts):
+        raise CheckpointError(
+            f"{where}.scales {'are missing' if needed else 'are of no use'}",
+            expected="scales together with codes and a mask of entries, where rows do not sum to 1",
+            got=", ".join(sorted(parts)),
+        )
+    if not needed:
+        return None
+    scales = parts["scales"]
+    if scales.shape != rows or not np.issubdtype(scales.dtype, np.floating):
+        raise CheckpointError(
+            f"{where}.scales", expected=f"floating point {list(rows)}", got=f"{scales.dtype} {list(scales.shape)}"
+        )
+    return scales
+
+
+def _completed(maps: NDArray[Any], frozen: NDArray[np.bool_]) -> NDArray[np.float64]:
+    """`maps` with what is not frozen replaced by equal values that bring every row to sum 1."""
+    kept = np.where(frozen, maps, 0).astype(np.float64)
+    live = np.count_nonzero(~frozen, axis=-1, keepdims=True)
+    rest = np.maximum(1 - kept.sum(axis=-1, keepdims=True), 0) / np.maximum(live, 1)
+    return np.where(frozen, kept, rest)
+
+
+def _read_codes(codes: NDArray[Any], frozen: NDArray[np.bool_], where: str, bits: Bits) -> NDArray[np.uint8]:
+    """The codes, 0 where nothing is frozen."""
     largest = 2**bits - 1
     if codes.size == 0 or not np.issubdtype(codes.dtype, np.integer):
         raise CheckpointError(
             f"{where} are no codes", expected="integers [F, N, N]", got=f"{codes.dtype} {list(codes.shape)}"
         )
-    if codes.min() < 0 or codes.max() > largest:
+    kept = np.where(frozen, codes, 0)
+    if kept.min() < 0 or kept.max() > largest:
         raise CheckpointError(
             f"{where} out of range",
             expected=f"integers in 0 … {largest} ({bits} bits)",
-            got=f"{codes.min()} … {codes.max()}",
+            got=f"{kept.min()} … {kept.max()}",
             hint="See --bits.",
         )
-    small = codes.astype(np.uint8)
-    sums = integer_values(small, quantizer).sum(axis=-1, dtype=np.int64)
-    if (sums == 0).any():
-        raise CheckpointError(f"{where}: a row has no code but 0", expected="rows that can sum to 1")
-    return small, (1 / sums).astype(np.float32)
+    return kept.astype(np.uint8)
+
+
+def _whole_row_scales(
+    codes: NDArray[np.uint8], frozen: NDArray[np.bool_], where: str, quantizer: Quantizer
+) -> NDArray[np.float64]:
+    sums = integer_values(codes, quantizer).sum(axis=-1, dtype=np.int64)
+    if (frozen.any(axis=-1) & (sums == 0)).any():
+        raise CheckpointError(f"{where}.codes: a row has no code but 0", expected="rows that can sum to 1")
+    scales: NDArray[np.float64] = 1 / np.maximum(sums, 1)
+    return scales
 
 
 def _read_arrays(path: Path) -> dict[str, NDArray[Any]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import json
 import math
 import pickle
 import re
@@ -26,6 +27,8 @@ from eamdeploy.errors import CheckpointError, ConfigError
 PRETRAINED = "pretrained"
 RANDOM = "random"
 
+_DERIVED = ("relative_position_index", "attn_mask")  # of Swin's windows; timm before 0.9 saved them with the weights
+
 
 @dataclass(frozen=True)
 class ModelSpec:
@@ -47,6 +50,21 @@ class ModelSpec:
     def source(self) -> str:
         """Where the weights come from, without the user's folders: `pretrained`, `random` or a file name."""
         return self.weights if self.weights in (PRETRAINED, RANDOM) else Path(self.weights).name
+
+    @property
+    def plain_kwargs(self) -> dict[str, Any]:
+        """`kwargs` as JSON holds them: tuples are lists. The model is made of these, here and when it is loaded again.
+
+        Raises:
+            ConfigError: one has no form in JSON.
+        """
+        try:
+            plain: dict[str, Any] = json.loads(json.dumps(dict(self.kwargs), allow_nan=False))
+        except (TypeError, ValueError) as err:
+            raise ConfigError(
+                "--model-kwargs", expected="numbers, texts, lists, true, false or None", got=dict(self.kwargs)
+            ) from err
+        return plain
 
 
 @dataclass(frozen=True)
@@ -129,6 +147,7 @@ def load_weights(model: nn.Module, state: Mapping[str, torch.Tensor], source: st
             f"{source} is an EAM checkpoint, not plain weights", hint="Give it to export or evaluate."
         )
     wanted = model.state_dict()
+    state = {key: value for key, value in state.items() if key in wanted or key.rpartition(".")[2] not in _DERIVED}
     wrong = [key for key in wanted if key in state and wanted[key].shape != state[key].shape]
     if wrong:
         key = wrong[0]
@@ -149,7 +168,7 @@ def load_weights(model: nn.Module, state: Mapping[str, torch.Tensor], source: st
             got=_differences(sorted(missing), sorted(extra)),
             hint="The weights are for another architecture; see --model and --model-kwargs.",
         )
-    model.load_state_dict(dict(state), strict=True)
+    model.load_state_dict(state, strict=True)
 
 
 def preprocessing_of(model: Any, overrides: PreprocessingOverrides) -> Preprocessing:
@@ -183,15 +202,16 @@ def _create(spec: ModelSpec, *, pretrained: bool) -> nn.Module:
             f"timm {timm.__version__} has no model {spec.name!r}",
             hint=f"Similar: {', '.join(similar)}." if similar else "See timm.list_models().",
         )
+    kwargs = spec.plain_kwargs
     try:
-        model: nn.Module = timm.create_model(spec.name, pretrained=pretrained, **spec.kwargs)
+        model: nn.Module = timm.create_model(spec.name, pretrained=pretrained, **kwargs)
     except Exception as err:  # timm, torch and the hub's client raise many kinds
         if pretrained:
             raise ConfigError(
                 f"cannot get the pretrained weights of {spec.name}: {_first_line(err)}",
                 hint="Without a network use --weights FILE, or --weights random to measure latency only.",
             ) from err
-        raise ConfigError(f"timm cannot make {spec.name} with {dict(spec.kwargs)}: {_first_line(err)}") from err
+        raise ConfigError(f"timm cannot make {spec.name} with {kwargs}: {_first_line(err)}") from err
     return model
 
 

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
-from eamdeploy.eam.checkpoint import Checkpoint
+from eamdeploy.eam.checkpoint import Checkpoint, CheckpointHeader
 from eamdeploy.errors import CheckpointError
-from eamdeploy.host.attention import AttentionSite, attention_sites, freeze_attention
+from eamdeploy.host.attention import Constants, attention_sites, freeze_attention
 from eamdeploy.host.model import RANDOM, ModelSpec, load_model, load_weights
+from eamdeploy.host.sites import AttentionSite, window_maps
 
 
 @dataclass(frozen=True)
@@ -41,6 +43,28 @@ def load_reference(checkpoint: Checkpoint, *, frozen: bool, where: str) -> Loade
     weights = {key: torch.from_numpy(value) for key, value in checkpoint.weights.items()}
     load_weights(model, weights, where)
     sites = attention_sites(model)
+    _check_sites(header, sites, where)
+    if frozen:
+        quantizer = header.freezing.quantizer
+        windows = {path: shape.windows for path, shape in header.attention.items()}
+        freeze_attention(
+            model,
+            {
+                path: Constants(
+                    heads=torch.from_numpy(item.heads),
+                    maps=torch.from_numpy(item.maps(quantizer)),
+                    mask=None if item.mask is None else torch.from_numpy(item.mask),
+                    windows=None if (used := windows[path]) is None else tuple(used),
+                )
+                for path, item in checkpoint.frozen.items()
+            },
+        )
+    return LoadedModel(model, sites)
+
+
+def _check_sites(header: CheckpointHeader, sites: list[AttentionSite], where: str) -> None:
+    """The header's attention modules are the model's, with the same heads, tokens and windows."""
+    mode = header.freezing.window_maps
     expected = {path: (shape.heads, shape.tokens) for path, shape in header.attention.items()}
     got = {site.path: (site.heads, site.tokens) for site in sites}
     if expected != got:
@@ -51,10 +75,18 @@ def load_reference(checkpoint: Checkpoint, *, frozen: bool, where: str) -> Loade
             got=got.get(path, "no such module"),
             hint="It was made with another model, or with other --model-kwargs.",
         )
-    if frozen:
-        maps = {
-            path: (torch.from_numpy(item.heads), torch.from_numpy(item.maps(header.freezing.quantizer)))
-            for path, item in checkpoint.frozen.items()
-        }
-        freeze_attention(model, maps)
-    return LoadedModel(model, sites)
+    for site in sites:
+        used, own = header.attention[site.path].windows, window_maps(site, mode or "shared")
+        if (None if used is None else tuple(used)) != own:
+            raise CheckpointError(
+                f"{where} does not fit timm's {header.timm_model}: windows of {site.path} (window_maps: {mode})",
+                expected=_windows(used),
+                got=_windows(own),
+                hint="It was made with another model, or with other --model-kwargs or --window-maps.",
+            )
+
+
+def _windows(used: Sequence[int] | None) -> str:
+    if used is None:
+        return "no windows"
+    return f"{len(used)} windows with maps {', '.join(map(str, used[:16]))}{', …' if len(used) > 16 else ''}"

@@ -8,7 +8,8 @@ output by  (F_h − A_h)·V_h·Wo_h  only.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -17,7 +18,8 @@ from numpy.typing import NDArray
 from torch import nn
 from torch.nn import functional
 
-from eamdeploy.host.attention import AttentionSite, attention_map, merge_heads, project
+from eamdeploy.host.attention import attend, merge_heads, replaced_attention, steps, tapped_inputs
+from eamdeploy.host.sites import AttentionSite, WindowMaps, by_window
 
 OnProgress = Callable[[int, int, float], None]
 
@@ -30,63 +32,100 @@ def sensitivity(
     batches: Iterable[torch.Tensor],
     n_images: int,
     on_progress: OnProgress,
+    *,
+    windows: WindowMaps = "shared",
 ) -> dict[str, NDArray[np.float64]]:
     """For every head the mean of KL(model ‖ model with this head frozen) over the images, in nats.
 
     Args:
-        maps: by module path, the maps to freeze, float32 `[H, N, N]`.
+        maps: by module path, the maps to freeze, float32 `[H, N, N]`, or `[H, M, N, N]` in a model with windows.
         batches: normalized images, float32 `[B, 3, H, W]`.
         n_images: how many images to expect, for the progress only.
         on_progress: called with (units done, units in all, seconds left by the speed so far) after every head and
-            batch; a unit is an image through one transformer block.
+            batch; a unit is an image through one step of the model: a transformer block, or Swin's merging of patches.
+        windows: which windows share a map, see `window_maps`.
 
     Source: shared definition of the score `sensitivity`, DESIGN §1.
     """
     totals = {site.path: np.zeros(site.heads) for site in sites}
-    depth = len(sites)
-    units = n_images * (depth + sum(site.heads * (depth - layer) for layer, site in enumerate(sites)))
+    numbers = {f"{path}.attn": number for number, (path, _) in enumerate(steps(model))}
+    depth = len(numbers)
+    units = n_images * (depth + sum(site.heads * (depth - numbers[site.path]) for site in sites))
     done, seen, started = 0, 0, time.monotonic()
     for images in batches:
         seen += len(images)
-        inputs, reference = _block_inputs(model, images)
+        record = _record_forward(model, sites, images)
         done += depth * len(images)
-        for layer, site in enumerate(sites):
-            for head, kl in enumerate(_layer_sensitivity(model, layer, inputs[layer], maps[site.path], reference)):
+        for site in sites:
+            constants = torch.from_numpy(by_window(site, maps[site.path], windows))
+            for head, kl in enumerate(_module_sensitivity(model, site, numbers[site.path], record, constants)):
                 totals[site.path][head] += kl
-                done += (depth - layer) * len(images)
+                done += (depth - numbers[site.path]) * len(images)
                 on_progress(done, units, (time.monotonic() - started) / done * (units - done))
     return {path: total / seen for path, total in totals.items()}
 
 
-def _block_inputs(model: Any, images: torch.Tensor) -> tuple[list[torch.Tensor], torch.Tensor]:
-    """What every block reads, `[B, N, D]` each, and the log-probabilities `[B, classes]` of the unfrozen model."""
+@dataclass(frozen=True)
+class _Forward:
+    """What the unfrozen model computes for one batch.
+
+    Attributes:
+        inputs: of every step.
+        attention: input and mask of every attention module, by path.
+        log_probabilities: float64 `[B, classes]`.
+    """
+
+    inputs: list[torch.Tensor]
+    attention: dict[str, tuple[torch.Tensor, torch.Tensor | None]]
+    log_probabilities: torch.Tensor
+
+
+class _Given(nn.Module):
+    """An attention module that returns what it is told to."""
+
+    output: torch.Tensor
+
+    def forward(self, x: torch.Tensor, **_: object) -> torch.Tensor:
+        return self.output
+
+
+def _record_forward(model: nn.Module, sites: list[AttentionSite], images: torch.Tensor) -> _Forward:
     inputs: list[torch.Tensor] = []
-    handles = [block.register_forward_pre_hook(lambda _, args: inputs.append(args[0])) for block in model.blocks]
+    attention: dict[str, tuple[torch.Tensor, torch.Tensor | None]] = {}
+
+    def on_input(path: str, x: torch.Tensor, mask: torch.Tensor | None) -> None:
+        attention[path] = (x, mask)
+
+    handles = [step.register_forward_pre_hook(lambda _, args: inputs.append(args[0])) for _, step in steps(model)]
     try:
-        logits = model(images)
+        with tapped_inputs(model, sites, on_input):
+            logits = model(images)
     finally:
         for handle in handles:
             handle.remove()
-    return inputs, functional.log_softmax(logits.double(), dim=-1)
+    return _Forward(inputs, attention, functional.log_softmax(logits.double(), dim=-1))
 
 
-def _layer_sensitivity(
-    model: Any, layer: int, x: torch.Tensor, frozen: NDArray[np.float32], reference: torch.Tensor
-) -> Iterable[float]:
-    """For each head of `layer`, the sum over the batch of KL(reference ‖ head frozen)."""
-    block = model.blocks[layer]
-    attention = block.attn
-    query, key, value = project(attention, block.norm1(x))
-    live = attention_map(query, key)
+def _module_sensitivity(
+    model: Any, site: AttentionSite, number: int, record: _Forward, constants: torch.Tensor
+) -> Iterator[float]:
+    """For each head of `site`, in step `number`, the sum over the batch of KL(unfrozen ‖ head frozen).
+
+    Args:
+        constants: `[H, W, N, N]`.
+    """
+    attention = model.get_submodule(site.path)
+    live, value = attend(attention, *record.attention[site.path])
     unfrozen = attention.proj(merge_heads(live @ value))
-    width = attention.head_dim
-    for head in range(attention.num_heads):
-        difference = (torch.from_numpy(frozen[head]) - live[:, head]) @ value[:, head]
-        output = unfrozen + difference @ attention.proj.weight[:, head * width : (head + 1) * width].T
-        y = x + block.ls1(output)
-        y = y + block.ls2(block.mlp(block.norm2(y)))
-        for later in model.blocks[layer + 1 :]:
-            y = later(y)
-        logits = model.forward_head(model.norm(y))
-        candidate = functional.log_softmax(logits.double(), dim=-1)
-        yield float(functional.kl_div(candidate, reference, reduction="sum", log_target=True))
+    width = value.shape[-1]
+    given = _Given()
+    with replaced_attention(model, {site.path: given}):
+        for head in range(site.heads):
+            live_head = live[:, head].reshape(-1, site.n_windows, site.tokens, site.tokens)
+            difference = (constants[head] - live_head).flatten(0, 1) @ value[:, head]
+            given.output = unfrozen + difference @ attention.proj.weight[:, head * width : (head + 1) * width].T
+            x = record.inputs[number]
+            for _, step in steps(model)[number:]:
+                x = step(x)
+            candidate = functional.log_softmax(model.forward_head(model.norm(x)).double(), dim=-1)
+            yield float(functional.kl_div(candidate, record.log_probabilities, reduction="sum", log_target=True))

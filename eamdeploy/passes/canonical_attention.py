@@ -1,8 +1,10 @@
 """Attention without a 5-D reshape, transpose, split and squeeze chain around it.
 
-Before:  x·Wqkv ─ Reshape [B,N,3,H,d] ─ Transpose ─ Split|Slice|Gather ─ Squeeze ─ … ─ merged
-After:   x·Wq, x·Wk, x·Wv ─ Reshape [B,N,H,d] ─ Transpose [B,H,N,d] ─ … ─ merged
-Shapes:  x [B,N,D]  Wqkv [D,3·H·d]  Wq, Wk, Wv [D,H·d]  merged [B,N,H·d]
+Before:  x·Wqkv ─ Reshape [B·W,N,3,H,d] ─ Transpose ─ Split|Slice|Gather ─ Squeeze ─ … ─ merged
+         scores ─ Add position bias ─ Reshape [B,W,H,N,N] ─ Add mask ─ Reshape ─ Softmax
+After:   x·Wq, x·Wk, x·Wv ─ Reshape [B·W,N,H,d] ─ Transpose [B·W,H,N,d] ─ … ─ merged
+         scores ─ Add one constant for each kind of window ─ Softmax
+Shapes:  x [B·W,N,D]  Wqkv [D,3·H·d]  Wq, Wk, Wv [D,H·d]  merged [B·W,N,H·d]; W = 1 without windows
 Needs:   attention as `graph.attention` finds it, not yet in this form
 Exact:   bit for bit up to the order of additions inside a product (tolerance f32-reassoc)
 Source:  DESIGN §5.7
@@ -13,7 +15,7 @@ from __future__ import annotations
 import onnx_graphsurgeon as gs
 
 from eamdeploy.graph.attention import Attention, find_attention
-from eamdeploy.graph.emit import GraphWriter, emit_attention, is_canonical
+from eamdeploy.graph.emit import is_canonical, rewrite_attention
 from eamdeploy.graph.skip import Skip
 
 
@@ -31,5 +33,4 @@ class CanonicalAttention:
 
     def rewrite(self, graph: gs.Graph, match: Attention) -> None:
         """The output projection reads the canonical form."""
-        writer = GraphWriter(graph, f"{match.merged.name}/canonical")
-        match.projection.inputs[0] = emit_attention(writer, match, frozen=None)
+        rewrite_attention(graph, match, match, self.name)

@@ -1,16 +1,17 @@
-"""Frozen heads become integer constants; their queries, keys, scores and softmax are gone.
+"""What is frozen becomes integer constants; queries, keys, scores and softmax of frozen heads are gone.
 
-Before:  o = concat_h softmax(s·q_h·k_hᵀ)·v_h ; y = o·Wo
-After:   o = concat(live heads as before, F_h·v_h of the frozen ones) ; y = o·Wo[live rows, then frozen rows]
-Shapes:  q, k [B,L,N,d]  F [F,N,N] = scales·integers  v of frozen heads [B,F,N,d]  Wo [H·d,D]
-Needs:   the attention's value projection is the checkpoint's, head for head, and it has the checkpoint's N tokens
+Before:  o = concat_h softmax(s·q_h·k_hᵀ + b_h)·v_h ; y = o·Wo
+After:   o = concat(live heads as before, heads with frozen rows or entries, F_h·v_h of frozen heads)
+         y = o·Wo with its rows in that order of heads
+Shapes:  q, k [B·W,L,N,d]  F [M,F,N,N] = scales·integers  v of frozen heads [B·W,F,N,d]  Wo [H·d,D]
+Needs:   the attention's value projection is the checkpoint's, head for head, with as many tokens and windows
 Exact:   against the reference forward of the checkpoint, up to float32 reassociation (tolerance f32-reassoc)
-Source:  DESIGN §4, §5.1
+Source:  DESIGN §4, §5.1; rows and entries in `graph.emit_partial`
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -20,8 +21,10 @@ from numpy.typing import NDArray
 
 from eamdeploy.errors import UnsupportedGraph
 from eamdeploy.graph.attention import Attention, find_attention
-from eamdeploy.graph.emit import GraphWriter, IntegerMaps, emit_attention
+from eamdeploy.graph.emit import emit_attention
+from eamdeploy.graph.frozen import IntegerMaps, head_groups, padded
 from eamdeploy.graph.skip import Skip
+from eamdeploy.graph.writer import GraphWriter
 
 
 @dataclass(frozen=True, eq=False)
@@ -82,15 +85,14 @@ class FreezeHeads:
         return result
 
     def rewrite(self, graph: gs.Graph, match: _Match) -> None:
-        """The output projection reads live heads, then frozen ones, and its rows follow that order."""
+        """The output projection reads live heads, then partly and wholly frozen ones; its rows follow that order."""
         frozen, attention = match.module.frozen, match.attention
         assert frozen is not None, "match only returns modules with frozen maps"
         writer = GraphWriter(graph, match.module.path)
         projection = attention.projection
         projection.inputs[0] = emit_attention(writer, attention, frozen)
-        live = [head for head in range(attention.heads) if head not in frozen.heads]
-        rows = projection.inputs[1].values.reshape(attention.heads, attention.head_dim, -1)
-        ordered = rows[[*live, *frozen.heads]].reshape(projection.inputs[1].values.shape)
+        rows_of_heads = projection.inputs[1].values.reshape(attention.heads, attention.head_dim, -1)
+        ordered = rows_of_heads[head_groups(attention.heads, frozen).order].reshape(projection.inputs[1].values.shape)
         projection.inputs[1] = writer.constant("proj_weight", ordered)
 
 
@@ -106,18 +108,22 @@ def _check_maps(path: str, frozen: IntegerMaps, attention: Attention) -> None:
             expected=f"some of 0…{attention.heads - 1}, ascending",
             got=list(frozen.heads),
         )
-    size = [len(frozen.heads), attention.tokens, attention.tokens]
-    expected, got = (size, size[:-1]), (list(frozen.integers.shape), list(frozen.scales.shape))
+    tokens = attention.tokens
+    rows = [len(frozen.heads), max(frozen.windows) + 1, tokens]
+    mask = None if frozen.mask is None else [len(frozen.heads), tokens, tokens][: frozen.mask.ndim]
+    expected = _form(attention.windows, [*rows, tokens], rows, mask)
+    arrays = (frozen.integers, frozen.scales, frozen.mask)
+    got = _form(len(frozen.windows), *(None if array is None else list(array.shape) for array in arrays))
     if got != expected:
-        raise UnsupportedGraph(
-            f"the frozen maps of {path} do not fit the graph",
-            expected=f"integers {expected[0]} and scales {expected[1]}",
-            got=f"{got[0]} and {got[1]}",
-        )
+        raise UnsupportedGraph(f"the frozen maps of {path} do not fit the graph", expected=expected, got=got)
+
+
+def _form(windows: int, integers: list[int] | None, scales: list[int] | None, mask: list[int] | None) -> str:
+    return f"{windows} windows, integers {integers} and scales {scales}" + (f", mask {mask}" if mask else "")
 
 
 def check_accounted(model: onnx.ModelProto, modules: Sequence[AttentionModule]) -> None:
-    """Nothing happens if every frozen head's integers stand in `model`, value for value, behind a DequantizeLinear.
+    """Nothing happens if every frozen map's integers stand in `model`, value for value, behind a DequantizeLinear.
 
     Raises:
         UnsupportedGraph: a module's maps are not there; its path and heads are named.
@@ -126,12 +132,22 @@ def check_accounted(model: onnx.ModelProto, modules: Sequence[AttentionModule]) 
     dequantized = {node.input[0] for node in model.graph.node if node.op_type == "DequantizeLinear"}
     stored = [onnx.numpy_helper.to_array(constants[name]) for name in dequantized if name in constants]
     for module in modules:
-        if module.frozen is None:
-            continue
-        wanted = module.frozen.integers.reshape(-1, module.frozen.integers.shape[-1])
-        if not any(item.dtype == wanted.dtype and np.array_equal(item, wanted) for item in stored):
-            raise UnsupportedGraph(
-                f"frozen heads of {module.path} are not in the exported graph",
-                expected=f"the integer maps of heads {list(module.frozen.heads)}",
-                got=f"{len(stored)} other dequantized constants",
-            )
+        for heads, wanted in _wanted(module.frozen) if module.frozen is not None else ():
+            if not any(item.dtype == wanted.dtype and np.array_equal(item, wanted) for item in stored):
+                raise UnsupportedGraph(
+                    f"frozen heads of {module.path} are not in the exported graph",
+                    expected=f"the integer maps of heads {list(heads)}",
+                    got=f"{len(stored)} other dequantized constants",
+                )
+
+
+def _wanted(frozen: IntegerMaps) -> Iterator[tuple[tuple[int, ...], NDArray[np.unsignedinteger]]]:
+    """Heads, and the integers `[rows, N]` that one constant must hold for them, in this order."""
+    groups = head_groups(max(frozen.heads) + 1, frozen)
+    for heads in filter(None, (groups.partial, groups.whole)):
+        chosen = frozen.take(heads)
+        integers = chosen.integers
+        if heads == groups.partial and chosen.by_row:
+            assert chosen.mask is not None, "some rows are frozen"
+            integers = np.take_along_axis(integers, padded(chosen.mask)[:, None, :, None], axis=2)
+        yield heads, integers.swapaxes(0, 1).reshape(-1, integers.shape[-1])

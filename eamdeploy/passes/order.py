@@ -1,10 +1,22 @@
 """The passes, in the order in which they run, and how many places each must change.
 
-| pass                | depends on          | places                                  |
-|---------------------|---------------------|-----------------------------------------|
-| canonical_attention | -                   | every attention module                  |
-| freeze_heads        | canonical_attention | every attention module with frozen maps |
-| fusable_gelu        | -                   | wherever the exporter spelled it so     |
+| pass                | depends on          | places                                     |
+|---------------------|---------------------|--------------------------------------------|
+| static_shapes       | -                   | wherever the exporter computed a shape     |
+| gather_tokens       | static_shapes       | wherever the exporter spelled it so        |
+| window_order        | gather_tokens       | every block whose windows divide the image |
+| merge_gathers       | window_order        | most of those                              |
+| merge_reshapes      | -                   | wherever a pass left some                  |
+| zero_mask           | -                   | every block with shifted windows           |
+| canonical_attention | zero_mask           | every attention module                     |
+| scale_into_query    | canonical_attention | every one without a norm of its queries    |
+| drop_key_bias       | canonical_attention | every one with biased keys and no norm     |
+| fold_value_bias     | canonical_attention | every one with biased values, but not      |
+|                     |                     | where entries are frozen                   |
+| freeze_heads        | canonical_attention | every attention module with frozen maps    |
+| fusable_gelu        | -                   | wherever the exporter spelled it so        |
+
+The last two columns of a model without windows are empty for the four about windows.
 """
 
 from __future__ import annotations
@@ -14,14 +26,32 @@ from typing import Any
 
 from eamdeploy.passes.base import PlannedPass
 from eamdeploy.passes.canonical_attention import CanonicalAttention
+from eamdeploy.passes.drop_key_bias import DropKeyBias
+from eamdeploy.passes.fold_value_bias import FoldValueBias
 from eamdeploy.passes.freeze_heads import AttentionModule, FreezeHeads
 from eamdeploy.passes.fusable_gelu import FusableGelu
+from eamdeploy.passes.gather_tokens import GatherTokens
+from eamdeploy.passes.merge_gathers import MergeGathers
+from eamdeploy.passes.merge_reshapes import MergeReshapes
+from eamdeploy.passes.scale_into_query import ScaleIntoQuery
+from eamdeploy.passes.static_shapes import StaticShapes
+from eamdeploy.passes.window_order import WindowOrder
+from eamdeploy.passes.zero_mask import ZeroMask
 
 
 def plan_passes(modules: Sequence[AttentionModule]) -> list[PlannedPass[Any]]:
     """The passes for a model with these attention modules; without frozen maps, for its unfrozen twin."""
     frozen = sum(module.frozen is not None for module in modules)
-    plan: list[PlannedPass[Any]] = [PlannedPass(CanonicalAttention(), expected=len(modules))]
+    plan: list[PlannedPass[Any]] = [
+        *(PlannedPass(p, expected=None) for p in (StaticShapes(), GatherTokens(), WindowOrder(), MergeGathers())),
+        PlannedPass(MergeReshapes(), expected=None),
+        PlannedPass(ZeroMask(), expected=None),
+        PlannedPass(CanonicalAttention(), expected=len(modules)),
+        PlannedPass(ScaleIntoQuery(), expected=None),
+        PlannedPass(DropKeyBias(), expected=None),
+    ]
+    if not any(module.frozen and module.frozen.mixes_rows for module in modules):
+        plan.append(PlannedPass(FoldValueBias(), expected=None))
     if frozen:
         plan.append(PlannedPass(FreezeHeads(modules), expected=frozen))
     plan.append(PlannedPass(FusableGelu(), expected=None))

@@ -1,4 +1,4 @@
-"""A picture of a score for every attention head, layers × heads, with the frozen heads marked."""
+"""A picture of a score for every attention head, layers × heads, with what is frozen of them marked."""
 
 from __future__ import annotations
 
@@ -38,6 +38,7 @@ _SUPERSCRIPTS = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
 _GRID_WIDTH, _CELL_WIDTHS, _CELL_HEIGHTS = 6.0, (0.3, 1.15), (0.3, 0.44)
 _LABEL_MIN_WIDTH, _WIDE_WIDTH, _LABEL_MAX_CELLS = 0.45, 0.75, 256
 _MIN_WIDTH, _CHARACTER_WIDTH, _RIGHT, _BOTTOM, _GAP = 4.2, 0.078, 1.05, 0.95, 0.035
+_LEGEND_WIDTH = 4.8
 # a snowflake's arm as strokes from point to point: the real axis runs outwards, the tip is at 1
 _ARM = ((0, 1), (0.52, 0.82 + 0.3j), (0.52, 0.82 - 0.3j))
 
@@ -63,7 +64,7 @@ class _Grid:
 
 @dataclass(frozen=True)
 class _Cell:
-    """One head: the cell's centre and size in inches, its colour, and the text in it, if any."""
+    """One head: the cell's centre and size in inches, its colour, the text in it, if any, and the frozen share."""
 
     x: float
     y: float
@@ -72,7 +73,15 @@ class _Cell:
     colour: _Colour
     text: str
     gid: str
-    frozen: bool
+    share: float
+
+    @property
+    def whole(self) -> bool:
+        return self.share == 1
+
+    @property
+    def partial(self) -> bool:
+        return 0 < self.share < 1
 
 
 def draw_heatmap(
@@ -80,11 +89,13 @@ def draw_heatmap(
     *,
     score_name: str,
     frozen: Mapping[str, Sequence[int]],
+    shares: Mapping[str, Sequence[float]] | None = None,
     title: str,
     path: Path,
 ) -> None:
-    """`path` holds the heat map of `scores`, a snowflake on every frozen head; the same input gives the same bytes.
+    """`path` holds the heat map of `scores` with what is frozen; the same input gives the same bytes.
 
+    A head that is frozen whole has a snowflake, one of which rows or entries are frozen a bar of that length.
     Layers go from top to bottom in the mapping's order. They may have different numbers of heads; what a layer does
     not have stays blank. The colours are logarithmic where the largest score is over 10 times the median.
 
@@ -92,15 +103,17 @@ def draw_heatmap(
         scores: one value per head of every attention module, by module path.
         score_name: what the values are; the names of DESIGN §1 also give the colour bar's unit.
         frozen: frozen head indices by module path; a module without frozen heads may be absent.
+        shares: for each of these heads the frozen share of its entries, in (0, 1]; by default all are frozen whole.
         path: ends in `.png` or `.svg`.
 
     Raises:
-        ConfigError: another suffix, no scores, a score that is not finite, a frozen head without a score, or a file
-            that can't be written; what was at `path` stays.
+        ConfigError: another suffix, no scores, a score that is not finite, a frozen head without a score, a share
+            outside (0, 1] or without a head, or a file that can't be written; what was at `path` stays.
         MissingDependency: matplotlib is not installed.
     """
     file_format = _file_format(path)
     _check(scores, frozen)
+    frozen_shares = _frozen_shares(frozen, shares)
     try:
         import matplotlib  # noqa: F401
     except ImportError as err:
@@ -108,7 +121,7 @@ def draw_heatmap(
             "cannot draw the heat map: matplotlib is not installed", hint="Install the extra 'host'."
         ) from err
     with _default_style():
-        figure = _compose(scores, score_name, frozen, title)
+        figure = _compose(scores, score_name, frozen_shares, title)
         with atomic_output(path) as file:
             metadata = {"Date": None} if file_format == "svg" else {"Software": None}
             figure.savefig(file, format=file_format, dpi=_PNG_DPI, metadata=metadata)
@@ -141,6 +154,25 @@ def _check(scores: Mapping[str, Sequence[float]], frozen: Mapping[str, Sequence[
                 )
 
 
+def _frozen_shares(
+    frozen: Mapping[str, Sequence[int]], shares: Mapping[str, Sequence[float]] | None
+) -> dict[tuple[str, int], float]:
+    """The frozen share by module path and head."""
+    if shares is None:
+        return {(module, head): 1.0 for module, heads in frozen.items() for head in heads}
+    for module, heads in frozen.items():
+        given = shares.get(module, ())
+        if len(given) != len(heads) or not all(0 < share <= 1 for share in given):
+            raise ConfigError(
+                f"frozen shares of {module}", expected=f"{len(heads)} numbers in (0, 1]", got=[*map(float, given)]
+            )
+    return {
+        (module, head): float(share)
+        for module, heads in frozen.items()
+        for head, share in zip(heads, shares[module], strict=True)
+    }
+
+
 @contextmanager
 def _default_style() -> Iterator[None]:
     """Matplotlib's own defaults instead of the user's style, so that a picture looks the same everywhere."""
@@ -153,7 +185,7 @@ def _default_style() -> Iterator[None]:
 
 
 def _compose(
-    scores: Mapping[str, Sequence[float]], score_name: str, frozen: Mapping[str, Sequence[int]], title: str
+    scores: Mapping[str, Sequence[float]], score_name: str, frozen: Mapping[tuple[str, int], float], title: str
 ) -> Figure:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -164,7 +196,8 @@ def _compose(
     cells = _cells(grid, scores, frozen, scale, exponent)
 
     left = 0.62 + _CHARACTER_WIDTH * max(len(layer) for layer in grid.layers)
-    width = max(left + grid.width + _RIGHT, _MIN_WIDTH)
+    legend_width = left + _LEGEND_WIDTH if any(cell.partial for cell in cells) else 0
+    width = max(left + grid.width + _RIGHT, _MIN_WIDTH, legend_width)
     title_lines = textwrap.wrap(title, int(width / 0.115)) or [""]
     subtitle_from_top = 0.26 + 0.24 * len(title_lines)
     height = subtitle_from_top + 0.34 + grid.height + _BOTTOM
@@ -183,7 +216,7 @@ def _compose(
     subtitle = f"{score_name} of {len(everything)} attention head{'s' if len(everything) > 1 else ''}"
     place(1 - subtitle_from_top / height, subtitle, fontsize=9.5, color=_MUTED)
     legend = figure.add_axes((left / width, 0, 1 - left / width, 0.45 / height), xlim=(0, width - left), ylim=(0.45, 0))
-    _draw_legend(legend, sum(cell.frozen for cell in cells), len(cells))
+    _draw_legend(legend, cells)
     return figure
 
 
@@ -199,7 +232,7 @@ def _lay_out(scores: Mapping[str, Sequence[float]]) -> _Grid:
 def _cells(
     grid: _Grid,
     scores: Mapping[str, Sequence[float]],
-    frozen: Mapping[str, Sequence[int]],
+    frozen: Mapping[tuple[str, int], float],
     scale: ScalarMappable,
     exponent: int,
 ) -> list[_Cell]:
@@ -214,7 +247,7 @@ def _cells(
             colour=tuple(scale.to_rgba(np.clip([value], lowest, highest))[0].tolist()),
             text=_short_number(value / 10**exponent) if grid.labelled else "",
             gid=f"frozen:{module}:{head}",
-            frozen=head in frozen.get(module, ()),
+            share=frozen.get((module, head), 0.0),
         )
         for layer, (module, values) in enumerate(scores.items())
         for head, value in enumerate(values)
@@ -265,13 +298,16 @@ def _draw_cell(axes: Axes, cell: _Cell) -> None:
     _draw_box(axes, cell, inset=0, facecolor=cell.colour, edgecolor="none")
     wide = cell.width >= _WIDE_WIDTH
     x, y = cell.x, cell.y
-    if cell.frozen and not cell.text:
+    if cell.partial:
+        _draw_bar(axes, x - 0.4 * cell.width, y + cell.height / 2 - 0.07, 0.8 * cell.width, cell.share, cell.gid)
+        y -= 0.04
+    elif cell.whole and not cell.text:
         _draw_snowflake(axes, x, y, 0.37 * min(cell.width, cell.height), cell.gid)
-    elif cell.frozen and wide:
+    elif cell.whole and wide:
         _draw_box(axes, cell, inset=0.03, facecolor="none", edgecolor=_ICE)
         _draw_snowflake(axes, x - 0.2 * cell.width, y, 0.13, cell.gid)
         x += 0.16 * cell.width
-    elif cell.frozen:
+    elif cell.whole:
         _draw_snowflake(axes, x, y - 0.075, 0.1, cell.gid)
         y += 0.12
     red, green, blue, _ = cell.colour
@@ -318,10 +354,27 @@ def _draw_colour_bar(bar: Colorbar, score_name: str, exponent: int) -> None:
     bar.set_label(f"{score_name} [{unit}]" if unit else score_name, fontsize=10, color=_MUTED)
 
 
-def _draw_legend(axes: Axes, frozen: int, total: int) -> None:
+def _draw_bar(axes: Axes, x: float, y: float, width: float, share: float, gid: str) -> None:
+    """From the middle of its left end at (x, y): a track of that width, `share` of it filled."""
+    from matplotlib.patches import Rectangle
+
+    track = Rectangle((x, y - 0.03), width, 0.06, facecolor=_DEEP, edgecolor=_DEEP, linewidth=1.2)
+    filled = Rectangle((x, y - 0.03), width * share, 0.06, facecolor=_ICE, edgecolor="none", gid=gid)
+    for part in (track, filled):
+        axes.add_patch(part).set_clip_on(False)
+
+
+def _draw_legend(axes: Axes, cells: Sequence[_Cell]) -> None:
     axes.axis("off")
-    if frozen:
-        _draw_snowflake(axes, 0.12, 0.22, 0.11, "legend")
-        axes.text(0.32, 0.22, f"frozen: {frozen} of {total} heads", va="center_baseline", fontsize=9.5)
-    else:
-        axes.text(0, 0.22, "no head is frozen", va="center_baseline", fontsize=9.5, color=_MUTED)
+    whole, partial = sum(cell.whole for cell in cells), sum(cell.partial for cell in cells)
+    y, left = 0.22, 0.0
+    if whole:
+        _draw_snowflake(axes, 0.12, y, 0.11, "legend")
+        axes.text(0.32, y, f"frozen: {whole} of {len(cells)} heads", va="center_baseline", fontsize=9.5)
+        left = 0.32 + _CHARACTER_WIDTH * 25
+    if partial:
+        _draw_bar(axes, left + 0.02, y, 0.4, 0.4, "legend-share")
+        text = f"frozen share of {partial} head{'s' if partial > 1 else ''}"
+        axes.text(left + 0.52, y, text, va="center_baseline", fontsize=9.5)
+    if not whole and not partial:
+        axes.text(0, y, "no head is frozen", va="center_baseline", fontsize=9.5, color=_MUTED)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -13,16 +14,19 @@ import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from made_checkpoints import WINDOWS, WindowMaps, frozen_maps, make, with_frozen
 from numpy.typing import NDArray
 from safetensors import safe_open
 from safetensors.numpy import save_file
 
-from eamdeploy.artifact import Freezing
 from eamdeploy.eam.checkpoint import AttentionShape, Checkpoint, FrozenMaps, load, save
-from eamdeploy.eam.quantizers import BITS, QUANTIZERS, Bits, Quantizer, quantize_rows
+from eamdeploy.eam.quantizers import BITS, QUANTIZERS, Bits, Quantizer
+from eamdeploy.eam.selection import GRANULARITIES, Granularity
 from eamdeploy.errors import CheckpointError, ConfigError, MissingDependency
 
 Tensors = dict[str, NDArray[Any]]
+
+EMBEDDED = Path(__file__).parents[2] / "models" / "digits_deit.eam.safetensors"
 
 
 @pytest.fixture
@@ -45,6 +49,7 @@ def assert_same(first: Checkpoint, second: Checkpoint) -> None:
         np.testing.assert_array_equal(weight, second.weights[key], strict=True)
     assert first.frozen.keys() == second.frozen.keys()
     for path, maps in first.frozen.items():
+        assert (maps.mask is None) == (second.frozen[path].mask is None)
         for field in dataclasses.fields(FrozenMaps):
             np.testing.assert_array_equal(
                 getattr(maps, field.name), getattr(second.frozen[path], field.name), strict=True
@@ -91,14 +96,86 @@ def test_a_model_without_frozen_heads_round_trips(checkpoint: Checkpoint, tmp_pa
     assert_same(load(tmp_path / "plain"), plain)
 
 
-@settings(max_examples=50, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@pytest.mark.parametrize("window_maps", WINDOWS)
+@pytest.mark.parametrize("granularity", GRANULARITIES)
+def test_round_trip_by_granularity_and_window_maps(
+    checkpoint: Checkpoint, tmp_path: Path, granularity: Granularity, window_maps: WindowMaps | None
+) -> None:
+    made = make(checkpoint, granularity, window_maps)
+    save(made, tmp_path / "made")
+    assert_same(load(tmp_path / "made"), made)
+    tensors, _ = read_raw(tmp_path / "made")
+    assert ("eam.blocks.1.attn.mask" in tensors) == (granularity != "head")
+    assert 0 < made.header.freezing.sparsity < 1
+
+
+@pytest.mark.parametrize(
+    ("granularity", "mask", "packed_mask", "codes", "packed_codes", "scales"),
+    [
+        (
+            "row",
+            [[False, True]],
+            [0b10],
+            [[[0, 0], [3, 1]], [[0, 0], [2, 0]]],
+            [3 | 1 << 4, 2],
+            [[0, 1 / 4], [0, 1 / 2]],
+        ),
+        (
+            "entry",
+            [[[True, False], [False, True]]],
+            [0b1001],
+            [[[3, 0], [0, 1]], [[2, 0], [0, 7]]],
+            [3 | 1 << 4, 2 | 7 << 4],
+            [[1 / 4, 1 / 2], [1 / 2, 1 / 8]],
+        ),
+    ],
+)
+def test_rows_and_entries_are_laid_out_as_documented(
+    checkpoint: Checkpoint,
+    tmp_path: Path,
+    granularity: Granularity,
+    mask: list[Any],
+    packed_mask: list[int],
+    codes: list[Any],
+    packed_codes: list[int],
+    scales: list[Any],
+) -> None:
+    """One head of two tokens with two window maps, by hand."""
+    shape = AttentionShape(heads=2, tokens=2, windows=[0, 1, 0])
+    maps = FrozenMaps(np.array([1]), np.array([codes], np.uint8), np.array([scales], np.float32), np.array(mask))
+    how: dict[str, Any] = {"granularity": granularity, "window_maps": "class", "bits": 4, "quantizer": "uniform"}
+    made = with_frozen(checkpoint, {"a": shape}, {"a": maps}, **how)
+    save(made, tmp_path / "x")
+    tensors, metadata = read_raw(tmp_path / "x")
+    assert (tensors["eam.a.mask"].dtype, tensors["eam.a.mask"].tolist()) == (np.uint8, packed_mask)
+    assert (tensors["eam.a.codes"].dtype, tensors["eam.a.codes"].tolist()) == (np.uint8, packed_codes)
+    assert (tensors["eam.a.scales"].dtype, tensors["eam.a.scales"].tolist()) == (np.float32, [scales])
+    header = json.loads(metadata["eam"])
+    assert header["attention"]["a"]["windows"] == [0, 1, 0]
+    assert (header["freezing"]["window_maps"], header["freezing"]["sparsity"]) == ("class", 0.25)
+    assert_same(load(tmp_path / "x"), made)
+
+
+def test_files_of_before_windows_and_masks_load_and_save_as_they_were(tmp_path: Path) -> None:
+    old = load(EMBEDDED)
+    assert old.header.freezing.window_maps is None and old.frozen
+    save(old, tmp_path / "again")
+    before, after = read_raw(EMBEDDED)[0], read_raw(tmp_path / "again")[0]
+    assert before.keys() == after.keys()
+    for key, tensor in before.items():
+        np.testing.assert_array_equal(tensor, after[key], strict=True)
+
+
+@settings(max_examples=80, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     data=st.data(),
     bits=st.sampled_from(BITS),
     quantizer=st.sampled_from(QUANTIZERS),
-    attention=st.dictionaries(
-        st.from_regex(r"[a-z]{1,3}(\.[a-z0-9]{1,5}){0,2}(\.codes|\.heads)?", fullmatch=True),
-        st.builds(AttentionShape, heads=st.integers(1, 4), tokens=st.integers(1, 6)),
+    granularity=st.sampled_from(GRANULARITIES),
+    window_maps=st.sampled_from(list(WINDOWS)),
+    modules=st.dictionaries(
+        st.from_regex(r"[a-z]{1,3}(\.[a-z0-9]{1,5}){0,2}(\.codes|\.heads|\.mask)?", fullmatch=True),
+        st.tuples(st.integers(1, 4), st.integers(1, 6), st.integers(1, 5)),
         min_size=1,
         max_size=4,
     ),
@@ -109,26 +186,31 @@ def test_round_trip_of_any_checkpoint(
     data: st.DataObject,
     bits: Bits,
     quantizer: Quantizer,
-    attention: dict[str, AttentionShape],
+    granularity: Granularity,
+    window_maps: WindowMaps | None,
+    modules: dict[str, tuple[int, int, int]],
 ) -> None:
     rng = np.random.default_rng(data.draw(st.integers(0, 1000)))
-    frozen = {}
-    for path, shape in attention.items():
-        heads = sorted(data.draw(st.sets(st.integers(0, shape.heads - 1))))
-        if heads:
-            maps = rng.dirichlet(np.full(shape.tokens, 0.3), size=(len(heads), shape.tokens))
-            frozen[path] = FrozenMaps(np.array(heads), *quantize_rows(maps, bits, quantizer))
-    total = sum(shape.heads * shape.tokens**2 for shape in attention.values())
-    freezing = Freezing(
+    attention, frozen = {}, {}
+    for path, (heads, tokens, n_windows) in modules.items():
+        windows: dict[WindowMaps | None, list[int] | None] = {
+            None: None,
+            "shared": [0] * n_windows,
+            "class": [0, *rng.integers(0, 2, size=n_windows - 1).tolist()],
+            "window": list(range(n_windows)),
+        }
+        attention[path] = AttentionShape(heads=heads, tokens=tokens, windows=windows[window_maps])
+        if chosen := sorted(data.draw(st.sets(st.integers(0, heads - 1)))):
+            frozen[path] = frozen_maps(rng, attention[path], chosen, granularity, bits, quantizer)
+    made = with_frozen(
+        checkpoint,
+        attention,
+        frozen,
+        granularity=granularity,
+        window_maps=window_maps,
         bits=bits,
         quantizer=quantizer,
-        score="own training",
-        sparsity_asked=None,
-        sparsity=sum(maps.codes.size for maps in frozen.values()) / total,
-        heads={path: maps.heads.tolist() for path, maps in frozen.items()},
     )
-    header = checkpoint.header.model_copy(update={"attention": attention, "freezing": freezing, "calibration": None})
-    made = Checkpoint(checkpoint.weights, frozen, header)
     save(made, tmp_path / "any")
     assert_same(load(tmp_path / "any"), made)
 
@@ -207,6 +289,22 @@ def test_a_flipped_bit_anywhere_in_the_maps_is_noticed(saved: Path) -> None:
     assert unnoticed <= 2 * 5 * 8  # the lowest mantissa bits of ten scales lie within the tolerance of a row sum
 
 
+@pytest.mark.parametrize("granularity", ["row", "entry"])
+def test_a_flipped_bit_anywhere_in_the_mask_is_noticed(
+    checkpoint: Checkpoint, tmp_path: Path, granularity: Granularity
+) -> None:
+    """It changes how many codes there must be, or the sparsity, or is in the padding."""
+    save(make(checkpoint, granularity, "class"), tmp_path / "x")
+    tensors, metadata = read_raw(tmp_path / "x")
+    data = tensors["eam.blocks.1.attn.mask"]
+    for bit in range(data.size * 8):
+        data[bit // 8] ^= 1 << bit % 8
+        save_file(tensors, tmp_path / "x", metadata)
+        with pytest.raises(CheckpointError):
+            load(tmp_path / "x")
+        data[bit // 8] ^= 1 << bit % 8
+
+
 def remove(key: str) -> Callable[[Tensors], None]:
     return lambda tensors: tensors.__delitem__(key)
 
@@ -229,7 +327,7 @@ def remove_module(tensors: Tensors) -> None:
         del tensors[f"eam.blocks.1.attn.{suffix}"]
 
 
-CODES, SCALES, HEADS = (f"eam.blocks.1.attn.{suffix}" for suffix in ("codes", "scales", "heads"))
+CODES, SCALES, HEADS, MASK = (f"eam.blocks.1.attn.{suffix}" for suffix in ("codes", "scales", "heads", "mask"))
 
 
 @pytest.mark.parametrize(
@@ -242,14 +340,14 @@ CODES, SCALES, HEADS = (f"eam.blocks.1.attn.{suffix}" for suffix in ("codes", "s
         (add("head.bias"), r"unknown tensor head\.bias"),
         (add("model."), r"unknown tensor model\."),
         (add("eam.codes"), r"unknown tensor eam\.codes"),
-        (add("eam.blocks.1.attn.mask"), r"unknown tensor eam\.blocks\.1\.attn\.mask"),
+        (add(MASK), r"unknown tensor eam\.blocks\.1\.attn\.mask.*codes, \.scales for granularity head"),
         (add("eam.blocks.0.attn.scales"), r"eam\.blocks\.0\.attn is incomplete.*got no heads, codes"),
         (rename_module, r"eam\.blocks\.7\.attn belongs to no attention module.*expected one of blocks\.0\.attn"),
         (remove_module, r"freezing\.heads and tensor eam\.blocks\.1\.attn\.heads disagree.*no such tensor"),
-        (replace(CODES, lambda a: a[:-1]), r"attn\.codes have the wrong size; expected uint8 \[19\].*got uint8 \[18\]"),
-        (replace(CODES, lambda a: np.append(a, a[:1])), r"attn\.codes have the wrong size"),
-        (replace(CODES, lambda a: a.astype(np.int32)), r"attn\.codes have the wrong size.*got int32 \[19\]"),
-        (replace(CODES, lambda a: a | np.uint8(0x80)), r"attn\.codes go on after the last code.*padding"),
+        (replace(CODES, lambda a: a[:-1]), r"attn\.codes has the wrong size; expected uint8 \[19\].*got uint8 \[18\]"),
+        (replace(CODES, lambda a: np.append(a, a[:1])), r"attn\.codes has the wrong size"),
+        (replace(CODES, lambda a: a.astype(np.int32)), r"attn\.codes has the wrong size.*got int32 \[19\]"),
+        (replace(CODES, lambda a: a | np.uint8(0x80)), r"attn\.codes goes on after the last value.*padding"),
         (replace(CODES, np.zeros_like), r"10 of 10 rows do not sum to 1.*got 0 at"),
         (replace(SCALES, lambda a: a.astype(np.float64)), r"attn\.scales has the wrong dtype.*float32 \[2, 5\]"),
         (replace(SCALES, lambda a: a.reshape(5, 2)), r"attn\.scales has the wrong.*got float32 \[5, 2\]"),
@@ -259,7 +357,7 @@ CODES, SCALES, HEADS = (f"eam.blocks.1.attn.{suffix}" for suffix in ("codes", "s
             replace(HEADS, lambda a: a.astype(np.int32)),
             r"attn\.heads has the wrong.*int64 \[2\]; got int32 \[2\]",
         ),
-        (replace(HEADS, lambda a: a[:1]), r"attn\.codes have the wrong size"),
+        (replace(HEADS, lambda a: a[:1]), r"attn\.codes has the wrong size"),
         (replace(HEADS, lambda a: a[::-1].copy()), r"attn\.heads; expected strictly ascending.*got \[2, 0\]"),
         (replace(HEADS, lambda a: a * 0), r"strictly ascending.*got \[0, 0\]"),
         (replace(HEADS, lambda a: a + 1), r"0…2; got \[1, 3\]"),
@@ -277,6 +375,131 @@ def test_bad_tensors_are_named(saved: Path, change: Callable[[Tensors], None], m
 
 
 @pytest.mark.parametrize(
+    ("granularity", "change", "message"),
+    [
+        ("row", remove(MASK), r"is incomplete; expected .*\.mask, .* for granularity row; got no mask"),
+        ("entry", remove(MASK), "for granularity entry; got no mask"),
+        (
+            "row",
+            replace(MASK, lambda a: a[:1]),
+            r"attn\.mask has the wrong size; expected uint8 \[2\].*\[2, 5\]; got uint8",
+        ),
+        ("entry", replace(MASK, lambda a: a[:2]), r"attn\.mask has the wrong size; expected uint8 \[7\].*\[2, 5, 5\]"),
+        ("entry", replace(MASK, lambda a: a.astype(np.bool_)), r"attn\.mask has the wrong size.*got bool \[7\]"),
+        (
+            "row",
+            replace(MASK, lambda a: a | np.uint8(0x80)),
+            r"attn\.mask goes on after the last value.*padding bits 0",
+        ),
+        ("entry", replace(MASK, lambda a: a | np.uint8([0] * 6 + [4])), r"attn\.mask goes on after the last value"),
+        ("row", replace(MASK, np.zeros_like), r"attn\.codes has the wrong size; expected uint8 \[0\] for .*\[0\]"),
+        ("entry", replace(CODES, lambda a: a[:-1]), r"attn\.codes has the wrong size"),
+        ("entry", replace(CODES, lambda a: np.append(a, a[:1])), r"attn\.codes has the wrong size"),
+        ("row", replace(CODES, np.zeros_like), r"rows do not sum to 1.*got 0 at \(frozen head, window map, row\)"),
+        (
+            "row",
+            replace(SCALES, lambda a: a + np.float32(1)),
+            r"scales at .*expected 0 in a row without frozen entries",
+        ),
+        ("entry", replace(SCALES, lambda a: a * 0), r"scales at .*expected a positive finite number; got 0"),
+        (
+            "entry",
+            replace(SCALES, lambda a: a * 100),
+            r"have a frozen part that sums to more than 1; .*at most 1e-05 over 1",
+        ),
+        ("row", replace(SCALES, lambda a: a[:, 0]), r"scales has the wrong.*float32 \[2, 3, 5\]; got float32 \[2, 5\]"),
+        ("head", replace(SCALES, lambda a: a[:, :2]), r"scales has the wrong.*float32 \[2, 3, 5\]; got .*\[2, 2, 5\]"),
+        ("head", replace(CODES, lambda a: a[:20]), r"codes has the wrong size.*3-bit codes \[2, 3, 5, 5\]"),
+    ],
+)
+def test_bad_tensors_of_pieces_and_windows_are_named(
+    checkpoint: Checkpoint, tmp_path: Path, granularity: Granularity, change: Callable[[Tensors], None], message: str
+) -> None:
+    path = tmp_path / "p.eam.safetensors"
+    save(make(checkpoint, granularity, "class"), path)
+    tensors, metadata = read_raw(path)
+    change(tensors)
+    save_file(tensors, path, metadata)
+    with pytest.raises(CheckpointError, match=message) as error:
+        load(path)
+    assert str(path) in str(error.value)
+
+
+def edit_header(path: Path, edit: dict[str, object]) -> None:
+    """The header has other values under these dotted keys, in which `#1~` stands for `blocks.1.attn`."""
+    tensors, metadata = read_raw(path)
+    header = json.loads(metadata["eam"])
+    for key, value in edit.items():
+        *parents, last = (re.sub(r"#(\d)~", r"blocks.\1.attn", part) for part in key.split("."))
+        place = header
+        for parent in parents:
+            place = place[parent]
+        place[last] = value
+    save_file(tensors, path, {"eam": json.dumps(header)})
+
+
+@pytest.mark.parametrize(
+    ("window_maps", "edit", "message"),
+    [
+        (
+            "class",
+            {"attention.#1~.windows": [0, 1, 1, 3]},
+            r"attention\.blocks\.1\.attn\.windows: .*each at least once",
+        ),
+        ("class", {"attention.#1~.windows": [1, 2, 3, 1]}, r"attention\.blocks\.1\.attn\.windows: "),
+        ("class", {"attention.#1~.windows": []}, r"attention\.blocks\.1\.attn\.windows: "),
+        ("class", {"attention.#1~.windows": [0, 1, 1, 1]}, r"codes has the wrong size.*\[2, 2, 5, 5\]"),
+        (
+            "class",
+            {"attention.#0~.windows": None},
+            r"blocks\.0\.attn\.windows and freezing\.window_maps disagree.*None and class",
+        ),
+        ("class", {"attention.#0~.windows": [0]}, r"freezing\.sparsity; expected"),
+        ("class", {"freezing.window_maps": None}, r"window_maps disagree; expected both.*got \[0, 1, 1, 2\] and None"),
+        (
+            "class",
+            {"freezing.window_maps": "shared"},
+            r"does not fit window_maps shared; expected only 0; got \[0, 1, 1, 2\]",
+        ),
+        ("class", {"freezing.window_maps": "window"}, r"does not fit window_maps window; expected 0…3 in order"),
+        ("class", {"freezing.window_maps": "mask"}, r"not a valid CheckpointHeader: freezing\.window_maps"),
+        ("window", {"attention.#1~.windows": [0, 1, 3, 2]}, r"does not fit window_maps window.*got \[0, 1, 3, 2\]"),
+        ("window", {"freezing.window_maps": "shared"}, "does not fit window_maps shared"),
+        (None, {"freezing.window_maps": "shared"}, r"window_maps disagree.*got None and shared"),
+        (None, {"attention.#0~.windows": [0]}, r"window_maps disagree.*got \[0\] and None"),
+    ],
+)
+def test_bad_windows_are_named(
+    checkpoint: Checkpoint, tmp_path: Path, window_maps: WindowMaps | None, edit: dict[str, object], message: str
+) -> None:
+    path = tmp_path / "w.eam.safetensors"
+    save(make(checkpoint, "head", window_maps), path)
+    edit_header(path, edit)
+    with pytest.raises(CheckpointError, match=message) as error:
+        load(path)
+    assert str(path) in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("granularity", "claimed", "message"),
+    [
+        ("row", "head", r"unknown tensor eam\.blocks\.1\.attn\.mask"),
+        ("row", "entry", r"attn\.mask has the wrong size"),
+        ("entry", "row", r"attn\.mask has the wrong size"),
+        ("head", "row", "got no mask"),
+        ("head", "entry", "got no mask"),
+    ],
+)
+def test_a_granularity_that_is_not_the_files_is_noticed(
+    checkpoint: Checkpoint, tmp_path: Path, granularity: Granularity, claimed: Granularity, message: str
+) -> None:
+    save(make(checkpoint, granularity), tmp_path / "x")
+    edit_header(tmp_path / "x", {"freezing.granularity": claimed})
+    with pytest.raises(CheckpointError, match=message):
+        load(tmp_path / "x")
+
+
+@pytest.mark.parametrize(
     ("edit", "message"),
     [
         ({"format": 2}, "unknown checkpoint format; expected format 1; got 2"),
@@ -286,10 +509,9 @@ def test_bad_tensors_are_named(saved: Path, change: Callable[[Tensors], None], m
         ({"num_classes": 3}, "class_names does not fit num_classes; expected 3 names; got 2"),
         ({"attention": {}}, "attention is empty"),
         ({"attention": {"a": {"heads": 0, "tokens": 5}}}, r"not a valid CheckpointHeader: attention\.a\.heads"),
-        ({"freezing.granularity": "row"}, "granularity row is not supported yet.*Freeze whole heads"),
         ({"freezing.granularity": "cell"}, r"not a valid CheckpointHeader: freezing\.granularity"),
         ({"freezing.bits": 5}, r"freezing\.bits"),
-        ({"freezing.bits": 4}, r"attn\.codes have the wrong size; expected uint8 \[25\]"),
+        ({"freezing.bits": 4}, r"attn\.codes has the wrong size; expected uint8 \[25\]"),
         ({"freezing.quantizer": "uniform"}, "do not sum to 1.*quantizer uniform"),
         ({"freezing.sparsity": 0.5}, r"freezing\.sparsity; expected 0\.333.* got 0\.5"),
         ({"freezing.sparsity": float("nan")}, r"freezing\.sparsity"),
@@ -301,15 +523,7 @@ def test_bad_tensors_are_named(saved: Path, change: Callable[[Tensors], None], m
     ],
 )
 def test_bad_headers_are_named(saved: Path, edit: dict[str, object], message: str) -> None:
-    tensors, metadata = read_raw(saved)
-    header = json.loads(metadata["eam"])
-    for key, value in edit.items():
-        *parents, last = key.split(".")
-        place = header
-        for parent in parents:
-            place = place[parent]
-        place[last] = value
-    save_file(tensors, saved, {"eam": json.dumps(header)})
+    edit_header(saved, edit)
     with pytest.raises(CheckpointError, match=message) as error:
         load(saved)
     assert str(saved) in str(error.value)
@@ -320,14 +534,6 @@ def test_header_metadata_that_is_no_object(saved: Path, text: str) -> None:
     tensors, _ = read_raw(saved)
     save_file(tensors, saved, {"eam": text})
     with pytest.raises(CheckpointError, match=r"`eam` is no JSON|unknown checkpoint format"):
-        load(saved)
-
-
-def test_a_refused_granularity_is_the_reason_given_even_with_its_tensors(saved: Path) -> None:
-    tensors, metadata = read_raw(saved)
-    tensors["eam.blocks.1.attn.mask"] = np.zeros(2, np.uint8)
-    save_file(tensors, saved, {"eam": metadata["eam"].replace('"granularity":"head"', '"granularity":"entry"')})
-    with pytest.raises(CheckpointError, match="granularity entry is not supported yet"):
         load(saved)
 
 

@@ -1,4 +1,4 @@
-"""Codes and scales: row sums, errors against what a cheaper rule would give, and the packed byte layout."""
+"""Codes and scales: row sums, rows frozen in part, and errors against what a cheaper rule would give."""
 
 from __future__ import annotations
 
@@ -16,10 +16,7 @@ from eamdeploy.eam.quantizers import (
     Quantizer,
     dequantize,
     integer_values,
-    pack_codes,
-    packed_size,
     quantize_rows,
-    unpack_codes,
 )
 from eamdeploy.errors import CheckpointError, ConfigError
 
@@ -221,51 +218,93 @@ def test_bad_rows_and_options_are_refused() -> None:
         quantize_rows(good, 4, "squared", max_code=0)
 
 
-# The layout that the docstring of `pack_codes` promises, computed by hand.
-@pytest.mark.parametrize(
-    ("bits", "codes", "packed"),
-    [
-        (2, [1, 2, 3, 0, 3], [0b00_11_10_01, 0b11]),
-        (3, [1, 2, 3, 4, 5, 6, 7, 0, 7], [0b11_010_001, 0b0_101_100_0, 0b000_111_11, 0b111]),
-        (4, [1, 2, 15], [0x21, 0x0F]),
-        (8, [1, 255], [1, 255]),
-        (4, [], []),
-    ],
-)
-def test_packed_bytes(bits: Bits, codes: list[int], packed: list[int]) -> None:
-    array = np.array(codes, np.uint8)
-    got = pack_codes(array, bits)
-    assert got.dtype == np.uint8
-    assert got.tolist() == packed
-    np.testing.assert_array_equal(unpack_codes(got, bits, array.shape), array)
+# --- rows frozen in part ---------------------------------------------------------------------------------------------
 
 
 @settings(max_examples=150, deadline=None)
-@given(data=st.data(), bits=st.sampled_from(BITS), shape=hnp.array_shapes(max_dims=3, max_side=7))
-def test_packing_round_trip(data: st.DataObject, bits: Bits, shape: tuple[int, ...]) -> None:
-    codes = data.draw(hnp.arrays(np.uint8, shape, elements=st.integers(0, 2**bits - 1)))
-    packed = pack_codes(np.asfortranarray(codes), bits)
-    assert packed.shape == (packed_size(codes.size, bits),)
-    stream = sum(int(byte) << (8 * i) for i, byte in enumerate(packed))
-    assert stream == sum(int(code) << (bits * i) for i, code in enumerate(codes.ravel()))
-    unpacked = unpack_codes(packed, bits, shape)
-    assert unpacked.dtype == np.uint8
-    np.testing.assert_array_equal(unpacked, codes)
+@given(
+    data=st.data(),
+    raw=hnp.arrays(
+        np.float64,
+        hnp.array_shapes(min_dims=2, max_dims=3, max_side=10),
+        elements=st.floats(0, 1) | st.sampled_from([0, 0, 1e-30, 1e-6, 100]),
+    ),
+    bits=st.sampled_from(BITS),
+    quantizer=st.sampled_from(QUANTIZERS),
+)
+def test_the_frozen_part_of_any_row_keeps_its_sum(
+    data: st.DataObject, raw: NDArray[np.float64], bits: Bits, quantizer: Quantizer
+) -> None:
+    raw[..., 0] += 1e-3
+    rows = raw / raw.sum(axis=-1, keepdims=True)
+    mask = data.draw(hnp.arrays(np.bool_, rows.shape))
+    codes, scales = quantize_rows(rows, bits, quantizer, mask=mask)
+    assert (codes.dtype, scales.dtype, codes.shape, scales.shape) == (np.uint8, np.float32, rows.shape, rows.shape[:-1])
+    assert codes.max() <= 2**bits - 1
+    assert not codes[~mask].any()
+    in_use = mask.any(axis=-1)
+    assert (scales[~in_use] == 0).all()
+    assert (scales[in_use] > 0).all() and np.isfinite(scales).all()
+    maps = dequantize(codes, scales, quantizer)
+    sums = np.where(mask, rows, 0).sum(axis=-1)
+    np.testing.assert_allclose(maps.sum(axis=-1, dtype=np.float64), sums, rtol=2e-7, atol=1e-23)
+    np.testing.assert_allclose(maps[mask.all(axis=-1)].sum(axis=-1, dtype=np.float64), 1, rtol=0, atol=2e-7)
 
 
-def test_unpacking_checks_length_and_padding() -> None:
-    packed = pack_codes(np.array([1, 2, 3], np.uint8), 3)
-    assert packed.size == 2
-    for wrong in (packed[:1], np.append(packed, np.uint8(0)), packed.astype(np.int8), packed[None]):
-        with pytest.raises(CheckpointError, match=r"eam\.a\.codes.*wrong size.*uint8 \[2\]"):
-            unpack_codes(wrong, 3, (3,), where="eam.a.codes")
-    for bit in range(9, 16):
-        broken = packed.copy()
-        broken[bit // 8] |= 1 << bit % 8
-        with pytest.raises(CheckpointError, match=r"eam\.a\.codes.*padding"):
-            unpack_codes(broken, 3, (3,), where="eam.a.codes")
+@every_bits
+@every_quantizer
+def test_a_full_mask_changes_nothing(bits: Bits, quantizer: Quantizer) -> None:
+    rows = attention_rows(rows=600)
+    for one, other in zip(
+        quantize_rows(rows, bits, quantizer), quantize_rows(rows, bits, quantizer, mask=np.True_), strict=True
+    ):
+        np.testing.assert_array_equal(one, other, strict=True)
 
 
-def test_codes_that_do_not_fit_are_not_packed() -> None:
-    with pytest.raises(CheckpointError, match="at most 7; got 8"):
-        pack_codes(np.array([7, 8], np.uint8), 3)
+@every_bits
+@every_quantizer
+def test_a_frozen_part_is_quantized_as_a_row_of_its_own(bits: Bits, quantizer: Quantizer) -> None:
+    rows = attention_rows(rows=600)
+    kept = 120
+    codes, scales = quantize_rows(rows, bits, quantizer, mask=np.arange(197) < kept)  # broadcast over the rows
+    sums = rows[:, :kept].sum(axis=-1)
+    alone_codes, alone_scales = quantize_rows(rows[:, :kept] / sums[:, None], bits, quantizer)
+    assert np.mean(codes[:, :kept] != alone_codes) < 1e-3  # rounding of the division may move a value over an edge
+    same = (codes[:, :kept] == alone_codes).all(axis=-1)
+    np.testing.assert_allclose(scales[same], (alone_scales * sums)[same], rtol=1e-6)
+
+
+@every_bits
+@every_quantizer
+def test_one_frozen_entry_of_a_row_is_exact(bits: Bits, quantizer: Quantizer) -> None:
+    rows = attention_rows(rows=197)
+    maps = dequantize(*quantize_rows(rows, bits, quantizer, mask=np.eye(197, dtype=np.bool_)), quantizer)
+    np.testing.assert_allclose(np.diagonal(maps), np.diagonal(rows), rtol=1e-6, atol=1e-24)
+    assert np.count_nonzero(maps) == np.count_nonzero(np.diagonal(rows) > 1e-24) > 190
+
+
+@every_bits
+@every_quantizer
+@pytest.mark.parametrize("nothing", [0, 1e-42, 1e-310, 1e-25])
+def test_a_frozen_part_that_sums_to_nothing_is_zero_behind_a_sound_scale(
+    bits: Bits, quantizer: Quantizer, nothing: float
+) -> None:
+    rows = np.array([[0.25, nothing, 0.75, nothing]])
+    codes, scales = quantize_rows(rows, bits, quantizer, mask=np.array([False, True, False, True]))
+    assert not codes.any()
+    assert scales.tolist() == [1.0]
+
+
+def test_a_tiny_frozen_part_has_a_scale_among_the_normal_numbers() -> None:
+    rows = np.array([[1.0, 2e-24, 1e-24]])
+    codes, scales = quantize_rows(rows, 8, "squared", mask=np.array([False, True, True]))
+    assert scales[0] > np.finfo(np.float32).tiny
+    np.testing.assert_allclose(dequantize(codes, scales, "squared")[0], [0, 2e-24, 1e-24], rtol=0.01)
+
+
+def test_rows_are_checked_whole_even_where_a_part_is_frozen() -> None:
+    rows = np.array([[0.5, 0.6]])
+    with pytest.raises(CheckpointError, match=r"do not sum to 1.*got 1.1"):
+        quantize_rows(rows, 4, "squared", mask=np.array([True, False]))
+    maps = dequantize(*quantize_rows(np.array([[0.5, 0.4992]]), 8, "squared", mask=np.array([True, False])), "squared")
+    assert maps[0, 0] == pytest.approx(0.5 / 0.9992, rel=1e-6)

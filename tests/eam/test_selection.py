@@ -6,11 +6,21 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from hypothesis.extra import numpy as hnp
+from numpy.typing import NDArray
 
-from eamdeploy.eam.selection import select, sparsity_of
+from eamdeploy.eam.records import AttentionShape, FrozenMaps
+from eamdeploy.eam.selection import Selection, select, sparsity_of
 from eamdeploy.errors import ConfigError
 
 DEIT_TINY = {f"blocks.{i}.attn": 197 * 197 for i in range(12)}
+
+
+def assert_same(first: Selection, second: Selection) -> None:
+    assert (first.sparsity, first.sparsity_asked) == (second.sparsity, second.sparsity_asked)
+    assert list(first.pieces) == list(second.pieces)
+    for path, frozen in first.pieces.items():
+        np.testing.assert_array_equal(frozen, second.pieces[path], strict=True)
 
 
 def count(heads: dict[str, tuple[int, ...]]) -> int:
@@ -60,37 +70,96 @@ def test_a_head_that_does_not_fit_ends_the_prefix() -> None:
     assert selection.sparsity == 0.1
 
 
+def test_rows_and_entries() -> None:
+    rows = {"a": np.array([[3.0, 0.0], [5.0, 4.0]]), "b": np.array([[1.0, 2.0]])}
+    selection = select(rows, {"a": 2, "b": 2}, 4 / 6)
+    assert {path: frozen.tolist() for path, frozen in selection.pieces.items()} == {
+        "a": [[True, True], [False, False]],
+        "b": [[True, True]],
+    }
+    assert selection.heads == {"a": (0,), "b": (0,)}
+    assert selection.sparsity == 4 / 6
+    entries = {"a": np.arange(8.0).reshape(2, 2, 2)[::-1]}
+    selection = select(entries, {"a": 1}, 5 / 8)
+    assert selection.pieces["a"].tolist() == [[[True, False], [False, False]], [[True, True], [True, True]]]
+    assert selection.heads == {"a": (0, 1)}
+
+
+def test_a_piece_counts_in_every_window() -> None:
+    selection = select({"wide": np.array([[0.0, 9.0]]), "deep": np.array([[1.0, 2.0]])}, {"wide": 8, "deep": 2}, 0.5)
+    assert {path: frozen.tolist() for path, frozen in selection.pieces.items()} == {
+        "deep": [[True, False]],
+        "wide": [[True, False]],
+    }
+    assert selection.sparsity == 10 / 20
+
+
+def test_millions_of_entries_are_selected_exactly() -> None:
+    """DeiT-Base has 5.6 million; here one module of it, with many ties."""
+    scores = np.random.default_rng(0).integers(0, 1000, size=(12, 197, 197)) / 7
+    selection = select({"a": scores}, {"a": 1}, 0.2)
+    frozen = selection.pieces["a"]
+    assert frozen.sum() == int(0.2 * scores.size) == round(selection.sparsity * scores.size)
+    edge = scores[frozen].max()
+    assert (scores[~frozen] >= edge).all()
+    tied = np.flatnonzero(scores == edge)
+    taken = frozen.reshape(-1)[tied]
+    assert taken.any() and not taken.all() and (np.diff(taken.astype(int)) <= 0).all(), "ties go in C order"
+
+
+def one_by_one(
+    scores: dict[str, NDArray[np.float64]], entries: dict[str, int], sparsity: float
+) -> tuple[set[tuple[str, int]], float]:
+    """What `select` promises, spelled out: (path, flat index) of every frozen piece, and the share."""
+    total = sum(values.size * entries[path] for path, values in scores.items())
+    ranked = sorted(
+        (float(value), order, index, path)
+        for order, (path, values) in enumerate(scores.items())
+        for index, value in enumerate(values.reshape(-1))
+    )
+    frozen, count = set(), 0
+    for _, _, index, path in ranked:
+        if (count + entries[path]) / total > sparsity + 1e-9:
+            break
+        count += entries[path]
+        frozen.add((path, index))
+    return frozen, count / total
+
+
 @given(
     modules=st.dictionaries(
         st.text("abc.", min_size=1, max_size=4),
-        st.tuples(st.lists(st.sampled_from([0.0, 0.5, 1.0, 2.5]), min_size=1, max_size=5), st.integers(1, 50)),
+        st.tuples(
+            hnp.arrays(
+                np.float64,
+                hnp.array_shapes(max_dims=3, max_side=4),
+                elements=st.sampled_from([-1.0, -0.0, 0.0, 0.5, 1.0, 2.5]),
+            ),
+            st.integers(1, 50),
+        ),
         min_size=1,
         max_size=5,
     ),
     sparsity=st.floats(0, 1),
 )
-def test_properties(modules: dict[str, tuple[list[float], int]], sparsity: float) -> None:
-    scores = {path: np.array(values) for path, (values, _) in modules.items()}
+def test_properties(modules: dict[str, tuple[NDArray[np.float64], int]], sparsity: float) -> None:
+    scores = {path: values for path, (values, _) in modules.items()}
     entries = {path: size for path, (_, size) in modules.items()}
     selection = select(scores, entries, sparsity)
-    assert selection == select(scores, entries, sparsity)
+    assert_same(selection, select(scores, entries, sparsity))
+    frozen = {
+        (path, int(index)) for path, pieces in selection.pieces.items() for index in np.flatnonzero(pieces.reshape(-1))
+    }
+    assert (frozen, selection.sparsity) == one_by_one(scores, entries, sparsity)
     assert selection.sparsity <= sparsity + 1e-9
-    assert selection.sparsity == sparsity_of(selection.heads, {p: len(s) for p, s in scores.items()}, entries)
-
-    frozen = {(path, head) for path, heads in selection.heads.items() for head in heads}
-    live = {(path, head) for path, values in scores.items() for head in range(len(values))} - frozen
-    assert all(list(heads) == sorted(heads) for heads in selection.heads.values())
-    if frozen and live:
-        assert max(scores[p][h] for p, h in frozen) <= min(scores[p][h] for p, h in live)
-    if live:  # longest: the next head in the ranking would not have fitted
-        order = list(scores)
-        path, _ = min(live, key=lambda piece: (scores[piece[0]][piece[1]], order.index(piece[0]), piece[1]))
-        total = sum(len(scores[p]) * entries[p] for p in scores)
-        assert selection.sparsity + entries[path] / total > sparsity
+    assert list(selection.pieces) == sorted(selection.pieces) == list(selection.heads)
+    for path, pieces in selection.pieces.items():
+        assert (pieces.shape, pieces.dtype) == (scores[path].shape, np.bool_) and pieces.any()
+        assert selection.heads[path] == tuple(head for head in range(len(pieces)) if pieces[head].any())
 
     for lower in (0.0, sparsity / 2):  # a smaller sparsity freezes a subset
-        fewer = select(scores, entries, lower).heads
-        assert {(p, h) for p, heads in fewer.items() for h in heads} <= frozen
+        fewer = select(scores, entries, lower).pieces
+        assert {(p, int(i)) for p, pieces in fewer.items() for i in np.flatnonzero(pieces.reshape(-1))} <= frozen
 
 
 @pytest.mark.parametrize("sparsity", [-0.1, 1.01, 20, float("nan"), float("inf")])
@@ -108,11 +177,42 @@ def test_scores_that_cannot_be_ranked(bad: float) -> None:
 def test_other_contradictions() -> None:
     with pytest.raises(ConfigError, match="different modules"):
         select({"a": np.zeros(2)}, {"b": 1}, 0.5)
-    with pytest.raises(ConfigError, match="one finite number per head"):
-        select({"a": np.zeros((2, 2))}, {"a": 1}, 0.5)
-    with pytest.raises(ConfigError, match="no attention head"):
-        select({}, {}, 0.5)
+    with pytest.raises(ConfigError, match="one finite number per piece, heads first"):
+        select({"a": np.array(1.0)}, {"a": 1}, 0.5)
+    for nothing in ({}, {"a": np.zeros((0, 3))}):
+        with pytest.raises(ConfigError, match="no attention to freeze"):
+            select(nothing, dict.fromkeys(nothing, 1), 0.5)
     with pytest.raises(ConfigError, match="without entries"):
         select({"a": np.zeros(2)}, {"a": 0}, 0.5)
-    with pytest.raises(ConfigError, match="unknown modules"):
-        sparsity_of({"b": [0]}, {"a": 2}, {"a": 1})
+
+
+def whole_heads(heads: int, tokens: int, mask: NDArray[np.bool_] | None = None) -> FrozenMaps:
+    return FrozenMaps(
+        np.arange(heads), np.zeros((heads, tokens, tokens), np.uint8), np.zeros((heads, tokens), np.float32), mask
+    )
+
+
+def test_sparsity_counts_frozen_entries_of_all_windows() -> None:
+    attention = {
+        "a": AttentionShape(heads=2, tokens=2, windows=[0, 0, 0, 0]),  # 32 entries
+        "b": AttentionShape(heads=1, tokens=4, windows=[0]),  # 16 entries
+    }
+    rows = np.array([[True, False, False, True]])
+    entries = np.zeros((1, 4, 4), np.bool_)
+    entries[0, 1, :3] = True
+    for frozen, count in (
+        ({}, 0),
+        ({"a": whole_heads(1, 2)}, 16),
+        ({"a": whole_heads(2, 2), "b": whole_heads(1, 4)}, 48),
+        ({"b": whole_heads(1, 4, rows)}, 8),
+        ({"a": whole_heads(1, 2, np.array([[True, False]])), "b": whole_heads(1, 4, rows)}, 16),
+        ({"b": whole_heads(1, 4, entries)}, 3),
+    ):
+        assert sparsity_of(frozen, attention) == count / 48
+
+
+def test_sparsity_of_what_does_not_belong_to_the_model() -> None:
+    with pytest.raises(ConfigError, match=r"unknown modules; expected \['a'\]; got \['b'\]"):
+        sparsity_of({"b": whole_heads(1, 2)}, {"a": AttentionShape(heads=2, tokens=2)})
+    with pytest.raises(ConfigError, match="no attention to freeze"):
+        sparsity_of({}, {})

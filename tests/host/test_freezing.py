@@ -10,20 +10,39 @@ import torch
 from numpy.typing import NDArray
 from PIL import Image
 from safetensors.torch import load_file
-from tiny_models import FAMILY, KWARGS, NAME, TOKENS, draw_pictures, make_member, save_weights
+from tiny_models import (
+    FAMILY,
+    KWARGS,
+    NAME,
+    SWIN_FAMILY,
+    SWIN_KWARGS,
+    SWIN_NAME,
+    SWIN_PATHS,
+    TOKENS,
+    draw_pictures,
+    make_member,
+    make_model,
+    save_weights,
+)
 
 from eamdeploy import analyze, freeze, pack
 from eamdeploy.eam import checkpoint as checkpoints
-from eamdeploy.eam.checkpoint import FrozenMaps
 from eamdeploy.eam.quantizers import quantize_rows
+from eamdeploy.eam.records import FrozenMaps
+from eamdeploy.eam.scores import score_pieces
+from eamdeploy.eam.selection import Granularity
 from eamdeploy.errors import CheckpointError, ConfigError
 from eamdeploy.folder import folder_digest
 from eamdeploy.host.attention import attention_sites, tapped_maps
 from eamdeploy.host.calibrate import as_tensors, collect_statistics
-from eamdeploy.host.freezing import Analysis, FreezeOptions
+from eamdeploy.host.fisher import fisher_sensitivity
+from eamdeploy.host.freezing import Analysis, read_shares
+from eamdeploy.host.means import mean_maps as means_of
 from eamdeploy.host.model import ModelSpec, PreprocessingOverrides, load_model
+from eamdeploy.host.options import FreezeOptions
 from eamdeploy.host.reference import load_reference
 from eamdeploy.host.sensitivity import sensitivity
+from eamdeploy.host.sites import WindowMaps, window_maps
 from eamdeploy.observer import SILENT
 from eamdeploy.source import ImageSource
 
@@ -150,7 +169,7 @@ def test_sensitivity_is_the_default_and_measured_on_the_quantized_maps(
     sites = attention_sites(model)
     statistics = collect_statistics(model, sites, batches, bins=2, spacing="uniform", on_images=lambda _: None)
     maps = {}
-    for path, module in statistics.items():
+    for path, (module,) in statistics.items():
         codes, scales = quantize_rows(module.mean(), 2, "squared")
         maps[path] = FrozenMaps(np.arange(3), codes, scales).maps("squared")
     wanted = sensitivity(model, sites, maps, batches, 24, lambda *_: None)
@@ -231,6 +250,9 @@ def test_bad_picture_is_an_error_or_named_counted_and_left_out(spec: ModelSpec, 
         (replace(FAST, score="beauty"), "unknown score; expected one of sensitivity.*; got beauty"),  # type: ignore[arg-type]
         (replace(FAST, score_images=0), r"number of images; expected at least 1; got 0"),
         (replace(FAST, bits=5), r"width of codes; expected bits of \(2, 3, 4, 8\); got 5"),  # type: ignore[arg-type]
+        (replace(FAST, granularity="column"), "unknown granularity; expected one of head, row, entry; got column"),  # type: ignore[arg-type]
+        (replace(FAST, window_maps="all"), "unknown window maps; expected one of shared, class, window; got all"),  # type: ignore[arg-type]
+        (replace(FAST, granularity="entry"), "row-entropy cannot rank entries; expected sensitivity, entropy"),
         (replace(FAST, quantizer="cubed"), "unknown quantizer; expected one of uniform, squared; got cubed"),  # type: ignore[arg-type]
     ],
 )
@@ -293,6 +315,23 @@ def test_analysis_has_every_score_and_what_freeze_would_take(
     assert Analysis.parse(result.model_dump_json(), "analysis") == result
 
 
+@pytest.mark.parametrize("granularity", ["row", "entry"])
+def test_analysis_of_rows_and_entries_gives_means_of_heads_and_frozen_shares(
+    spec: ModelSpec, source: ImageSource, tmp_path: Path, granularity: Granularity
+) -> None:
+    options = FreezeOptions(sparsity=0.3, score="variance", granularity=granularity)
+    result = analyze(spec, source, options)
+    header = freeze(spec, source, tmp_path / "x.eam.safetensors", options)
+    heads = analyze(spec, source, replace(options, granularity="head"))
+    for path, values in heads.scores["variance"].items():
+        np.testing.assert_allclose(result.scores["variance"][path], values, rtol=1e-9)
+    assert (result.granularity, result.window_maps) == (granularity, None)
+    assert (result.frozen, result.scores["variance"]) == (header.freezing.heads, header.freezing.scores)
+    assert result.shares == read_shares(tmp_path / "x.eam.safetensors")
+    assert sum(sum(shares) for shares in result.shares.values()) / 6 == pytest.approx(result.sparsity)
+    assert set(heads.shares) == set(heads.frozen) and {1.0} == {x for shares in heads.shares.values() for x in shares}
+
+
 def test_bins_and_spacing_reach_the_entropy_and_nothing_else(spec: ModelSpec, source: ImageSource) -> None:
     options = FreezeOptions(score="entropy")
     plain = analyze(spec, source, options).scores
@@ -350,19 +389,154 @@ def test_maps_that_do_not_fit_the_model_are_refused(
     assert list(tmp_path.iterdir()) == []
 
 
+# --- rows and entries ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("score", ["sensitivity", "entropy", "variance", "random"])
+@pytest.mark.parametrize("granularity", ["row", "entry"])
+def test_the_lowest_scoring_pieces_are_frozen_to_their_quantized_means(
+    spec: ModelSpec, source: ImageSource, tmp_path: Path, granularity: Granularity, score: Any
+) -> None:
+    options = FreezeOptions(sparsity=0.35, granularity=granularity, score=score, bits=8, seed=3)
+    header = freeze(spec, source, tmp_path / "x.eam.safetensors", options)
+    loaded = checkpoints.load(tmp_path / "x.eam.safetensors")
+    per_map = TOKENS if granularity == "row" else TOKENS**2
+    pieces = {path: np.zeros((3, *[TOKENS] * (1 if granularity == "row" else 2)), np.bool_) for path in PATHS}
+    means = mean_maps(spec, source)
+    for path, item in loaded.frozen.items():
+        assert item.mask is not None
+        pieces[path][item.heads] = item.mask
+        error = np.abs(item.maps("squared") - means[path][item.heads])[item.frozen()]
+        assert error.max() < 0.004
+    assert sum(int(each.sum()) for each in pieces.values()) == int(0.35 * 6 * per_map)
+    assert header.freezing.sparsity == int(0.35 * 6 * per_map) / (6 * per_map)
+    assert header.freezing.granularity == granularity and header.freezing.window_maps is None
+    model, batches = input_batches(spec, source)
+    sites = attention_sites(model)
+    statistics = collect_statistics(model, sites, batches, bins=16, spacing="uniform", on_images=lambda _: None)
+    if score == "sensitivity":
+        means = {site.path: means_of(site, statistics[site.path]) for site in sites}
+        scores = fisher_sensitivity(model, sites, means, batches, granularity, lambda _: None, seed=3)
+    else:
+        scores = score_pieces(statistics, score, granularity, seed=3)
+    frozen_scores, live_scores = (
+        np.concatenate([scores[path][pieces[path] == frozen] for path in PATHS]) for frozen in (True, False)
+    )
+    assert frozen_scores.max() <= live_scores.min() * (1 + 1e-4)
+    for path, values in header.freezing.scores.items():
+        np.testing.assert_allclose(values, scores[path].reshape(3, -1).mean(axis=1), rtol=1e-4)
+
+
+def test_rows_that_only_the_class_token_outlives_are_free(spec: ModelSpec, source: ImageSource, tmp_path: Path) -> None:
+    options = FreezeOptions(sparsity=0.47, granularity="row", score_images=8)  # 16 of 17 rows of half of the heads
+    freeze(spec, source, tmp_path / "x.eam.safetensors", options)
+    loaded = checkpoints.load(tmp_path / "x.eam.safetensors")
+    assert set(loaded.frozen) == {"blocks.1.attn"}
+    models = [load_reference(loaded, frozen=frozen, where="x").model for frozen in (True, False)]
+    _, batches = input_batches(spec, source)
+    with torch.inference_mode():
+        torch.testing.assert_close(models[0](batches[0]), models[1](batches[0]), atol=1e-6, rtol=0)
+
+
+# --- windows ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def swin(tmp_path: Path) -> ModelSpec:
+    weights = save_weights(make_model(SWIN_NAME), tmp_path / "swin.safetensors")
+    return ModelSpec(SWIN_NAME, str(weights), SWIN_KWARGS)
+
+
+@pytest.mark.parametrize("granularity", ["head", "row", "entry"])
+@pytest.mark.parametrize("mode", ["shared", "class", "window"])
+def test_windows_share_frozen_maps_as_asked(
+    swin: ModelSpec, source: ImageSource, tmp_path: Path, mode: WindowMaps, granularity: Granularity
+) -> None:
+    output = tmp_path / "x.eam.safetensors"
+    options = FreezeOptions(sparsity=0.6, score="variance", bits=8, granularity=granularity, window_maps=mode)
+    header = freeze(swin, replace(source, limit=6), output, options)
+    loaded = checkpoints.load(output)
+    assert (header.freezing.window_maps, header.freezing.granularity) == (mode, granularity)
+    model, batches = input_batches(swin, replace(source, limit=6))
+    maps: dict[str, list[torch.Tensor]] = {path: [] for path in SWIN_PATHS}
+    sites = attention_sites(model)
+    with torch.inference_mode(), tapped_maps(model, sites, lambda path, batch: maps[path].append(batch)):
+        for batch in batches:
+            model(batch)
+    entries = 0
+    for site in sites:
+        used = window_maps(site, mode)
+        assert used is not None and header.attention[site.path].windows == list(used)
+        item = loaded.frozen.get(site.path)
+        if item is None:
+            continue
+        by_image = torch.cat(maps[site.path]).view(6, site.n_windows, site.heads, site.tokens, site.tokens)
+        for number in set(used):
+            windows = [window for window, each in enumerate(used) if each == number]
+            mean = by_image[:, windows].double().mean(dim=(0, 1)).numpy()[item.heads]
+            frozen = item.frozen()
+            error = np.abs(item.maps("squared")[:, number] - mean)[frozen]
+            assert error.max() < 0.004
+        entries += item.frozen_entries * site.n_windows
+    assert entries / (16**2 * (2 * 4 + 2 * 4 + 4 + 4)) == header.freezing.sparsity <= 0.6
+    live, changed = (load_reference(loaded, frozen=frozen, where="x").model for frozen in (False, True))
+    with torch.inference_mode():
+        assert torch.equal(live(batches[0]), model(batches[0]))
+        assert not torch.allclose(changed(batches[0]), live(batches[0]), atol=1e-3)
+
+
+def test_every_window_map_differs_but_shares_its_mask(swin: ModelSpec, source: ImageSource, tmp_path: Path) -> None:
+    options = FreezeOptions(sparsity=1, score="random", bits=8, window_maps="class")
+    freeze(swin, replace(source, limit=4), tmp_path / "x.eam.safetensors", options)
+    maps = checkpoints.load(tmp_path / "x.eam.safetensors").frozen["layers.0.blocks.1.attn"].maps("squared")
+    assert maps.shape == (2, 4, 16, 16)
+    assert all(np.abs(maps[:, i] - maps[:, j]).max() > 0.1 for i in range(4) for j in range(i))
+    masks = make_model(SWIN_NAME).layers[0].blocks[1].attn_mask.numpy() != 0
+    assert all((maps[:, i][:, masks[i]] == 0).all() for i in range(4)), "a frozen map never looks where its class can't"
+
+
+def test_images_and_not_windows_are_counted(swin: ModelSpec, source: ImageSource, tmp_path: Path) -> None:
+    for mode in ("shared", "class", "window"):
+        options = FreezeOptions(score="entropy", window_maps=mode)  # type: ignore[arg-type]
+        result = analyze(swin, replace(source, limit=5), options)
+        assert (result.calibration.n_images, result.window_maps) == (5, mode)
+        assert [len(values) for values in result.scores["entropy"].values()] == [2, 2, 4, 4]
+
+
+@pytest.mark.parametrize("granularity", ["head", "row", "entry"])
+@pytest.mark.parametrize("mode", ["shared", "class", "window"])
+def test_pack_finds_out_granularity_and_window_maps(
+    swin: ModelSpec, source: ImageSource, tmp_path: Path, mode: WindowMaps, granularity: Granularity
+) -> None:
+    options = FreezeOptions(sparsity=0.9, score="random", granularity=granularity, window_maps=mode)
+    frozen = freeze(swin, replace(source, limit=2), tmp_path / "a.eam.safetensors", options)
+    maps = checkpoints.load(tmp_path / "a.eam.safetensors").frozen
+    packed = pack(swin, maps, tmp_path / "b.eam.safetensors", bits=4, quantizer="squared")
+    for name in ("granularity", "window_maps", "sparsity", "heads"):
+        assert getattr(packed.freezing, name) == getattr(frozen.freezing, name)
+    assert packed.attention == frozen.attention
+    again = checkpoints.load(tmp_path / "b.eam.safetensors").frozen
+    for path, item in maps.items():
+        np.testing.assert_array_equal(again[path].maps("squared"), item.maps("squared"))
+        np.testing.assert_array_equal(again[path].frozen(), item.frozen())
+
+
 # --- every kind of model ---------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("kind", FAMILY)
+@pytest.mark.parametrize("kind", [*FAMILY, *SWIN_FAMILY])
 def test_every_kind_of_model_freezes_and_comes_back(kind: str, source: ImageSource, tmp_path: Path) -> None:
-    name, changes = FAMILY[kind]
-    weights = save_weights(make_member(kind), tmp_path / "w.safetensors")
+    name, changes = {**FAMILY, **SWIN_FAMILY}[kind]
+    base = KWARGS if kind in FAMILY else SWIN_KWARGS
+    model = make_member(kind)
+    weights = save_weights(model, tmp_path / "w.safetensors")
     output = tmp_path / "x.eam.safetensors"
-    freeze(ModelSpec(name, str(weights), {**KWARGS, **changes}), replace(source, limit=3), output, FAST)
+    header = freeze(ModelSpec(name, str(weights), {**base, **changes}), replace(source, limit=3), output, FAST)
     loaded = checkpoints.load(output)
     live = load_reference(loaded, frozen=False, where="x").model
     frozen = load_reference(loaded, frozen=True, where="x").model
-    images = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    shape = (2, 3, *header.preprocessing.size)
+    images = torch.randn(shape, generator=torch.Generator().manual_seed(0))
     with torch.inference_mode():
-        assert torch.equal(live(images), make_member(kind)(images))
+        assert torch.equal(live(images), model(images))
         assert not torch.allclose(frozen(images), live(images), atol=1e-3)

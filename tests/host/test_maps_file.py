@@ -77,6 +77,65 @@ def test_modules_stay_apart(file: Path) -> None:
     assert {path: item.heads.tolist() for path, item in got.items()} == {"blocks.0.attn": [1], "blocks.1.attn": [0, 2]}
 
 
+# --- windows, rows and entries ---------------------------------------------------------------------------------------
+
+
+def masks_of(heads: int, axes: int) -> NDArray[np.bool_]:
+    mask = np.random.default_rng(3).random((heads, *[N] * axes)) < 0.5
+    mask[:, 0] = True
+    return mask
+
+
+@pytest.mark.parametrize("windows", [(), (3,)], ids=["image", "windows"])
+@pytest.mark.parametrize("axes", [0, 1, 2], ids=["heads", "rows", "entries"])
+def test_maps_keep_the_sum_of_what_is_frozen_and_ignore_the_rest(
+    file: Path, axes: int, windows: tuple[int, ...]
+) -> None:
+    maps = np.random.default_rng(0).dirichlet(np.ones(N), (2, *windows, N)).astype(np.float32)
+    arrays: dict[str, NDArray[Any]] = {f"{PATH}.heads": np.array([5, 1])}
+    mask = masks_of(2, axes) if axes else None
+    frozen = np.broadcast_to(True if mask is None else mask[..., None] if axes == 1 else mask, (2, N, N))
+    spread = np.broadcast_to(frozen[:, None] if windows else frozen, maps.shape)
+    arrays[f"{PATH}.maps"] = np.where(spread, maps, np.float32(np.nan))
+    if mask is not None:
+        arrays[f"{PATH}.mask"] = mask
+    (got,) = read_maps(write(file, arrays), 8, "squared").values()
+    assert got.heads.tolist() == [1, 5]
+    wanted = np.where(spread, maps, 0)[::-1]
+    np.testing.assert_allclose(got.maps("squared"), wanted, atol=0.005)
+    np.testing.assert_allclose(got.maps("squared").sum(-1), wanted.sum(-1), atol=1e-6)
+    assert (got.codes[~spread[::-1]] == 0).all()
+    np.testing.assert_array_equal(got.frozen(), frozen[::-1])
+    assert (got.mask is None) == (mask is None) and (mask is None or got.mask.dtype == np.bool_)  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize("dtype", [np.bool_, np.uint8, np.int64])
+def test_codes_of_rows_are_kept_and_those_of_live_rows_dropped(file: Path, dtype: Any) -> None:
+    codes, mask = some_codes(2), masks_of(2, 1)
+    codes[~mask] = 99  # no code, but nobody asked
+    arrays = {f"{PATH}.heads": np.array([0, 1]), f"{PATH}.codes": codes, f"{PATH}.mask": mask.astype(dtype)}
+    (got,) = read_maps(write(file, arrays), 4, "uniform").values()
+    np.testing.assert_array_equal(got.codes, np.where(mask[..., None], codes, 0))
+    np.testing.assert_allclose(got.maps("uniform").sum(-1), mask, rtol=1e-6)
+    assert (got.scales[~mask] == 0).all()
+
+
+def test_codes_of_entries_come_with_their_scales(file: Path) -> None:
+    codes, mask = some_codes(2), masks_of(2, 2)
+    mask[0, 3] = False
+    scales = np.full((2, N), 1 / 5000, np.float64)
+    arrays: dict[str, NDArray[Any]] = {
+        f"{PATH}.heads": np.array([3, 2]),
+        f"{PATH}.codes": codes,
+        f"{PATH}.mask": mask,
+        f"{PATH}.scales": scales,
+    }
+    (got,) = read_maps(write(file, arrays), 4, "squared").values()
+    wanted = np.where(mask, codes.astype(float) ** 2 / 5000, 0)[::-1]
+    np.testing.assert_allclose(got.maps("squared"), wanted, rtol=1e-6)
+    assert got.scales.dtype == np.float32 and got.scales[1, 3] == 0 and got.scales[0, 3] > 0
+
+
 def off_by(maps: NDArray[np.float32], change: float) -> NDArray[np.float32]:
     maps = maps.copy()
     maps[0, 2] *= 1 + change
@@ -112,12 +171,56 @@ BAD: dict[str, tuple[dict[str, NDArray[Any]], str]] = {
     "heads in two dimensions": ({"heads": np.array([[0]]), "maps": some_maps(1)}, r"distinct integers \[F\]; got \[\["),
     "fewer maps than heads": (
         {"heads": np.array([0, 1]), "maps": some_maps(1)},
-        r"expected \[2, N, N\]; got \[1, 5, 5\]",
+        r"expected \[2, N, N\], or \[2, M, N, N\] with windows; got \[1, 5, 5\]",
     ),
-    "one map without its axis": ({"heads": HEADS, "maps": some_maps(1)[0]}, r"expected \[1, N, N\]; got \[5, 5\]"),
+    "one map without its axis": (
+        {"heads": HEADS, "maps": some_maps(1)[0]},
+        r"expected \[1, N, N\], or \[1, M, N, N\] with windows; got \[5, 5\]",
+    ),
+    "mask of another shape": (
+        {"heads": HEADS, "maps": some_maps(1), "mask": np.ones((1, N + 1), np.bool_)},
+        r"mask has the wrong shape; expected \[1, 5\] \(rows\) or \[1, 5, 5\] \(entries\); got \[1, 6\]",
+    ),
+    "mask with a window axis": (
+        {"heads": HEADS, "maps": some_maps(1)[:, None], "mask": np.ones((1, 1, N, N), np.bool_)},
+        r"mask has the wrong shape.*got \[1, 1, 5, 5\]",
+    ),
+    "mask of other numbers": (
+        {"heads": HEADS, "maps": some_maps(1), "mask": np.full((1, N), 2)},
+        r"mask; expected true and false, or 0 and 1; got \[2\]",
+    ),
+    "head of which nothing is frozen": (
+        {"heads": np.array([0, 1]), "maps": some_maps(2), "mask": np.array([[1] * N, [0] * N])},
+        "nothing of the head at index 1 is frozen",
+    ),
+    "frozen part above 1": (
+        {"heads": HEADS, "maps": 2 * some_maps(1), "mask": np.eye(N, dtype=np.bool_)[None] | (np.arange(N) > 0)},
+        r"do not sum to 1|leave \[0, 1\]",
+    ),
+    "codes of entries without scales": (
+        {"heads": HEADS, "codes": some_codes(1), "mask": np.ones((1, N, N), np.bool_)},
+        r"scales are missing; .*; got codes, heads, mask",
+    ),
+    "scales of whole rows": (
+        {"heads": HEADS, "codes": some_codes(1), "scales": np.ones((1, N))},
+        r"scales are of no use; .*; got codes, heads, scales",
+    ),
+    "scales of another shape": (
+        {
+            "heads": HEADS,
+            "codes": some_codes(1),
+            "mask": np.ones((1, N, N), np.bool_),
+            "scales": np.ones((1, N + 1)),
+        },
+        r"scales; expected floating point \[1, 5\]; got float64 \[1, 6\]",
+    ),
+    "row of zeros among live ones": (
+        {"heads": HEADS, "codes": 0 * some_codes(1), "mask": np.eye(N, dtype=np.bool_)[:1]},
+        "a row has no code but 0",
+    ),
     "maps that are not square": (
         {"heads": HEADS, "maps": some_maps(1)[:, :4]},
-        r"expected \[1, N, N\]; got \[1, 4, 5\]",
+        r"expected \[1, N, N\], or \[1, M, N, N\] with windows; got \[1, 4, 5\]",
     ),
 }
 

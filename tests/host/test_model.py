@@ -10,7 +10,8 @@ import pytest
 import timm
 import torch
 from safetensors.torch import load_file, save_file
-from tiny_models import KWARGS, NAME, images, make_model
+from tiny_models import KWARGS, NAME, SWIN_KWARGS, SWIN_NAME, images, make_model
+from torch import nn
 
 from eamdeploy.artifact import Preprocessing
 from eamdeploy.errors import CheckpointError, ConfigError
@@ -286,3 +287,35 @@ def test_to_numpy_gives_the_state_dict_bit_for_bit(tiny_weights: Path, state: di
     for key, array in arrays.items():
         assert array.flags.c_contiguous
         np.testing.assert_array_equal(array, state[key].numpy())
+
+
+# --- arguments and Swin ----------------------------------------------------------------------------------------------
+
+
+def test_tuples_among_the_arguments_are_what_json_gives_back() -> None:
+    spec = ModelSpec(SWIN_NAME, "random", SWIN_KWARGS)
+    assert spec.plain_kwargs == {**SWIN_KWARGS, "depths": [2, 2], "num_heads": [2, 4]}
+    model = load_model(spec)
+    assert [len(stage.blocks) for stage in model.layers] == [2, 2]
+
+
+@pytest.mark.parametrize("value", [{1, 2}, b"x", 1j, nn.GELU, float("nan")], ids=str)
+def test_arguments_that_no_checkpoint_could_hold_are_refused(value: object) -> None:
+    with pytest.raises(ConfigError, match="--model-kwargs; expected numbers, texts, lists"):
+        load_model(ModelSpec(NAME, "random", {**KWARGS, "extra": value}))
+
+
+def test_tables_that_old_versions_of_timm_saved_are_left_out(tmp_path: Path) -> None:
+    model = make_model(SWIN_NAME)
+    state = dict(model.state_dict())
+    state["layers.0.blocks.1.attn_mask"] = model.layers[0].blocks[1].attn_mask
+    state["layers.0.blocks.1.attn.relative_position_index"] = torch.zeros(16, 16, dtype=torch.int64)
+    torch.save(state, tmp_path / "w.pth")
+    loaded = load_model(ModelSpec(SWIN_NAME, str(tmp_path / "w.pth"), SWIN_KWARGS))
+    with torch.inference_mode():
+        assert torch.equal(loaded(images()), model(images()))
+
+
+def test_preprocessing_of_swin_has_its_own_oblong_size() -> None:
+    model = load_model(ModelSpec(SWIN_NAME, "random", {**SWIN_KWARGS, "img_size": (36, 28)}))
+    assert preprocessing_of(model, TIMM_PREPROCESSING).size == (36, 28)

@@ -24,8 +24,9 @@ def draw(
     scores: Mapping[str, Sequence[float]] = SCORES,
     frozen: Mapping[str, Sequence[int]] = FROZEN,
     score_name: str = "entropy",
+    shares: Mapping[str, Sequence[float]] | None = None,
 ) -> Path:
-    draw_heatmap(scores, score_name=score_name, frozen=frozen, title="a model", path=path)
+    draw_heatmap(scores, score_name=score_name, frozen=frozen, shares=shares, title="a model", path=path)
     return path
 
 
@@ -56,6 +57,62 @@ def test_legend_counts_and_disappears_when_nothing_is_frozen(tmp_path: Path) -> 
     assert ids(with_marks, "legend") == ["legend"]
     assert "no head is frozen" in words(without)
     assert ids(without, "legend") == []
+
+
+def bar_lengths(svg: Path, prefix: str) -> dict[str, float]:
+    """Length of the filled part of every bar by its id, in the picture's unit."""
+    root = ElementTree.parse(svg).getroot()
+    found = {}
+    for element in root.iter():
+        if (name := element.get("id", "")).startswith(prefix):
+            outline = next(child for child in element.iter() if child.tag.endswith("path")).get("d", "")
+            across = [float(x) for x in re.findall(r"[ML] ([\d.]+)", outline)]
+            found[name] = max(across) - min(across)
+    return found
+
+
+def test_a_head_frozen_in_part_has_a_bar_of_that_length_and_a_whole_one_its_snowflake(tmp_path: Path) -> None:
+    shares = {"blocks.0.attn": [0.5, 1.0], "blocks.1.attn": [0.125]}
+    svg = draw(tmp_path / "map.svg", shares=shares)
+    lengths = bar_lengths(svg, "frozen:")
+    assert lengths.keys() == {"frozen:blocks.0.attn:0", "frozen:blocks.0.attn:2", "frozen:blocks.1.attn:1"}
+    assert lengths["frozen:blocks.0.attn:0"] == pytest.approx(4 * lengths["frozen:blocks.1.attn:1"], rel=1e-3)
+    assert {"frozen: 1 of 6 heads", "frozen share of 2 heads"} <= set(words(svg))
+    assert ids(svg, "legend") == ["legend", "legend-share"]
+    only_parts = draw(tmp_path / "parts.svg", shares={"blocks.0.attn": [0.5, 0.1], "blocks.1.attn": [0.125]})
+    assert ids(only_parts, "legend") == ["legend-share"] and "no head is frozen" not in words(only_parts)
+
+
+@pytest.mark.parametrize("heads", [1, 3, 24], ids=["wide cells", "labelled cells", "narrow cells"])
+def test_bars_stay_inside_their_cells(tmp_path: Path, heads: int) -> None:
+    scores = {"blocks.0.attn": [0.1] * heads}
+    svg = draw(tmp_path / "map.svg", scores, {"blocks.0.attn": [0]}, shares={"blocks.0.attn": [0.999]})
+    (length,) = bar_lengths(svg, "frozen:").values()
+    widths = {1: 1.15, 3: 1.15, 24: 0.3}  # inches; a point is 1/72
+    assert 0.6 * widths[heads] < length / 72 < 0.85 * widths[heads]
+
+
+def test_whole_shares_draw_the_same_picture_as_none(tmp_path: Path) -> None:
+    whole = {path: [1.0] * len(heads) for path, heads in FROZEN.items()}
+    assert draw(tmp_path / "a.svg").read_bytes() == draw(tmp_path / "b.svg", shares=whole).read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("shares", "message"),
+    [
+        ({"blocks.0.attn": [0.5, 0.5]}, r"frozen shares of blocks\.1\.attn; expected 1 numbers in \(0, 1\]; got \[\]"),
+        ({"blocks.0.attn": [0.5], "blocks.1.attn": [0.5]}, r"of blocks\.0\.attn; expected 2 .*; got \[0\.5\]"),
+        ({"blocks.0.attn": [0.5, 0.0], "blocks.1.attn": [0.5]}, r"of blocks\.0\.attn; expected 2 .*; got \[0\.5, 0\.0"),
+        ({"blocks.0.attn": [0.5, 1.5], "blocks.1.attn": [0.5]}, r"of blocks\.0\.attn"),
+        ({"blocks.0.attn": [0.5, float("nan")], "blocks.1.attn": [0.5]}, r"of blocks\.0\.attn"),
+    ],
+)
+def test_shares_that_contradict_the_frozen_heads_are_refused(
+    tmp_path: Path, shares: dict[str, list[float]], message: str
+) -> None:
+    with pytest.raises(ConfigError, match=message):
+        draw(tmp_path / "map.svg", shares=shares)
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_layers_may_have_different_numbers_of_heads(tmp_path: Path) -> None:

@@ -1,0 +1,39 @@
+"""The maps that freezing puts in place: means over images and windows, quantized."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+from eamdeploy.eam.checkpoint import FrozenMaps
+from eamdeploy.eam.quantizers import Bits, Quantizer, quantize_rows
+from eamdeploy.eam.records import spread_mask
+from eamdeploy.eam.statistics import MapStatistics
+from eamdeploy.host.sites import AttentionSite
+
+
+def mean_maps(site: AttentionSite, statistics: Sequence[MapStatistics]) -> NDArray[np.float64]:
+    """The mean maps of `site`, float64 `[H, N, N]`, or `[H, M, N, N]` with windows, of its M statistics."""
+    if site.classes is None:
+        return statistics[0].mean()
+    return np.stack([each.mean() for each in statistics], axis=1)
+
+
+def freeze_pieces(
+    where: str, means: NDArray[np.float64], pieces: NDArray[np.bool_], bits: Bits, quantizer: Quantizer
+) -> FrozenMaps:
+    """The chosen pieces of `means`, quantized.
+
+    Args:
+        where: what errors call the module.
+        means: float64 `[H, N, N]` or `[H, M, N, N]`.
+        pieces: true for what is frozen, bool `[H]` (heads), `[H, N]` (rows) or `[H, N, N]` (entries).
+    """
+    heads = np.flatnonzero(pieces.reshape(len(pieces), -1).any(axis=1))
+    mask = None if pieces.ndim == 1 else pieces[heads]
+    rows = means[heads]
+    spread = None if mask is None else spread_mask(mask, rows.shape)
+    codes, scales = quantize_rows(rows, bits, quantizer, where=where, mask=spread)
+    return FrozenMaps(heads, codes, scales, mask)

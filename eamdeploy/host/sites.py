@@ -1,0 +1,72 @@
+"""Where a model's attention modules are, and how many maps each has."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Literal, TypeVar, get_args
+
+import numpy as np
+from numpy.typing import NDArray
+
+from eamdeploy.errors import UnsupportedGraph
+
+WindowMaps = Literal["shared", "class", "window"]
+WINDOW_MAPS: tuple[WindowMaps, ...] = get_args(WindowMaps)
+
+_Float = TypeVar("_Float", bound=np.floating[Any])
+
+
+@dataclass(frozen=True)
+class AttentionSite:
+    """One attention module of a model.
+
+    Attributes:
+        path: its module path, e.g. `blocks.3.attn`.
+        heads: H.
+        tokens: N of a window, or of the image (with prefix tokens) where the model has no windows.
+        classes: for every window of an image, row by row as timm partitions it, the class of its shift mask, numbered
+            by first occurrence; None for a model without windows.
+    """
+
+    path: str
+    heads: int
+    tokens: int
+    classes: tuple[int, ...] | None = None
+
+    @property
+    def n_windows(self) -> int:
+        """W, the windows of one image; 1 without windows."""
+        return 1 if self.classes is None else len(self.classes)
+
+    @property
+    def entries_per_head(self) -> int:
+        """Values in one head's maps of one image: W·N²."""
+        return self.n_windows * self.tokens**2
+
+
+def window_maps(site: AttentionSite, mode: WindowMaps) -> tuple[int, ...] | None:
+    """For every window of an image, which of the module's M distinct maps it uses; None without windows.
+
+    `shared`: M = 1. `class`: one for the windows that share a shift mask. `window`: M = W.
+    """
+    if site.classes is None:
+        return None
+    if mode == "shared":
+        return (0,) * len(site.classes)
+    return site.classes if mode == "class" else tuple(range(len(site.classes)))
+
+
+def by_window(site: AttentionSite, maps: NDArray[_Float], mode: WindowMaps) -> NDArray[_Float]:
+    """What every window of an image uses of `maps` `[H, N, N]`, or `[H, M, N, N]` with windows: `[H, W, N, N]`."""
+    used = window_maps(site, mode)
+    return maps[:, None] if used is None else maps[:, list(used)]
+
+
+def refuse_unless(supported: bool, reason: str) -> None:
+    """Nothing, where the model is supported.
+
+    Raises:
+        UnsupportedGraph: it is not, for `reason`.
+    """
+    if not supported:
+        raise UnsupportedGraph(f"this model is not supported: {reason}")
