@@ -70,6 +70,21 @@ MODELS = (
         kwargs={"img_size": 32, "patch_size": 4, "embed_dim": 64, "depth": 6, "num_heads": 4, "mlp_ratio": 2},
         epochs=60,
     ),
+    # grids of 16, 8 and 4 tokens a side, so 16, 4 and 1 windows; where there are several, every second block is shifted
+    Recipe(
+        name="digits_swin",
+        timm_model="swin_tiny_patch4_window7_224",
+        kwargs={
+            "img_size": 32,
+            "patch_size": 2,
+            "embed_dim": 32,
+            "depths": [2, 2, 2],
+            "num_heads": [2, 4, 8],
+            "window_size": 4,
+            "mlp_ratio": 2,
+        },
+        epochs=120,
+    ),
 )
 
 
@@ -200,11 +215,11 @@ def _cpu_name() -> str:
 
 def insert_log(readme: str, name: str, log: str) -> str:
     """`readme` with `log` in place of what stood between the two comments that mark the place for model `name`."""
-    start, end = f"<!-- training log of {name} -->\n", "\n<!-- end -->"
+    start, end = f"<!-- training log of {name} -->\n", "<!-- end -->"
     before, found, rest = readme.partition(start)
     if not found or end not in rest:
         raise ValueError(f"models/README.md has no place for the training log of {name}")
-    return before + start + log + rest[rest.index(end) :]
+    return f"{before}{start}{log}\n{rest[rest.index(end) :]}"
 
 
 def freeze_command(recipe: Recipe) -> list[str]:

@@ -12,6 +12,8 @@ import onnxruntime
 from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper
 
+from eamdeploy.graph.frozen import IntegerMaps
+
 B, N, D, H, HEAD_DIM, CLASSES = 2, 6, 10, 3, 5, 4
 C = H * HEAD_DIM
 HEIGHT, WIDTH = 2, 3
@@ -422,7 +424,7 @@ class WindowBlock:
         mask: [W,N,N], or None.
     """
 
-    windows: Windows = Windows()  # noqa: RUF009 (frozen)
+    windows: Windows = Windows()
     bias: Floats | None = None
     mask: Floats | None = None
     weights: Weights = WEIGHTS
@@ -434,29 +436,55 @@ class WindowBlock:
         return g.op("Add", g.x, reversed_)
 
     def attention(self, g: GraphBuilder, x: str) -> str:
-        """[B·W,N,D] of [B·W,N,D]: heads split with constant shapes, scores biased and masked, projected."""
+        """[B·W,N,D] of [B·W,N,D]: scores biased and masked, merged heads projected."""
         weights = self.weights
-
-        def heads(linear: Linear, perm: Sequence[int]) -> str:
-            split = g.op("Reshape", g.linear(x, linear), ints(-1, N, H, HEAD_DIM))
-            return g.op("Transpose", split, perm=list(perm))
-
-        query = g.op("Mul", heads(weights.query, (0, 2, 1, 3)), scalar(SCALE))
-        scores = g.op("MatMul", query, heads(weights.key, (0, 2, 3, 1)))
+        linears = (weights.query, weights.key, weights.value)
+        flat = g.op("MatMul", x, np.concatenate([linear.matrix for linear in linears], axis=1))
+        flat = g.op("Add", flat, np.concatenate([_bias(linear).reshape(-1) for linear in linears]))
+        stacked = g.op("Transpose", g.op("Reshape", flat, ints(-1, N, 3, H, HEAD_DIM)), perm=[2, 0, 3, 1, 4])
+        query, key, value = (g.op("Gather", stacked, np.array(i), axis=0) for i in range(3))
+        scaled = g.op("Mul", query, scalar(SCALE))
+        scores = g.op("MatMul", scaled, g.op("Transpose", key, perm=[0, 1, 3, 2]))
         if self.bias is not None:
             scores = g.op("Add", scores, self.bias[None])
         if self.mask is not None:
             by_image = g.op("Reshape", scores, ints(-1, self.windows.count, H, N, N))
             masked = g.op("Add", by_image, self.mask[None, :, None])
             scores = g.op("Reshape", masked, ints(-1, H, N, N))
-        context = g.op("MatMul", g.op("Softmax", scores, axis=-1), heads(weights.value, (0, 2, 1, 3)))
+        context = g.op("MatMul", g.op("Softmax", scores, axis=-1), value)
         merged = g.op("Reshape", g.op("Transpose", context, perm=[0, 2, 1, 3]), ints(-1, N, C))
         return g.op("MatMul", merged, weights.out)
 
+    def forward(self, images: Floats, frozen: IntegerMaps | None = None) -> Floats:
+        """Logits [B,CLASSES], without ONNX; windows must divide the image."""
+        batch, count, order = len(images), self.windows.count, self.windows.tokens()
+        x = images.reshape(batch, 3, -1).transpose(0, 2, 1) @ PATCH + GRID_POSITIONS
+        centred = x - x.mean(axis=-1, keepdims=True)
+        gain = np.linspace(0.5, 2, D)
+        normed = centred / np.sqrt((centred**2).mean(axis=-1, keepdims=True) + EPSILON) * gain
+        windows = normed[:, order].reshape(batch, count, N, D)
+        q, k, v = (
+            np.einsum("bwnd,dhj->bwhnj", windows, linear.weight) + _bias(linear)[:, None]
+            for linear in (self.weights.query, self.weights.key, self.weights.value)
+        )
+        scores = SCALE * q @ k.swapaxes(-1, -2) + (0 if self.bias is None else self.bias)
+        scores = scores + (0 if self.mask is None else self.mask[:, None])
+        powers = np.exp(scores - scores.max(axis=-1, keepdims=True))
+        maps = powers / powers.sum(axis=-1, keepdims=True)
+        for index, head in enumerate(frozen.heads if frozen is not None else ()):
+            assert frozen is not None
+            constant = (frozen.integers[index] * frozen.scales[index, ..., None])[list(frozen.windows)]
+            mask = np.ones((N, 1), np.bool_) if frozen.mask is None else frozen.mask[index].reshape(N, -1)
+            maps[:, :, head] = np.where(mask, constant, maps[:, :, head])
+        branch = (maps @ v).swapaxes(2, 3).reshape(batch, -1, C) @ self.weights.out
+        result = (x + branch[:, np.argsort(order)]) * GRID_POSITIONS
+        return np.asarray(result.mean(axis=1) @ HEAD, np.float32)
+
     def model(self, batch: int | str = B) -> onnx.ModelProto:
-        """The block, classified."""
+        """The block, classified by a mean that weighs every token differently."""
         g = GraphBuilder(batch, grid=self.windows.grid)
-        return g.classify(self.draw(g))
+        tokens = self.windows.grid[0] * self.windows.grid[1]
+        return g.classify(g.op("Mul", self.draw(g), GRID_POSITIONS[:tokens]))
 
 
 def run_unoptimized(model: onnx.ModelProto, images: Floats) -> Floats:

@@ -24,7 +24,12 @@ from command_line import RunCli, only_error
 from PIL import Image
 from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
-from tiny_models import KWARGS, NAME, make_model, save_weights
+from tiny_models import KWARGS, NAME, SWIN_KWARGS, SWIN_NAME, make_model, save_weights
+
+from eamdeploy import freeze as freeze_model
+from eamdeploy.host.model import ModelSpec
+from eamdeploy.host.options import FreezeOptions
+from eamdeploy.source import ImageSource
 
 MODEL = ["--model", NAME, "--model-kwargs", *(f"{key}={value}" for key, value in KWARGS.items())]
 FAST = ["--score", "variance"]
@@ -232,6 +237,77 @@ def test_checkpoint_of_another_architecture(
 def test_plain_weights_are_no_checkpoint(run_cli: RunCli, tiny_weights: Path, out: Path) -> None:
     line = only_error(run_cli("export", tiny_weights, "-o", out / "x.onnx"), 2)
     assert "tiny.safetensors is no EAM checkpoint" in line and "eamdeploy freeze" in line
+    assert_untouched(out)
+
+
+# --- windows ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def swin_checkpoint(tmp_path_factory: pytest.TempPathFactory, pictures: Path) -> Path:
+    """A tiny Swin with a frozen map for each class of windows."""
+    folder = tmp_path_factory.mktemp("swin")
+    weights = save_weights(make_model(SWIN_NAME), folder / "swin.safetensors")
+    options = FreezeOptions(sparsity=0.6, score="random", window_maps="class")
+    checkpoint = folder / "swin.eam.safetensors"
+    freeze_model(ModelSpec(SWIN_NAME, str(weights), SWIN_KWARGS), ImageSource(pictures), checkpoint, options)
+    return checkpoint
+
+
+@pytest.mark.parametrize("command", ["export", "evaluate"])
+@pytest.mark.parametrize(
+    ("windows", "message"),
+    [
+        ([0, 1, 2, 2], r"codes has the wrong size; expected uint8 \[768\] for 4-bit codes \[2, 3, 16, 16\]"),
+        ([0, 1, 3, 2], r"windows of layers\.0\.blocks\.1\.attn \(window_maps: class\)"),
+        ([1, 2, 3, 4], "the numbers 0…M − 1"),
+        ([0, 1, 2, 3, 0], r"header key freezing\.sparsity; expected 0\.61"),
+    ],
+    ids=["too few classes", "other classes", "no class 0", "too many windows"],
+)
+def test_checkpoint_whose_window_classes_do_not_fit_the_model(
+    run_cli: RunCli,
+    swin_checkpoint: Path,
+    pictures: Path,
+    tmp_path: Path,
+    out: Path,
+    command: str,
+    windows: list[int],
+    message: str,
+) -> None:
+    checkpoint = tmp_path / "c.eam.safetensors"
+    shutil.copy(swin_checkpoint, checkpoint)
+    with safe_open(checkpoint, framework="numpy") as opened:
+        attention = json.loads(opened.metadata()["eam"])["attention"]
+    attention["layers.0.blocks.1.attn"]["windows"] = windows
+    edit_checkpoint(checkpoint, header={"attention": attention})
+    more = {"export": ["-o", out / "x.onnx"], "evaluate": ["--data", pictures, "-o", out / "x.json"]}
+    assert re.search(message, only_error(run_cli(command, checkpoint, *more[command]), 2))
+    assert_untouched(out)
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "message"),
+    [
+        (["strict_img_size=False"], "strict_img_size=False makes the windows depend on the image"),
+        (["window_size=0"], "timm cannot make .*Window sizes must be positive"),
+        (["depths=2"], "timm cannot make .*'depths': 2"),
+    ],
+    ids=["any size", "empty windows", "depths"],
+)
+def test_swin_arguments_that_cannot_be_used(
+    run_cli: RunCli, pictures: Path, out: Path, kwargs: list[str], message: str
+) -> None:
+    arguments = ("--model", SWIN_NAME, "--weights", "random", "--data", pictures, "-o", out / "x.eam.safetensors")
+    line = only_error(run_cli("freeze", *arguments, "--model-kwargs", "num_classes=10", *kwargs), 2)
+    assert re.search(message, line)
+    assert_untouched(out)
+
+
+def test_swin_v2_is_refused_with_the_reason(run_cli: RunCli, pictures: Path, out: Path) -> None:
+    arguments = ("--model", "swinv2_tiny_window8_256", "--weights", "random", "--data", pictures)
+    line = only_error(run_cli("freeze", *arguments, "-o", out / "x.eam.safetensors"), 2)
+    assert "SwinTransformerV2 are not supported" in line and "cosine similarity" in line
     assert_untouched(out)
 
 

@@ -150,6 +150,16 @@ def test_freeze_command_spells_the_recipe(name: str, facts: dict[str, Any], scri
     assert spelled[spelled.index("--model") + 1] == facts["timm_model"]
 
 
+def test_log_replaces_its_own_place_only_even_an_empty_one(scripts: None) -> None:
+    insert_log = importlib.import_module("train_digits").insert_log
+    empty = "<!-- training log of a -->\n<!-- end -->\ntext\n<!-- training log of b -->\nold\n<!-- end -->\n"
+    filled = empty.replace(" a -->\n", " a -->\nnew\n")
+    assert insert_log(empty, "a", "new") == insert_log(filled, "a", "new") == filled
+    assert insert_log(empty, "b", "new") == empty.replace("old", "new")
+    with pytest.raises(ValueError, match="no place for the training log of c"):
+        insert_log(empty, "c", "new")
+
+
 def test_checkpoint_holds_the_trained_weights(name: str, facts: dict[str, Any]) -> None:
     load_file = pytest.importorskip("safetensors.numpy", reason="reading weights needs the extra 'host'").load_file
     checkpoint = checkpoints.load(weights_of(name).with_suffix(".eam.safetensors"))

@@ -71,7 +71,7 @@ PACKAGES: dict[str, set[str]] = {
     "typer": {"cli", "cli_options"},
     "tomli": {"pipeline"},
     "tomllib": {"pipeline"},  # Python's own from 3.11
-    "onnxruntime": {"engines.ort", "engines.registry", "graph.layout", "graph.model"},
+    "onnxruntime": {"engines.ort", "engines.registry", "graph.model", "graph.running"},
     "torch": {"host"},
     "timm": {"host"},
     "onnx": {"graph", "host", "inspection", "passes"},
@@ -365,7 +365,7 @@ def test_a_board_builds_evaluates_profiles_and_inspects(
     assert (code, out) == (3, "") and err.startswith("error: parity of ") and err.count("\n") == 1
     for name, package in (
         *dict.fromkeys(("freeze", "analyze", "pack", "run", "evaluate checkpoint"), "torch").items(),
-        ("export", "onnx_graphsurgeon"),
+        ("export", "onnx"),
         ("inspect checkpoint", "safetensors"),
     ):
         code, out, err = outcomes[name]

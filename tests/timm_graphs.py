@@ -15,10 +15,12 @@ import numpy as np
 import onnx
 import torch
 from attention_graphs import Floats
-from tiny_models import FAMILY, KWARGS, NAME, images, make_model
+from numpy.typing import NDArray
+from tiny_models import FAMILY, KWARGS, NAME, SWIN_FAMILY, SWIN_NAME, images, make_model
 
 from eamdeploy.graph.frozen import IntegerMaps
 from eamdeploy.host.attention import Constants, attention_sites, freeze_attention
+from eamdeploy.host.sites import AttentionSite
 from eamdeploy.host.stock_export import Exporter, export_stock
 from eamdeploy.passes.freeze_heads import AttentionModule
 
@@ -37,14 +39,34 @@ VARIANTS: Mapping[str, tuple[str, Mapping[str, Any]]] = MappingProxyType(
         "registers": FAMILY["registers"],
     }
 )
-IMAGES: Floats = images(2).numpy()
+SWIN_VARIANTS: Mapping[str, tuple[str, Mapping[str, Any]]] = MappingProxyType(
+    {
+        "swin": SWIN_FAMILY["swin"],
+        "swin-padded": SWIN_FAMILY["swin, padded"],
+        "swin-oblong": SWIN_FAMILY["swin, oblong windows"],
+        "swin-partitioned": SWIN_FAMILY["swin, always partitioned"],
+        # twelve windows of four classes, then four padded ones; enough heads to freeze some, parts of some, and none
+        "swin-many": (SWIN_NAME, {**SWIN_FAMILY["swin, more windows than classes"][1], "num_heads": (4, 4)}),
+    }
+)
+IMAGES: Floats = images(4).numpy()[:2]  # of every ViT
 
 
 @cache
 def timm_model(variant: str) -> Any:
     """The model; read, never changed."""
-    name, changes = VARIANTS[variant]
+    name, changes = {**VARIANTS, **SWIN_VARIANTS}[variant]
     return make_model(name, dict(changes))
+
+
+def sites_of(variant: str) -> list[AttentionSite]:
+    """Its attention modules."""
+    return attention_sites(timm_model(variant))
+
+
+def images_of(variant: str, n: int = 2) -> Floats:
+    """Images of its size, float32 [n,3,height,width]; the first are the same for every n."""
+    return np.asarray(images(4, timm_model(variant).patch_embed.img_size).numpy()[:n])
 
 
 @dataclass(frozen=True)
@@ -80,13 +102,22 @@ EXPORTS = (
     Export("qk-norm", "torchscript", 2, 17, fused=True),
 )
 
+SWIN_EXPORTS = (
+    *(Export(variant, "torchscript", None, 17) for variant in SWIN_VARIANTS),
+    *(Export("swin", "torchscript", batch, 17) for batch in (1, 2, 4)),
+    Export("swin-many", "torchscript", 1, 17),
+    Export("swin-padded", "torchscript", 2, 17),
+    Export("swin", "dynamo", None, 18),
+    Export("swin", "dynamo", 1, 18),
+)
+
 
 @cache
 def _stock_bytes(export: Export) -> bytes:
     with patch("eamdeploy.host.stock_export._unfused", _left_as_it_is) if export.fused else nullcontext():
         stock = export_stock(
             timm_model(export.variant),
-            (SIZE, SIZE),
+            timm_model(export.variant).patch_embed.img_size,
             batch=export.batch,
             opset=export.opset,
             exporter=export.exporter,
@@ -99,36 +130,52 @@ def _left_as_it_is(model: Any) -> AbstractContextManager[None]:
 
 
 def modules_of(variant: str, frozen: Mapping[int, IntegerMaps] | None = None) -> list[AttentionModule]:
-    """The attention modules, those with the given block numbers frozen."""
+    """The attention modules, those of the given numbers frozen."""
     model = timm_model(variant)
-    return [
-        AttentionModule(
-            site.path, model.get_submodule(site.path).qkv.weight[2 * D :].detach().numpy(), (frozen or {}).get(i)
-        )
-        for i, site in enumerate(attention_sites(model))
-    ]
+    modules = []
+    for index, site in enumerate(sites_of(variant)):
+        rows = model.get_submodule(site.path).qkv.weight.detach().numpy()
+        modules.append(AttentionModule(site.path, rows[2 * len(rows) // 3 :], (frozen or {}).get(index)))
+    return modules
 
 
 def tokens_of(variant: str) -> int:
-    """N."""
-    return attention_sites(timm_model(variant))[0].tokens
+    """N of the first module."""
+    return sites_of(variant)[0].tokens
 
 
-def random_maps(heads: tuple[int, ...], tokens: int, seed: int = 0) -> IntegerMaps:
-    """Maps of random squares of 4-bit codes, each row summing to 1."""
-    codes = np.random.default_rng(seed).integers(0, 16, (len(heads), 1, tokens, tokens), np.uint8)
-    codes[..., 0] += codes.sum(axis=-1) == 0
-    integers = (codes**2).astype(np.uint8)
-    return IntegerMaps(heads, integers, (1 / integers.sum(axis=-1)).astype(np.float32))
+def random_maps(
+    heads: tuple[int, ...],
+    tokens: int,
+    seed: int = 0,
+    windows: tuple[int, ...] = (0,),
+    mask: NDArray[np.bool_] | None = None,
+) -> IntegerMaps:
+    """Maps of random squares of 4-bit codes; the frozen part of a row sums to its share of the row's entries."""
+    codes = np.random.default_rng(seed).integers(0, 16, (len(heads), max(windows) + 1, tokens, tokens), np.uint8)
+    if mask is None:
+        codes[..., 0] += codes.sum(axis=-1) == 0
+        integers = (codes**2).astype(np.uint8)
+        return IntegerMaps(heads, integers, (1 / integers.sum(axis=-1)).astype(np.float32), windows)
+    frozen = np.broadcast_to(mask.reshape(len(heads), 1, tokens, -1), codes.shape)
+    integers = np.where(frozen, np.maximum(codes, 1) ** 2, 0).astype(np.uint8)
+    scales = (frozen.mean(axis=-1) / np.maximum(integers.sum(axis=-1), 1)).astype(np.float32)
+    return IntegerMaps(heads, integers, scales, windows, mask)
 
 
-def torch_logits(variant: str, frozen: Mapping[int, IntegerMaps]) -> Floats:
-    """Logits of `IMAGES` by the reference forward with these maps in the blocks of these numbers."""
+def torch_logits(variant: str, frozen: Mapping[int, IntegerMaps], n: int = 2) -> Floats:
+    """Logits of the first n images by the reference forward with these maps in the modules of these numbers."""
     model = copy.deepcopy(timm_model(variant))
-    maps = {
-        f"blocks.{i}.attn": Constants(torch.tensor(m.heads), torch.from_numpy((m.integers * m.scales[..., None])[:, 0]))
-        for i, m in frozen.items()
-    }
-    freeze_attention(model, maps)
+    sites = sites_of(variant)
+    freeze_attention(model, {sites[i].path: _constants(sites[i], maps) for i, maps in frozen.items()})
     with torch.no_grad():
-        return np.asarray(model(torch.from_numpy(IMAGES)).numpy(), np.float32)
+        return np.asarray(model(torch.from_numpy(images_of(variant, n))).numpy(), np.float32)
+
+
+def _constants(site: AttentionSite, maps: IntegerMaps) -> Constants:
+    values = torch.from_numpy(maps.integers * maps.scales[..., None])
+    mask = None if maps.mask is None else torch.from_numpy(maps.mask)
+    has_windows = site.classes is not None
+    return Constants(
+        torch.tensor(maps.heads), values if has_windows else values[:, 0], mask, maps.windows if has_windows else None
+    )

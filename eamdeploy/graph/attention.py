@@ -83,6 +83,7 @@ class Attention:
         projection: the MatMul of `merged` with the constant output projection `[H·d, D]`.
         softmax: the node that all this was found around.
         layout: operators between the linear layers and the products: those of queries, of keys, of values.
+        score_layout: operators between the product of queries and keys and the softmax.
     """
 
     x: gs.Tensor
@@ -101,6 +102,7 @@ class Attention:
     projection: gs.Node
     softmax: gs.Node
     layout: tuple[tuple[str, ...], tuple[str, ...], tuple[str, ...]]
+    score_layout: tuple[str, ...]
 
 
 @dataclass(frozen=True, eq=False)
@@ -113,6 +115,7 @@ class _Candidate:
     key: Operand
     value: Operand
     scale: float
+    score_layout: tuple[str, ...]
     context: gs.Tensor
     merged: gs.Tensor
     projection: gs.Node
@@ -152,7 +155,7 @@ def _candidate(softmax: gs.Node) -> _Candidate:
     rank = len(softmax.outputs[0].shape or softmax.inputs[0].shape or ())
     if softmax.attrs.get("axis", -1) not in (-1, rank - 1):
         raise Refused(f"softmax over axis {softmax.attrs.get('axis')}, not over the keys", softmax)
-    product, scale = follow_scores(softmax)
+    product, scale, score_layout = follow_scores(softmax)
     query, key = (follow_operand(tensor, product) for tensor in product.inputs)
     context_product = only_consumer(softmax.outputs[0], softmax)
     if context_product.op != "MatMul" or context_product.inputs[0] is not softmax.outputs[0]:
@@ -172,7 +175,7 @@ def _candidate(softmax: gs.Node) -> _Candidate:
         raise Refused("heads are not merged behind the product with values", softmax)
     if node.op != "MatMul" or not is_matrix(node.inputs[1]):
         raise Refused(f"the merged heads feed {node.op}, not a constant output projection", softmax)
-    return _Candidate(softmax, product.outputs[0], query, key, value, scale, context, merged, node)
+    return _Candidate(softmax, product.outputs[0], query, key, value, scale, score_layout, context, merged, node)
 
 
 def _probe_all(graph: gs.Graph, candidates: list[_Candidate]) -> dict[str, Origin]:
@@ -229,6 +232,7 @@ def _attention(candidate: _Candidate, origins: dict[str, Origin], images: int) -
         projection=candidate.projection,
         softmax=candidate.softmax,
         layout=(candidate.query.layout, candidate.key.layout, candidate.value.layout),
+        score_layout=candidate.score_layout,
     )
 
 

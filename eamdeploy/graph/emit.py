@@ -27,12 +27,13 @@ from eamdeploy.graph.frozen import IntegerMaps, head_groups
 from eamdeploy.graph.writer import GraphWriter
 
 _SPLIT_HEADS = ("Reshape", "Transpose")
+_SCORES = ((), ("Add",), ("Reshape", "Add", "Reshape"))  # plain, one bias for all windows, one for each kind
 
 
 def is_canonical(attention: Attention) -> bool:
     """Whether `attention` already has the form that `emit_attention` writes for live heads."""
     keys = _SPLIT_HEADS if attention.key_norm is None else (*_SPLIT_HEADS, "Transpose")
-    return attention.layout == (_SPLIT_HEADS, keys, _SPLIT_HEADS)
+    return attention.layout == (_SPLIT_HEADS, keys, _SPLIT_HEADS) and attention.score_layout in _SCORES
 
 
 def emit_attention(writer: GraphWriter, attention: Attention, frozen: IntegerMaps | None) -> gs.Tensor:

@@ -72,13 +72,14 @@ def probe(graph: gs.Graph, probes: Sequence[Probe]) -> list[Origin]:
     images = blank_inputs(graph)
     zeros, rows, columns = ({name: _numbers(shape, i) for name, shape in shapes.items()} for i in range(3))
     offsets = run(session, images | zeros)
-    answers = [
-        [
-            np.rint((found - offset) / p.factor).astype(np.int32) - 1  # 0 is kept for what depends on no element
-            for p, found, offset in zip(probes, run(session, images | fed), offsets, strict=True)
+    with np.errstate(invalid="ignore"):  # an offset of -inf leaves no number
+        answers = [
+            [
+                np.rint((found - offset) / p.factor).astype(np.int32) - 1  # 0 is kept for what depends on no element
+                for p, found, offset in zip(probes, run(session, images | fed), offsets, strict=True)
+            ]
+            for fed in (rows, columns)
         ]
-        for fed in (rows, columns)
-    ]
     return [
         Origin(row, column, offset, shapes[p.source.name])
         for p, row, column, offset in zip(probes, *answers, offsets, strict=True)

@@ -80,21 +80,24 @@ def follow_operand(tensor: gs.Tensor, at: gs.Node) -> Operand:
             raise Refused(f"an operand of the product comes from {node.op}, not from a linear layer", node)
 
 
-def follow_scores(softmax: gs.Node) -> tuple[gs.Node, float]:
-    """The product of queries and keys whose scores `softmax` reads, and the factor that they are multiplied with.
+def follow_scores(softmax: gs.Node) -> tuple[gs.Node, float, tuple[str, ...]]:
+    """The product of queries and keys whose scores `softmax` reads, the factor that they are multiplied with, and the
+    operators between the two but for the factors.
 
     Between the two, constants may be added and reshapes may split off windows.
     """
     tensor, scale = peel_scale(softmax.inputs[0])
+    between: list[str] = []
     while (node := producer(tensor, softmax)).op in ("Add", "Reshape", "Identity"):
         sides = [side for side in node.inputs if not is_fixed(side)] if node.op == "Add" else node.inputs[:1]
         if len(sides) != 1:
             raise Refused("something that depends on the image is added to its scores", softmax)
         tensor, factor = peel_scale(sides[0])
         scale *= factor
+        between.append(node.op)
     if node.op != "MatMul":
         raise Refused(f"its scores come from {node.op}, not from a product of queries and keys", softmax)
-    return node, scale
+    return node, scale, tuple(reversed(between))
 
 
 def is_fixed(tensor: gs.Tensor) -> bool:

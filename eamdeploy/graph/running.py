@@ -59,7 +59,8 @@ def fill_in_shapes(graph: gs.Graph) -> None:
     if not unknown:
         return
     names = [tensor.name for tensor in unknown]
-    two, three = (measured_shapes(graph, names, batch) for batch in (PROBE_BATCH, PROBE_BATCH + 1))
+    two = measured_shapes(graph, names)
+    three = two if images_of(graph) else measured_shapes(graph, names, PROBE_BATCH + 1)
     for tensor in unknown:
         sizes = zip(two[tensor.name], three[tensor.name], strict=True)
         tensor.shape = [a if a == b else f"{tensor.name}/{axis}" for axis, (a, b) in enumerate(sizes)]

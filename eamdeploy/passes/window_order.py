@@ -4,7 +4,8 @@ Before:  y = x + R(f(P(g(x))))       P partitions into windows, R = P⁻¹; g th
 After:   y = R(P(x) + f(g(P(x))))
 Shapes:  x [B,…,C] of T tokens  P, R permutations of T
 Needs:   P and R are Gathers of tokens and inverse to each other; g is token by token and read by P alone
-Exact:   bit for bit: g and the sum treat every token alike
+Exact:   bit for bit: g and the sum treat every token alike; a norm spelled with ReduceMean (opset 16) may round
+         differently, as ONNX Runtime adds in an order that depends on the token's place (tolerance f32-reassoc)
 Source:  the order of tokens matters to attention and patch merging only; `merge_gathers` lets R meet the next P
 """
 
@@ -60,7 +61,7 @@ class WindowOrder:
         readers = list(y.outputs)
 
         def gathered(name: str, tensor: gs.Tensor, gather: TokenGather) -> gs.Tensor:
-            writer = GraphWriter(graph, f"{tensor.name}/{name}")
+            writer = GraphWriter(graph, f"{y.name}/{name}")  # blocks may share x
             tokens = writer.reshape("flat", tensor, flat)
             moved = writer.gather("moved", tokens, gather.indices, axis=1, shape=[None, *flat[1:]])
             return writer.reshape("shaped", moved, (-1, *x.shape[1:]))

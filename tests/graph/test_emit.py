@@ -6,11 +6,15 @@ import numpy as np
 import onnx_graphsurgeon as gs
 import onnxruntime
 import pytest
-from attention_graphs import HEAD_DIM, B, C, H, N, Spelling
+from attention_graphs import HEAD_DIM, POSITION_BIAS, B, C, H, N, Spelling, WindowBlock, Windows
+from timm_graphs import random_maps
 
 from eamdeploy.graph.attention import Attention, find_attention
-from eamdeploy.graph.emit import GraphWriter, IntegerMaps, emit_attention, emit_maps, is_canonical
+from eamdeploy.graph.emit import emit_attention, is_canonical
+from eamdeploy.graph.emit_parts import emit_maps
+from eamdeploy.graph.frozen import IntegerMaps
 from eamdeploy.graph.model import to_graph
+from eamdeploy.graph.writer import GraphWriter
 
 ALL_LIVE = Counter(MatMul=5, Add=3, Reshape=4, Transpose=4, Mul=1, Softmax=1)
 FROZEN_BESIDE = Counter(MatMul=2, Add=1, Reshape=2, Transpose=1, DequantizeLinear=1, Concat=1)
@@ -19,8 +23,8 @@ ALL_FROZEN = Counter(MatMul=2, Add=1, Reshape=3, Transpose=2, DequantizeLinear=1
 
 def maps(*heads: int, dtype: type[np.unsignedinteger] = np.uint8) -> IntegerMaps:
     rng = np.random.default_rng(3)
-    integers = rng.integers(1, np.iinfo(dtype).max, (len(heads), N, N), dtype, endpoint=True)
-    return IntegerMaps(heads, integers, rng.uniform(0.1, 1, (len(heads), N)).astype(np.float32))
+    integers = rng.integers(1, np.iinfo(dtype).max, (len(heads), 1, N, N), dtype, endpoint=True)
+    return IntegerMaps(heads, integers, rng.uniform(0.1, 1, (len(heads), 1, N)).astype(np.float32))
 
 
 def located(spelling: Spelling) -> tuple[gs.Graph, Attention]:
@@ -107,7 +111,7 @@ def test_maps_are_stored_bit_for_bit_and_come_back_as_integers_times_scales(
     frozen = maps(0, 2, dtype=dtype)
     graph = gs.Graph(opset=opset, ir_version=10)
     writer = GraphWriter(graph, "new")
-    values = emit_maps(writer, frozen)
+    values = emit_maps(writer, "map", frozen.integers, frozen.scales)
     stored = graph.tensors()["new/map_integers"].values
     assert stored.dtype == dtype
     np.testing.assert_array_equal(stored, frozen.integers.reshape(-1, N))
@@ -116,7 +120,7 @@ def test_maps_are_stored_bit_for_bit_and_come_back_as_integers_times_scales(
         gs.export_onnx(graph).SerializeToString(), providers=["CPUExecutionProvider"]
     )
     np.testing.assert_array_equal(
-        session.run(None, {})[0], frozen.integers.astype(np.float32) * frozen.scales[..., None]
+        session.run(None, {})[0].swapaxes(0, 1), frozen.integers.astype(np.float32) * frozen.scales[..., None]
     )
 
 
@@ -130,3 +134,56 @@ def test_what_is_written_is_canonical_and_the_exporters_spelling_is_not(norm: st
     assert isinstance(again, Attention) and is_canonical(again)
     np.testing.assert_array_equal(again.query.weight, attention.query.weight)
     assert again.scale == pytest.approx(attention.scale, rel=1e-6)
+
+
+# --- parts of maps, and windows --------------------------------------------------------------------------------------
+
+PARTIAL_ROWS = Counter(
+    # q of live rows, k, v, scores, and the products of live and of frozen rows with v
+    {"MatMul": 6, "Add": 3, "Mul": 1, "Softmax": 1, "DequantizeLinear": 1, "Concat": 1, "Gather": 2, "Transpose": 3}
+) + Counter(Reshape=6)
+PARTIAL_ENTRIES = Counter(MatMul=5, Add=3, Reshape=5, Transpose=4, Mul=1, Softmax=1, Where=1, DequantizeLinear=1)
+
+
+def partial_maps(kind: str, windows: tuple[int, ...] = (0,)) -> IntegerMaps:
+    """Every head with a row or entry frozen, the first with two."""
+    mask = np.zeros((H, N) if kind == "rows" else (H, N, N), np.bool_)
+    mask[:, 2] = mask[0, 4] = True
+    return random_maps((0, 1, 2), N, 1, windows, mask)
+
+
+@pytest.mark.parametrize(("kind", "expected"), [("rows", PARTIAL_ROWS), ("entries", PARTIAL_ENTRIES)])
+def test_partly_frozen_heads_are_written_together(kind: str, expected: Counter[str]) -> None:
+    nodes, merged = emit(Spelling(batch="batch"), partial_maps(kind))
+    assert ops(nodes) == expected
+    assert merged.shape == ["batch", N, C]
+    assert all(len(tensor.shape) <= 4 for node in nodes for tensor in node.outputs)
+
+
+def test_only_as_many_rows_are_scored_as_the_head_with_most_live_ones_has() -> None:
+    nodes, _ = emit(Spelling(), partial_maps("rows"))
+    shapes = {tensor.name: tensor.shape for node in nodes for tensor in node.outputs}
+    assert shapes["new/softmax_partial"] == [B, H, N - 1, N]
+    assert shapes["new/context_frozen_rows"] == [B, H, 2, HEAD_DIM]
+
+
+@pytest.mark.parametrize("batch", [1, 2, "batch"])
+@pytest.mark.parametrize("windows", [(0, 0, 0, 0), (0, 1, 1, 2), (0, 1, 2, 3)], ids=str)
+@pytest.mark.parametrize("kind", ["rows", "entries", "heads"])
+def test_windows_are_split_off_the_batch_only_where_they_use_different_maps(
+    kind: str, windows: tuple[int, ...], batch: int | str
+) -> None:
+    graph = to_graph(WindowBlock(Windows(), POSITION_BIAS).model(batch))
+    (attention,) = find_attention(graph)
+    assert isinstance(attention, Attention) and attention.windows == 4
+    before = len(graph.nodes)
+    frozen = random_maps((0, 1, 2), N, 1, windows) if kind == "heads" else partial_maps(kind, windows)
+    emit_attention(GraphWriter(graph, "new"), attention, frozen)
+    nodes = graph.nodes[before:]
+    most = 5 if len(set(windows)) > 1 and batch != 1 else 4
+    assert max(len(tensor.shape) for node in nodes for tensor in node.outputs) == most
+    chosen = [node for node in nodes if node.name.endswith("_by_window")]
+    assert len(chosen) == (windows == (0, 1, 1, 2)), "neither one map for all nor one for each needs choosing"
+    integers = next(t for node in nodes if node.op == "DequantizeLinear" for t in node.inputs[:1])
+    rows = {"rows": 2, "entries": N, "heads": N}[kind]
+    assert integers.values.shape == ((max(windows) + 1) * H * rows, N)

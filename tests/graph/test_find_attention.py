@@ -10,6 +10,7 @@ import pytest
 from attention_graphs import (
     EPSILON,
     HEAD_DIM,
+    POSITION_BIAS,
     SCALE,
     WEIGHTS,
     B,
@@ -24,13 +25,16 @@ from attention_graphs import (
     Norm,
     Scale,
     Spelling,
+    WindowBlock,
+    Windows,
     floats,
     ints,
     make_weights,
     scalar,
+    window_mask,
 )
 
-from eamdeploy.graph.attention import Attention, Projection, find_attention
+from eamdeploy.graph.attention import Attention, Projection, distinct, find_attention
 from eamdeploy.graph.model import to_graph
 from eamdeploy.graph.skip import Skip
 
@@ -114,6 +118,11 @@ def test_norm_of_queries_and_keys_is_kept_as_it_is_written(norm: Norm, batch: in
         assert any(tensor is kept.source for tensor in kept.nodes[0].inputs)
 
 
+@pytest.mark.parametrize("norm", get_args(Norm))
+def test_norm_straight_in_front_of_the_product_is_found(norm: Norm) -> None:
+    assert_found(Spelling(norm=norm, scale="scores"))
+
+
 def test_projection_takes_heads_in_the_order_asked_for() -> None:
     found = only_attention(Spelling().model()).value.take([2, 0])
     np.testing.assert_array_equal(found.weight, WEIGHTS.value.weight[:, [2, 0]])
@@ -138,6 +147,77 @@ def test_attentions_come_in_topological_order_with_the_skips_between_them() -> N
 def test_graph_without_a_softmax_has_none() -> None:
     g = GraphBuilder()
     assert find(g.classify(g.x)) == []
+
+
+# --- windows, position bias and mask ---------------------------------------------------------------------------------
+
+SHIFTED = Windows(shift=(1, 2))
+
+
+@pytest.mark.parametrize("batch", [B, 1, DYNAMIC])
+@pytest.mark.parametrize(
+    ("mask", "kinds"),
+    [
+        (None, (0, 0, 0, 0)),
+        (window_mask(4), (0, 1, 2, 3)),
+        (window_mask(4, (0, 1, 1, 0)), (0, 1, 1, 0)),
+        (window_mask(4, (2, 2, 2, 2)), (0, 0, 0, 0)),
+    ],
+    ids=["no mask", "all differ", "some are alike", "all are alike"],
+)
+def test_bias_and_mask_are_read_off_for_every_kind_of_window(
+    mask: Floats | None, kinds: tuple[int, ...], batch: int | str
+) -> None:
+    found = only_attention(WindowBlock(SHIFTED, POSITION_BIAS, mask).model(batch))
+    assert (found.windows, found.heads, found.tokens) == (4, H, N)
+    assert found.bias is not None and found.bias.kinds == kinds
+    added = POSITION_BIAS[None] + (0 if mask is None else mask[:, None])
+    for window, kind in enumerate(kinds):
+        np.testing.assert_array_equal(found.bias.values[kind], added[window % len(added)])
+    assert_projection(found.value, WEIGHTS.value)
+
+
+def test_mask_without_a_position_bias_is_a_bias_of_all_heads() -> None:
+    found = only_attention(WindowBlock(SHIFTED, None, window_mask(4, (0, 1, 1, 0))).model())
+    assert found.bias is not None
+    np.testing.assert_array_equal(found.bias.values, np.repeat(window_mask(2)[:, None], H, axis=1))
+    taken = found.bias.take([2, 0])
+    assert taken.values.shape == (2, 2, N, N) and taken.kinds == found.bias.kinds
+
+
+def test_windows_without_bias_have_none() -> None:
+    found = only_attention(WindowBlock(Windows()).model())
+    assert found.bias is None and found.windows == 4
+
+
+def test_sum_with_zeros_is_no_bias() -> None:
+    assert only_attention(WindowBlock(SHIFTED, np.zeros((H, N, N), np.float32)).model()).bias is None
+
+
+@pytest.mark.parametrize("scale", [0.5, 1.0])
+def test_factor_behind_the_bias_scales_it_too(scale: float) -> None:
+    g = GraphBuilder()
+    biased = g.op("Add", g.op("MatMul", g.queries(), g.keys()), POSITION_BIAS)
+    found = only_attention(g.classify(with_map(g, g.op("Softmax", g.op("Mul", biased, scalar(scale)), axis=-1))))
+    assert found.scale == pytest.approx(SCALE * scale) and found.bias is not None
+    np.testing.assert_allclose(found.bias.values[0], POSITION_BIAS * scale, rtol=1e-6)
+
+
+def test_bias_computed_from_constants_is_a_constant() -> None:
+    g = GraphBuilder()
+    bias = g.op("Transpose", np.ascontiguousarray(POSITION_BIAS.transpose(1, 2, 0)), perm=[2, 0, 1])
+    scores = g.op("Add", bias, g.op("MatMul", g.queries(), g.keys()))
+    model = g.classify(with_map(g, g.op("Softmax", scores, axis=-1)))
+    found = only_attention(model)
+    assert found.bias is not None
+    np.testing.assert_array_equal(found.bias.values[0], POSITION_BIAS)
+
+
+def test_equal_arrays_are_counted_once_in_the_order_of_appearance() -> None:
+    a, b = np.zeros((2, 2), np.float32), np.ones((2, 2), np.float32)
+    values, kinds = distinct(np.stack([b, a, b, a, a]))
+    assert kinds == (0, 1, 0, 1, 1)
+    np.testing.assert_array_equal(values, np.stack([b, a]))
 
 
 # --- near misses: one for each reason to refuse ----------------------------------------------------------------------
@@ -167,8 +247,24 @@ def softmax_over_queries(g: GraphBuilder) -> str:
     return with_map(g, g.op("Softmax", g.op("MatMul", g.queries(), g.keys()), axis=2))
 
 
-def mask_on_the_scores(g: GraphBuilder) -> str:
-    scores = g.op("Add", g.op("MatMul", g.queries(), g.keys()), np.zeros((N, N), np.float32))
+def mask_computed_from_the_image(g: GraphBuilder) -> str:
+    computed = g.op("Unsqueeze", g.op("MatMul", g.x, np.ones((D, N), np.float32)), ints(1))  # [B,1,N,N]
+    scores = g.op("Add", g.op("MatMul", g.queries(), g.keys()), computed)
+    return with_map(g, g.op("Softmax", scores, axis=-1))
+
+
+def mask_for_each_image(g: GraphBuilder) -> str:
+    masks = np.arange(B, dtype=np.float32).reshape(B, 1, 1, 1)
+    return with_map(g, g.op("Softmax", g.op("Add", g.op("MatMul", g.queries(), g.keys()), masks), axis=-1))
+
+
+def infinite_mask(g: GraphBuilder) -> str:
+    mask = np.triu(np.full((N, N), -np.inf, np.float32), 1)
+    return with_map(g, g.op("Softmax", g.op("Add", g.op("MatMul", g.queries(), g.keys()), mask), axis=-1))
+
+
+def scores_transposed(g: GraphBuilder) -> str:
+    scores = g.op("Transpose", g.op("MatMul", g.queries(), g.keys()), perm=[0, 1, 3, 2])
     return with_map(g, g.op("Softmax", scores, axis=-1))
 
 
@@ -374,10 +470,35 @@ def x_flat(g: GraphBuilder) -> str:
     return g.project(merged)
 
 
+def scores_with_one_more_axis(g: GraphBuilder) -> str:
+    scores = g.op("Add", g.op("MatMul", g.queries(), g.keys()), np.ones((1, 1, 1, 1, 1), np.float32))
+    context = g.op("MatMul", g.op("Softmax", scores, axis=-1), g.values())  # [1,B,H,N,d]
+    return g.project(g.op("Reshape", g.op("Transpose", context, perm=[0, 1, 3, 2, 4]), ints(B, N, C)))
+
+
+def images_side_by_side(g: GraphBuilder) -> str:
+    """The tokens of both images as those of three."""
+    tokens, g.x = g.x, g.op("Reshape", g.x, ints(3, 4, D))
+
+    def heads(linear: Linear, *perm: int) -> str:
+        return g.op("Transpose", g.op("Reshape", g.linear(g.x, linear), ints(3, 4, H, HEAD_DIM)), perm=list(perm))
+
+    scores = g.op("MatMul", heads(WEIGHTS.query, 0, 2, 1, 3), heads(WEIGHTS.key, 0, 2, 3, 1))
+    context = g.op("MatMul", g.op("Softmax", scores, axis=-1), heads(WEIGHTS.value, 0, 2, 1, 3))
+    merged = g.op("Reshape", g.op("Transpose", context, perm=[0, 2, 1, 3]), ints(3, 4, C))
+    g.x = tokens
+    return g.op("Add", g.x, g.op("Reshape", g.op("MatMul", merged, WEIGHTS.out), ints(B, N, D)))
+
+
 NEAR_MISSES: dict[Callable[[GraphBuilder], str], str] = {
     softmax_over_queries: "softmax over axis 2, not over the keys",
-    mask_on_the_scores: "scores come from Add, not from a plain product",
-    temperature_per_head: "scores come from Mul, not from a plain product",
+    mask_computed_from_the_image: "something that depends on the image is added",
+    mask_for_each_image: "the images of a batch get different biases or masks",
+    infinite_mask: "its bias or mask is not finite",
+    scores_with_one_more_axis: "scores change places in front of the softmax",
+    images_side_by_side: "3 maps of each head are no whole number of windows per image",
+    scores_transposed: "its scores come from Transpose, not from a product",
+    temperature_per_head: "its scores come from Mul, not from a product",
     softmax_of_the_image: "image is a constant or an input of the graph",
     relu_on_the_queries: "comes from Relu, not from a linear layer",
     projection_computed_from_the_image: "comes from MatMul, not from a linear layer",
@@ -461,4 +582,4 @@ def test_softmax_behind_the_classifier_is_skipped(biased: bool) -> None:
     probabilities = g.op("Softmax", logits, axis=-1)
     attention, skip = find(g.model({probabilities: [B, 4]}))
     assert isinstance(attention, Attention) and isinstance(skip, Skip)
-    assert ("scores come from Add" if biased else "in front of the product") in skip.reason
+    assert "in front of the product" in skip.reason

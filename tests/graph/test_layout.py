@@ -11,7 +11,7 @@ from attention_graphs import HEIGHT, WIDTH, B, D, GraphBuilder, N, floats, ints,
 from numpy.typing import NDArray
 
 from eamdeploy.errors import UnsupportedGraph
-from eamdeploy.graph.layout import LAYOUT_OPS, Origin, Probe, probe
+from eamdeploy.graph.layout import LAYOUT_OPS, PADDING, Origin, Probe, probe
 
 DYNAMIC = "batch"
 
@@ -109,6 +109,23 @@ def test_constant_factor_is_divided_out(factor: float) -> None:
     assert_moved(origin, lambda a: a.transpose(0, 2, 1), 40)
 
 
+def test_constant_addend_is_the_offset_and_padding_has_no_source() -> None:
+    g = GraphBuilder()
+    addend = np.arange(D, dtype=np.float32) - 4.5
+    padded = g.op("Pad", g.op("Add", g.op("Mul", g.x, scalar(0.25)), addend), ints(0, 1, 0, 0, 0, 0), scalar(7))
+    (origin,) = origins(g, padded, factor=0.25)
+    np.testing.assert_array_equal(origin.row[:, 0], PADDING)
+    np.testing.assert_array_equal(origin.offset, np.broadcast_to(np.vstack([np.full(D, 7), *[addend] * N]), (B, 7, D)))
+    inner = Origin(origin.row[:, 1:], origin.column[:, 1:], origin.offset[:, 1:], origin.source_shape)
+    assert_moved(inner, lambda a: a)
+
+
+def test_source_that_is_its_own_target_stays_where_it_is() -> None:
+    g = GraphBuilder()
+    (origin,) = origins(g, g.x)
+    assert_moved(origin, lambda a: a)
+
+
 def test_sources_are_cut_from_what_writes_them() -> None:
     g = GraphBuilder()
     first = g.op("Transpose", g.x, perm=[0, 2, 1])
@@ -134,7 +151,7 @@ def test_probing_leaves_the_graph_as_it_was() -> None:
 def test_layout_that_fails_on_numbers_is_refused() -> None:
     g = GraphBuilder(DYNAMIC)
     target = g.op("Reshape", g.x, ints(7, -1))  # 2·6·10 elements can't be 7 rows
-    with pytest.raises(UnsupportedGraph, match="cannot run the layout around attention"):
+    with pytest.raises(UnsupportedGraph, match="cannot run a part of the graph on ONNX Runtime"):
         origins(g, target)
 
 

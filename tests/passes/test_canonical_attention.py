@@ -8,7 +8,22 @@ import onnx
 import onnx_graphsurgeon as gs
 import pytest
 import timm_graphs
-from attention_graphs import IMAGES, Floats, GraphBuilder, Layout, N, Scale, Spelling, forward, run_unoptimized
+from attention_graphs import (
+    GRID_IMAGES,
+    IMAGES,
+    POSITION_BIAS,
+    Floats,
+    GraphBuilder,
+    Layout,
+    N,
+    Scale,
+    Spelling,
+    WindowBlock,
+    Windows,
+    forward,
+    run_unoptimized,
+    window_mask,
+)
 from onnx import numpy_helper
 from timm_graphs import DEPTH, EXPORTS, Export
 
@@ -76,6 +91,53 @@ def test_norms_compute_the_same(norm: str, batch: int | str) -> None:
     assert report.passed, report
 
 
+@pytest.mark.parametrize("batch", [1, 2, "batch"])
+@pytest.mark.parametrize(
+    ("bias", "mask", "added"),
+    [
+        (None, None, 0),
+        (POSITION_BIAS, None, 1),
+        (POSITION_BIAS, window_mask(4, (1, 1, 1, 1)), 1),
+        (POSITION_BIAS, window_mask(4), 1),
+        (None, window_mask(4, (0, 1, 1, 2)), 2),
+    ],
+    ids=["plain", "bias", "one mask", "a mask for each window", "masks by kind"],
+)
+def test_bias_and_mask_become_one_constant(
+    bias: Floats | None, mask: Floats | None, added: int, batch: int | str
+) -> None:
+    """A mask that differs between windows splits them off the batch and joins them again, but for one image."""
+    block = WindowBlock(Windows(shift=(1, 2)), bias, mask)
+    stock = block.model(batch)
+    graph = to_graph(stock)
+    spelled = 14 + (bias is not None) + 3 * (mask is not None)
+    split = 2 if mask is not None and (mask != mask[0]).any() and batch != 1 else 0
+    result = rewrite(graph, 1)
+    assert result.nodes_after - result.nodes_before == CANONICAL_NODES + added + split - spelled
+    model = to_model(graph)
+    images = GRID_IMAGES[: 1 if batch == 1 else 2]
+    assert parity(stock, model, images).passed
+    report = compare(block.forward(images), run_unoptimized(model, images), TOLERANCES["f32-reassoc"])
+    assert report.passed, report
+    attention = [tensor for tensor in graph.tensors().values() if "/canonical/" in tensor.name]
+    assert max(len(tensor.shape or ()) for tensor in attention) == (5 if split else 4)
+    again = rewrite(graph, 0)
+    assert [skip.reason for skip in again.skipped] == ["already canonical"]
+
+
+def test_perturbed_mask_fails_the_parity() -> None:
+    stock = WindowBlock(Windows(shift=(1, 2)), POSITION_BIAS, window_mask(4)).model()
+    graph = to_graph(stock)
+    rewrite(graph, 1)
+    model = to_model(graph)
+    (bias,) = (item for item in model.graph.initializer if item.name.endswith("/bias"))
+    values = numpy_helper.to_array(bias)
+    assert values.shape == (4, 3, 6, 6)
+    assert parity(stock, model, GRID_IMAGES).passed
+    bias.CopyFrom(numpy_helper.from_array(np.roll(values, 1, axis=0), bias.name))
+    assert not parity(stock, model, GRID_IMAGES).passed
+
+
 @pytest.mark.parametrize("export", EXPORTS[:3], ids=str)
 def test_second_run_changes_nothing(export: Export) -> None:
     graph = to_graph(export.model())
@@ -103,12 +165,27 @@ def test_no_tensor_around_attention_has_five_axes() -> None:
     assert all(len(tensor.shape or ()) <= 4 for tensor in graph.tensors().values())
 
 
+def test_bias_and_mask_become_one_sum_even_where_all_else_is_canonical() -> None:
+    g = GraphBuilder()
+    rng = np.random.default_rng(5)
+    bias, mask = (rng.normal(0, 1, (N, N)).astype(np.float32) for _ in range(2))
+    scores = g.op("Add", g.op("Add", g.op("MatMul", g.queries(), g.keys()), bias), mask)
+    stock = g.classify(g.project(g.merge_heads(g.op("MatMul", g.op("Softmax", scores, axis=-1), g.values()))))
+    graph = to_graph(stock)
+    assert rewrite(graph, 1).skipped == ()
+    (softmax,) = [node for node in graph.nodes if node.op == "Softmax"]
+    (add,) = softmax.inputs[0].inputs
+    assert (add.op, add.inputs[0].inputs[0].op) == ("Add", "MatMul")
+    report = parity(stock, to_model(graph), IMAGES)
+    assert report.passed, report
+
+
 def test_attention_that_is_refused_is_an_error_with_the_reason() -> None:
     g = GraphBuilder()
-    scores = g.op("Add", g.op("MatMul", g.queries(), g.keys()), np.zeros((N, N), np.float32))
+    scores = g.op("Relu", g.op("MatMul", g.queries(), g.keys()))
     masked = g.merge_heads(g.op("MatMul", g.op("Softmax", scores, axis=-1), g.values()))
     graph = to_graph(g.classify(g.project(masked)))
-    with pytest.raises(UnsupportedGraph, match=r"canonical_attention failed.*expected 1 places; got 0.*come from Add"):
+    with pytest.raises(UnsupportedGraph, match=r"canonical_attention failed.*expected 1 places; got 0.*come from Relu"):
         rewrite(graph, 1)
 
 

@@ -27,7 +27,7 @@ from timm_graphs import (
 )
 
 from eamdeploy.errors import UnsupportedGraph
-from eamdeploy.graph.emit import IntegerMaps
+from eamdeploy.graph.frozen import IntegerMaps
 from eamdeploy.graph.model import to_graph, to_model
 from eamdeploy.parity import TOLERANCES, compare
 from eamdeploy.passes.base import PassResult, PlannedPass, run_passes
@@ -310,24 +310,27 @@ def test_heads_that_the_module_does_not_have_are_refused(heads: tuple[int, ...])
 @pytest.mark.parametrize("tokens", [16, 18])
 def test_maps_of_another_number_of_tokens_are_refused(tokens: int) -> None:
     message = refused(frozen_module(random_maps((1,), tokens)))
-    assert f"do not fit the graph; expected integers [1, 17, 17] and scales [1, 17]; got [1, {tokens}" in message
+    assert "do not fit the graph; expected 1 windows, integers [1, 1, 17, 17] and scales [1, 1, 17]" in message
+    assert f"got 1 windows, integers [1, 1, {tokens}" in message
 
 
 def test_maps_and_scales_of_other_counts_than_the_heads_are_refused() -> None:
     maps = random_maps((0, 1), tokens_of("vit"))
-    assert "got [2, 17, 17]" in refused(frozen_module(replace(maps, heads=(0,))))
-    assert "got [2, 17, 17] and [1, 17]" in refused(frozen_module(replace(maps, scales=maps.scales[:1])))
+    assert "integers [2, 1, 17, 17] and" in refused(frozen_module(replace(maps, heads=(0,))))
+    assert "integers [2, 1, 17, 17] and scales [1, 1, 17]" in refused(
+        frozen_module(replace(maps, scales=maps.scales[:1]))
+    )
 
 
-def test_module_that_the_graph_mixes_with_a_mask_is_refused_with_the_reason() -> None:
+def test_module_that_the_graph_computes_otherwise_is_refused_with_the_reason() -> None:
     weights = make_weights()
     g = GraphBuilder()
-    scores = g.op("Add", g.op("MatMul", g.queries(), g.keys()), np.zeros((N, N), np.float32))
+    scores = g.op("Relu", g.op("MatMul", g.queries(), g.keys()))
     merged = g.merge_heads(g.op("MatMul", g.op("Softmax", scores, axis=-1), g.values()))
     graph = to_graph(g.classify(g.project(merged)))
-    module = AttentionModule("masked", weights.value_rows, random_maps((1,), N))
+    module = AttentionModule("other", weights.value_rows, random_maps((1,), N))
     with pytest.raises(
-        UnsupportedGraph, match=r"come from Add.*no attention of the graph has the value weights of masked"
+        UnsupportedGraph, match=r"come from Relu.*no attention of the graph has the value weights of other"
     ):
         run_passes(graph, [PlannedPass(FreezeHeads([module]), 1)])
 
