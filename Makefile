@@ -27,7 +27,7 @@ lint: $(READY)
 	$(BIN)/mypy
 
 bench: $(READY)
-	$(BIN)/python benchmarks/deit_sparsity.py
+	$(BIN)/python benchmarks/sparsity.py
 
 clean:
 	rm -rf $(VENV) demo_output build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache

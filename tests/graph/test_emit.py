@@ -142,7 +142,7 @@ PARTIAL_ROWS = Counter(
     # q of live rows, k, v, scores, and the products of live and of frozen rows with v
     {"MatMul": 6, "Add": 3, "Mul": 1, "Softmax": 1, "DequantizeLinear": 1, "Concat": 1, "Gather": 2, "Transpose": 3}
 ) + Counter(Reshape=6)
-PARTIAL_ENTRIES = Counter(MatMul=5, Add=3, Reshape=5, Transpose=4, Mul=1, Softmax=1, Where=1, DequantizeLinear=1)
+PARTIAL_ENTRIES = Counter(MatMul=5, Add=4, Reshape=5, Transpose=4, Mul=2, Softmax=1, Cast=1, DequantizeLinear=1)
 
 
 def partial_maps(kind: str, windows: tuple[int, ...] = (0,)) -> IntegerMaps:
