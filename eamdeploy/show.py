@@ -20,6 +20,7 @@ from eamdeploy.profiling.profile import EngineProfile, Profile
 if TYPE_CHECKING:
     from eamdeploy.host.exporting import Export
     from eamdeploy.host.freezing import Analysis
+    from eamdeploy.host.gain import Gain
 
 RANDOM_WARNING = "The weights are random: latency and size mean something, accuracy and frozen heads do not."
 
@@ -92,7 +93,19 @@ def export(result: Export) -> RenderableType:
             f"max |Δ logit| {written.parity.max_abs:.1e} to the reference forward, every top-1 equal "
             f"({written.parity.n} images in {written.reference})",
         ]
+    if result.gain is not None:
+        rows["gain"] = _gain(result.gain)
     return fields("Exported", rows)
+
+
+def _gain(gain: Gain) -> str:
+    """What freezing gained, in the words of the measurement."""
+    speed, threads = gain.speed_up, f"{gain.threads} thread" + "s" * (gain.threads > 1)
+    verdict = ("faster" if speed.median > 1 else "slower") if gain.steady else "no difference beyond the noise"
+    return (
+        f"{speed.median:.2f}× the speed of the unfrozen twin on ONNX Runtime CPU here, {threads}: {verdict} "
+        f"(p25–p75 {speed.p25:.2f}–{speed.p75:.2f}, {speed.rounds} rounds taking turns)"
+    )
 
 
 def run(report: RunReport) -> RenderableType:

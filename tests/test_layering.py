@@ -42,7 +42,7 @@ LAYERS: dict[str, set[str]] = {
     "report": {"artifact", "engines", "errors", "profiling"},
     "host": {
         *("artifact", "eam", "engines", "errors", "folder", "graph"),
-        *("images", "observer", "parity", "passes", "source"),
+        *("images", "observer", "parity", "passes", "profiling", "source"),
     },
     "build": {"engines", "errors", "parity"},
     "evaluation": {"accuracy", "artifact", "eam", "engines", "errors", "host", "observer", "source"},
