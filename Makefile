@@ -4,7 +4,7 @@ VENV   ?= .venv
 BIN    := $(VENV)/bin
 READY  := $(VENV)/.ready
 
-.PHONY: install demo test lint bench clean
+.PHONY: install demo test lint bench trt-attributes clean
 
 install: $(READY)
 
@@ -28,6 +28,11 @@ lint: $(READY)
 
 bench: $(READY)
 	$(BIN)/python benchmarks/sparsity.py
+
+# 820 MB of downloads; needs CPython 3.10, gcc, nm and readelf
+trt-attributes: $(READY)
+	$(BIN)/python tests/real_tensorrt.py build/trt-attributes
+	$(BIN)/pytest tests/engines/test_trt_attributes.py
 
 clean:
 	rm -rf $(VENV) demo_output build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache

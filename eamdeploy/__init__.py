@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from eamdeploy.build import build_ort as build_ort
+    from eamdeploy.build import build_trt as build_trt
     from eamdeploy.evaluation import evaluate as evaluate
     from eamdeploy.host.exporting import export as export
     from eamdeploy.host.freezing import analyze as analyze
@@ -30,6 +31,7 @@ _STAGES = {
     "pack": "eamdeploy.host.freezing",
     "export": "eamdeploy.host.exporting",
     "build_ort": "eamdeploy.build",
+    "build_trt": "eamdeploy.build",
     "evaluate": "eamdeploy.evaluation",
     "profile": "eamdeploy.profiling.profile",
     "run": "eamdeploy.pipeline",

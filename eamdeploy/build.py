@@ -1,14 +1,22 @@
-"""The stage that turns an ONNX model into an engine, under the parity gate."""
+"""The stages that turn an ONNX model into an engine, under the parity gate."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from eamdeploy.engines.base import Manifest
 from eamdeploy.engines.provenance import usable_cores
 from eamdeploy.engines.registry import load_backend
-from eamdeploy.errors import ConfigError
+from eamdeploy.errors import ConfigError, MissingDependency
+from eamdeploy.observer import SILENT, Observer
 from eamdeploy.parity import ReferenceSet, reference_path
+
+if TYPE_CHECKING:
+    from eamdeploy.engines.trt_request import BuilderRequest, TrtOptions
+    from eamdeploy.engines.trt_versions import TrtVersion
 
 
 def build_ort(
@@ -32,6 +40,86 @@ def build_ort(
 
     references = _reference(model, reference) if check else None
     return ort.build(model, output, threads=threads or usable_cores(), reference=references)
+
+
+def build_trt(
+    model: Path,
+    output: Path,
+    options: TrtOptions,
+    *,
+    reference: Path | None = None,
+    check: bool = True,
+    baseline: Path | None = None,
+    observer: Observer = SILENT,
+) -> Manifest:
+    """`output` is a TensorRT engine for this machine's GPU that passed the parity gate; its manifest lies beside it.
+
+    The model is converted to what the installed TensorRT takes, in memory. The builder's log lies beside the engine.
+
+    Args:
+        reference, check: as for `build_ort`.
+        baseline: engine of the unfrozen twin, whose size the manifest notes.
+
+    Raises:
+        MissingDependency, DeviceError: TensorRT, a GPU, or a package that the build needs is not here.
+        ConfigError: a file or an option can't be used, or there is no reference set.
+        EngineError: TensorRT can't build or run the engine.
+        ParityError: the engine's logits are not the reference's; what was at `output` stays.
+    """
+    from eamdeploy.engines import trt
+    from eamdeploy.engines.trt_request import make_request
+
+    version, _ = trt.require_device()  # before anything else: without it there is nothing to do here
+    trt.require_plan_output(output, model)
+    references = _reference(model, reference) if check else None
+    with _conversion_packages():
+        from eamdeploy.trt_model import prepare
+    prepared = prepare(model, version, options)
+    for change in prepared.changes:
+        observer.note(f"for TensorRT {version}: {change}")
+    return trt.build(
+        prepared,
+        make_request(version, options, prepared.facts, list(prepared.changes)),
+        output,
+        reference=references,
+        baseline=baseline,
+        note=observer.note,
+    )
+
+
+def plan_trt_build(model: Path, options: TrtOptions, version: TrtVersion | None = None) -> BuilderRequest:
+    """What `build_trt` would ask of the builder; needs no GPU.
+
+    Args:
+        version: of TensorRT; the installed one if None.
+
+    Raises:
+        MissingDependency: no version is given and TensorRT is not installed, or a package for the conversion is not.
+        ConfigError: the model or an option can't be used.
+        EngineError: the file is no ONNX model that can be built.
+    """
+    from eamdeploy.engines import trt
+    from eamdeploy.engines.trt_request import make_request
+
+    wanted = version or trt.installed_version()
+    with _conversion_packages():
+        from eamdeploy.trt_model import prepare
+    prepared = prepare(model, wanted, options)
+    return make_request(wanted, options, prepared.facts, list(prepared.changes))
+
+
+@contextmanager
+def _conversion_packages() -> Iterator[None]:
+    """Inside the block, a missing package that converts models is named with the way to get it on a board."""
+    try:
+        yield
+    except ModuleNotFoundError as err:
+        if err.name is None or err.name.partition(".")[0] == "eamdeploy":
+            raise
+        raise MissingDependency(
+            f"converting a model for TensorRT needs the package {err.name}, which is not installed here",
+            hint="Get it with: pip install onnx onnx-graphsurgeon",
+        ) from err
 
 
 def _reference(model: Path, reference: Path | None) -> ReferenceSet:

@@ -14,7 +14,8 @@ from eamdeploy import cli_options as options
 from eamdeploy import show
 from eamdeploy.artifact import require_output
 from eamdeploy.console import Terminal, print_result
-from eamdeploy.errors import EamDeployError, host_packages
+from eamdeploy.engines.trt_versions import TrtVersion
+from eamdeploy.errors import ConfigError, EamDeployError, ExitCode, host_packages
 from eamdeploy.source import ImageSource, read_class_names
 
 if TYPE_CHECKING:
@@ -238,7 +239,17 @@ def export(
         Path | None, typer.Option(help="Also write the unfrozen twin, through the same passes.")
     ] = None,
     batch: Annotated[str, typer.Option(help="'dynamic', or one fixed batch size.")] = "dynamic",
-    opset: Annotated[int, typer.Option(help="ONNX operator set, 16 (TensorRT 8.5) and up.")] = 17,
+    opset: Annotated[
+        int | None,
+        typer.Option(help="ONNX operator set, 16 to 22; default 17, or 16 for TensorRT 8.5.", show_default=False),
+    ] = None,
+    target: Annotated[
+        Literal["ort", "trt"], typer.Option(help="What runs it: ONNX Runtime (UINT8 maps) or TensorRT (INT8 maps).")
+    ] = "ort",
+    trt: Annotated[
+        str | None,
+        typer.Option(help="With --target trt: the oldest TensorRT that must take it; default 8.6.", show_default=False),
+    ] = None,
     exporter: Annotated[
         Literal["auto", "dynamo", "torchscript"], typer.Option(help="Which of torch's exporters makes the stock graph.")
     ] = "auto",
@@ -264,11 +275,27 @@ def export(
             batch=options.parse_batch(batch),
             opset=opset,
             exporter=exporter,
+            trt=options.parse_target(target, trt),
             images=None if data is None else ImageSource(data, split, images, skip_bad),
             measure=measure,
             observer=terminal,
         )
     print_result(result, show.export(result), as_json=as_json)
+
+
+@app.command()
+def lint(
+    model: Annotated[Path, typer.Argument(help="Any ONNX model.")],
+    trt: Annotated[str, typer.Option(help="Version of TensorRT, e.g. 8.6 or 10.3.0; it need not be installed.")],
+    as_json: options.AsJson = False,
+) -> None:
+    """Check an ONNX model against what a version of TensorRT takes (exit 3 after errors, not after warnings)."""
+    with host_packages("lint"):
+        from eamdeploy.lint.linter import lint_file
+    report = lint_file(model, TrtVersion.parse(trt))
+    print_result(report, show.lint(report), as_json=as_json)
+    if report.errors:
+        raise typer.Exit(ExitCode.GATE_FAILED)
 
 
 @app.command()
@@ -286,6 +313,82 @@ def build_ort(
     from eamdeploy.build import build_ort as run_build
 
     result = run_build(model, output, threads=threads, reference=reference, check=check)
+    print_result(result, show.manifest(result), as_json=as_json)
+
+
+@app.command()
+def build_trt(
+    context: typer.Context,
+    model: Annotated[Path, typer.Argument(help="Exported ONNX model.")],
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", help="Engine to write, *.plan; it appears whole or not at all.")
+    ] = None,
+    fp16: Annotated[bool, typer.Option("--fp16", help="Compute in FP16 where that is faster.")] = False,
+    bf16: Annotated[bool, typer.Option("--bf16", help="Compute in BF16 instead; TensorRT 10.")] = False,
+    int8: Annotated[bool, typer.Option("--int8", help="Run in INT8 what the model's Q/DQ nodes say.")] = False,
+    keep_fp32: Annotated[
+        Literal["norm-softmax", "norm", "none"], typer.Option(help="What stays FP32 with --fp16 or --bf16.")
+    ] = "norm-softmax",
+    workspace: options.Workspace = None,
+    timing_cache: Annotated[
+        Path | None, typer.Option(help="Measurements kept between builds; builds at the same time may share it.")
+    ] = None,
+    min_batch: options.MinBatch = None,
+    opt_batch: options.OptBatch = None,
+    max_batch: options.MaxBatch = None,
+    builder_level: Annotated[
+        int | None, typer.Option(help="0 (quick build) to 5 (long search).", show_default="TensorRT's own, 3")
+    ] = None,
+    version_compatible: Annotated[
+        bool, typer.Option("--version-compatible", help="Also for newer TensorRT: 8.6 to 10, 10 to 11.")
+    ] = False,
+    hardware_compatible: Annotated[
+        bool, typer.Option("--hardware-compatible", help="For any GPU from Ampere; can cost fused kernels.")
+    ] = False,
+    cuda_graph: Annotated[bool, typer.Option("--cuda-graph", help="Run it later as one recorded CUDA graph.")] = False,
+    layer_profile: Annotated[bool, typer.Option("--layer-profile", help="Time every layer of the engine.")] = False,
+    baseline: Annotated[Path | None, typer.Option(help="Engine of the unfrozen twin, to note its size.")] = None,
+    reference: Annotated[
+        Path | None, typer.Option(help="Reference set of the parity gate; by default the one beside the model.")
+    ] = None,
+    check: Annotated[bool, typer.Option("--check/--no-check", help="Run the parity gate.")] = True,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Show what the builder would be asked; needs no GPU.")
+    ] = False,
+    trt: Annotated[
+        str | None, typer.Option(help="With --dry-run: for that TensorRT, which need not be installed.")
+    ] = None,
+    as_json: options.AsJson = False,
+) -> None:
+    """Build a TensorRT engine for this machine's GPU and prove that it classifies like the model (exit 3 if not)."""
+    from eamdeploy.build import build_trt as run_build
+    from eamdeploy.build import plan_trt_build
+    from eamdeploy.engines.trt_request import TrtOptions
+
+    asked = TrtOptions(
+        precision=options.parse_precision(fp16=fp16, bf16=bf16),
+        int8=int8,
+        keep_fp32=keep_fp32,
+        workspace_bytes=options.parse_bytes("--workspace", workspace),
+        timing_cache=timing_cache,
+        min_batch=min_batch,
+        opt_batch=opt_batch,
+        max_batch=max_batch,
+        builder_level=builder_level,
+        version_compatible=version_compatible,
+        hardware_compatible=hardware_compatible,
+        cuda_graph=cuda_graph,
+        layer_profile=layer_profile,
+    )
+    version = options.parse_dry_run(dry_run=dry_run, trt=trt)
+    if dry_run:
+        request = plan_trt_build(model, asked, version)
+        print_result(request, show.builder_request(request), as_json=as_json)
+        return
+    if output is None:
+        raise ConfigError("build-trt needs a place for the engine", expected="--output FILE.plan, or --dry-run")
+    with context.obj as terminal:
+        result = run_build(model, output, asked, reference=reference, check=check, baseline=baseline, observer=terminal)
     print_result(result, show.manifest(result), as_json=as_json)
 
 

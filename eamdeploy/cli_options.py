@@ -10,8 +10,12 @@ from typing import Annotated, Any, Literal
 import typer
 
 from eamdeploy.eam import quantizers
+from eamdeploy.engines.trt_versions import TrtVersion
 from eamdeploy.errors import ConfigError
 
+_DEFAULT_TRT = "8.6"  # its graphs suit 10.x and 11.x too
+_SIZE = re.compile(r"(\d{1,12})([KMG]?)(?:i?B)?", re.ASCII | re.IGNORECASE)
+_SHIFTS = {"": 0, "K": 10, "M": 20, "G": 30}
 _ASSIGNMENT = re.compile(r"[A-Za-z_]\w*=")
 
 Model = Annotated[str, typer.Option("--model", help="timm architecture, e.g. deit_tiny_patch16_224.")]
@@ -38,6 +42,13 @@ SkipBad = Annotated[bool, typer.Option("--skip-bad", help="Leave out and name fi
 Bits = Annotated[int, typer.Option(help="Bits of a frozen map's codes: 2, 3, 4 or 8.")]
 Quantizer = Annotated[Literal["squared", "uniform"], typer.Option(help="A code stands for scale·code² or scale·code.")]
 Threads = Annotated[int | None, typer.Option(min=1, help="Threads inside one inference; every usable core by default.")]
+Workspace = Annotated[
+    str | None,
+    typer.Option(help="Most memory that a layer may use: bytes, or like 512M or 2G.", show_default="all of it"),
+]
+MinBatch = Annotated[int | None, typer.Option(min=1, help="Dynamic batch: the smallest.", show_default="1")]
+OptBatch = Annotated[int | None, typer.Option(min=1, help="… the one that kernels are chosen for.", show_default="1")]
+MaxBatch = Annotated[int | None, typer.Option(min=1, help="… the largest at once.", show_default="8")]
 AsJson = Annotated[bool, typer.Option("--json", help="One JSON document on stdout; text for people goes to stderr.")]
 
 
@@ -97,3 +108,50 @@ def parse_batch(text: str) -> int | None:
     if not text.isdecimal() or int(text) < 1:
         raise ConfigError("--batch", expected="'dynamic' or a number of at least 1", got=text)
     return int(text)
+
+
+def parse_bytes(option: str, text: str | None) -> int | None:
+    """`2G`, `512M`, `64K` or a plain number as bytes, K being 1024; None stays None.
+
+    Raises:
+        ConfigError: it is none of these.
+    """
+    if text is None:
+        return None
+    found = _SIZE.fullmatch(text.strip())
+    if found is None:
+        raise ConfigError(option, expected="a number of bytes, or one with K, M or G", got=text)
+    return int(found[1]) << _SHIFTS[found[2].upper()]
+
+
+def parse_precision(*, fp16: bool, bf16: bool) -> Literal["fp32", "fp16", "bf16"]:
+    """The one floating-point precision that was asked for.
+
+    Raises:
+        ConfigError: there are two.
+    """
+    if fp16 and bf16:
+        raise ConfigError("--fp16 and --bf16", expected="one of them")
+    return "fp16" if fp16 else "bf16" if bf16 else "fp32"
+
+
+def parse_dry_run(*, dry_run: bool, trt: str | None) -> TrtVersion | None:
+    """The TensorRT that a dry run is for, or None for the installed one.
+
+    Raises:
+        ConfigError: `trt` is no version, or given without the dry run: an engine is built by what is installed.
+    """
+    if trt is not None and not dry_run:
+        raise ConfigError("--trt", expected="--dry-run beside it")
+    return None if trt is None else TrtVersion.parse(trt)
+
+
+def parse_target(target: Literal["ort", "trt"], trt: str | None) -> TrtVersion | None:
+    """The TensorRT that an export is for, or None for ONNX Runtime.
+
+    Raises:
+        ConfigError: `trt` is no version, or given without the target.
+    """
+    if target == "ort" and trt is not None:
+        raise ConfigError("--trt", expected="--target trt beside it", got=f"--target {target}")
+    return None if target == "ort" else TrtVersion.parse(trt or _DEFAULT_TRT)

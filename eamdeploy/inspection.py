@@ -11,7 +11,7 @@ from typing import Any, Final
 import numpy as np
 from pydantic import JsonValue
 
-from eamdeploy.artifact import Freezing, Record, digest_file
+from eamdeploy.artifact import Freezing, ModelCard, Record, digest_file
 from eamdeploy.eam import checkpoint as checkpoints
 from eamdeploy.eam.packing import packed_size
 from eamdeploy.eam.records import AttentionShape, Checkpoint
@@ -113,15 +113,42 @@ def _onnx(path: Path) -> tuple[str, dict[str, JsonValue]]:
         "output": io.output_name,
         "classes": io.num_classes,
     }
-    if card is not None:
-        details |= {"model": card.timm_model, "weights": card.weights, "rewrites": list(card.rewrites)}
-        details |= {"exporter": card.exporter, "checkpoint": card.checkpoint_digest}
-        details |= {} if card.freezing is None else _freezing(card.freezing)
-    details |= _nodes(path)
+    details |= _card(card) | _nodes(path)
     manifest = read_manifest(path)
     if manifest is not None:
         return "ONNX Runtime engine", {**details, **_built(manifest)}
     return ("ONNX model" if card is None else "exported ONNX model"), details
+
+
+def _plan(path: Path) -> tuple[str, dict[str, JsonValue]]:
+    """What the manifest says; a plan itself can be read only by the TensorRT that built it, on a GPU."""
+    manifest = read_manifest(path)
+    if manifest is None:
+        return "TensorRT engine without a manifest", {}
+    details = _card(manifest.card) | _built(manifest)
+    details["batch"] = manifest.batch or "dynamic"
+    if manifest.device is not None:
+        nested = {"engine_layers", "layer_ms", "baseline"}
+        details |= manifest.device.model_dump(mode="json", exclude_none=True, exclude=nested)
+        layers = manifest.device.engine_layers
+        if layers is not None:
+            details["layers"] = layers.layers
+            details["fused attention"] = list(layers.fused_attention)
+            details["frozen maps"] = [item.in_words for item in layers.frozen_maps]
+    return "TensorRT engine", details
+
+
+def _card(card: ModelCard | None) -> dict[str, JsonValue]:
+    if card is None:
+        return {}
+    return {
+        "model": card.timm_model,
+        "weights": card.weights,
+        "rewrites": list(card.rewrites),
+        "exporter": card.exporter,
+        "checkpoint": card.checkpoint_digest,
+        **({} if card.freezing is None else _freezing(card.freezing)),
+    }
 
 
 def _nodes(path: Path) -> dict[str, JsonValue]:
@@ -199,6 +226,8 @@ def _json(path: Path) -> tuple[str, dict[str, JsonValue]]:
 _BY_SUFFIX: dict[str, Callable[[Path], tuple[str, dict[str, JsonValue]]]] = {
     ".safetensors": _checkpoint,
     ".onnx": _onnx,
+    ".plan": _plan,
+    ".engine": _plan,
     ".npz": _reference,
     ".json": _json,
 }

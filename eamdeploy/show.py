@@ -11,17 +11,20 @@ from rich.text import Text
 
 from eamdeploy.artifact import Freezing
 from eamdeploy.eam.records import AttentionShape, CheckpointHeader
-from eamdeploy.engines.base import Manifest
+from eamdeploy.engines.base import DeviceBuild, Manifest
 from eamdeploy.evaluation import EvaluationReport
 from eamdeploy.inspection import PLURALS, Inspection
 from eamdeploy.pipeline import RunReport
 from eamdeploy.profiling.profile import EngineProfile, Profile
 
 if TYPE_CHECKING:
+    from eamdeploy.engines.trt_request import BuilderRequest
     from eamdeploy.host.exporting import Export
     from eamdeploy.host.freezing import Analysis
     from eamdeploy.host.gain import Gain
+    from eamdeploy.lint.linter import LintReport
 
+_SLOWEST = 10
 RANDOM_WARNING = "The weights are random: latency and size mean something, accuracy and frozen heads do not."
 
 
@@ -108,6 +111,20 @@ def _gain(gain: Gain) -> str:
     )
 
 
+def lint(report: LintReport) -> RenderableType:
+    """Every finding under its rule, with the remedy; errors first."""
+    warnings = len(report.findings) - report.errors
+    lines = [Text(f"{report.file} for TensorRT {report.trt}: {report.errors} errors, {warnings} warnings")]
+    by_rule = {finding.rule: finding for finding in reversed(report.findings)}
+    for rule in dict.fromkeys(finding.rule for finding in report.findings):
+        first = by_rule[rule]
+        lines.append(
+            Text(f"{first.severity} {rule}: {first.remedy}", style={"error": "red"}.get(first.severity, "yellow"))
+        )
+        lines += [Text(f"  {item.node}: {item.message}") for item in report.findings if item.rule == rule]
+    return Group(*lines)
+
+
 def run(report: RunReport) -> RenderableType:
     """What was frozen, what it cost and gained, which stages ran, and where the files are."""
     ran, unchanged = ", ".join(report.ran) or "nothing", ", ".join(report.reused) or "nothing"
@@ -122,7 +139,9 @@ def manifest(built: Manifest) -> RenderableType:
     """What was built, and whether it was checked."""
     parity = "NOT CHECKED"
     if built.parity is not None:
-        parity = f"max |Δ logit| {built.parity.max_abs:.1e} on {built.parity.n} images, every top-1 equal"
+        agreement = built.parity.top1_agreement
+        equal = "every top-1 equal" if agreement == 100 else f"top-1 equal for {agreement:.4g} %"
+        parity = f"max |Δ logit| {built.parity.max_abs:.1e} on {built.parity.n} images, {equal}"
     shown = fields(
         f"Engine {built.engine}",
         {
@@ -130,9 +149,49 @@ def manifest(built: Manifest) -> RenderableType:
             "batch": built.batch or "dynamic",
             "settings": [f"{key}={value}" for key, value in built.settings.items()],
             "parity": parity,
+            **({} if built.device is None else _device(built.device)),
         },
     )
     return _with_warning(shown, built.card.weights if built.card else None)
+
+
+def _device(built: DeviceBuild) -> dict[str, object]:
+    """What a manifest says about an engine that is tied to a GPU."""
+    rows: dict[str, object] = {
+        "TensorRT": f"{built.runtime} on {built.gpu} (compute capability {built.compute_capability})",
+        "changed for it": built.model_changes or "nothing",
+        "device memory": f"{built.device_memory_bytes:,} bytes",
+        "log": built.log,
+    }
+    if built.engine_layers is not None:
+        layers = built.engine_layers
+        rows["layers"] = f"{layers.layers}, of which fused attention: {len(layers.fused_attention)}"
+        rows["frozen maps"] = [item.in_words for item in layers.frozen_maps]
+    if built.baseline is not None:
+        twin = built.baseline
+        rows["baseline"] = f"{twin.engine}: {twin.engine_bytes:,} bytes, {twin.layers} layers"
+    if built.layer_ms is not None:
+        slowest = sorted(built.layer_ms.items(), key=lambda item: -item[1])[:_SLOWEST]
+        rows["slowest layers"] = [f"{ms:.4f} ms {name}" for name, ms in slowest]
+    return rows
+
+
+def builder_request(request: BuilderRequest) -> RenderableType:
+    """What TensorRT's builder would be asked."""
+    rows = {
+        "model": request.model_changes or "as it is",
+        "types": "those of the model" if request.strongly_typed else f"{request.precision} allowed",
+        "network flags": ", ".join(request.network_flags) or "none",
+        "builder flags": ", ".join(request.set_flags) or "none",
+        "cleared flags": ", ".join(request.cleared_flags) or "none",
+        "kept FP32": ", ".join(request.fp32_layers) or "nothing by layer",
+        "shapes": [f"{name}: min {low}, opt {best}, max {high}" for name, (low, best, high) in request.shapes.items()],
+        "memory": [f"{name} {size:,} bytes" for name, size in request.memory_pools.items()] or "TensorRT's default",
+        "optimization level": request.builder_optimization_level,
+        "hardware": request.hardware_compatibility_level or "this GPU",
+        "timing cache": request.timing_cache or "none",
+    }
+    return fields(f"TensorRT {request.tensorrt} would be asked", {key: value for key, value in rows.items() if value})
 
 
 def evaluation(report: EvaluationReport) -> RenderableType:

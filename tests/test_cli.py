@@ -42,7 +42,19 @@ def only_document(outcome: Outcome) -> Any:
 
 def test_help_lists_every_stage(run_cli: RunCli) -> None:
     outcome = run_cli("--help")
-    commands = ("analyze", "freeze", "pack", "export", "build-ort", "evaluate", "profile", "run", "inspect")
+    commands = (
+        "analyze",
+        "freeze",
+        "pack",
+        "export",
+        "lint",
+        "build-ort",
+        "build-trt",
+        "evaluate",
+        "profile",
+        "run",
+        "inspect",
+    )
     assert outcome.code == 0
     assert all(re.search(rf"\b{command}\b", outcome.out) for command in commands)
 
@@ -78,7 +90,7 @@ def test_wrong_use_is_told_with_exit_code_2(run_cli: RunCli, arguments: list[str
 
 
 def test_every_function_of_a_stage_is_importable_from_the_package() -> None:
-    names = {"analyze", "freeze", "pack", "export", "build_ort", "evaluate", "profile", "run", "inspect"}
+    names = {"analyze", "freeze", "pack", "export", "build_ort", "build_trt", "evaluate", "profile", "run", "inspect"}
     assert names | {"__version__"} == set(eamdeploy.__all__)
     for name in names:
         function = getattr(eamdeploy, name)

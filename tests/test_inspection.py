@@ -16,7 +16,7 @@ from eamdeploy import evaluate, inspect
 from eamdeploy.artifact import digest_file
 from eamdeploy.eam import checkpoint as checkpoints
 from eamdeploy.eam.selection import Granularity
-from eamdeploy.engines.base import manifest_path
+from eamdeploy.engines.base import DeviceBuild, EngineLayers, FrozenMapLayer, Manifest, manifest_path
 from eamdeploy.errors import CheckpointError, ConfigError, EngineError
 from eamdeploy.host.freezing import FreezeOptions, analyze
 from eamdeploy.host.model import ModelSpec
@@ -183,3 +183,52 @@ def test_damaged_manifest_is_an_error_and_not_a_model_without_one(eam_engine: Pa
     manifest_path(tmp_path / "x.ort.onnx").write_text("{}")
     with pytest.raises(CheckpointError, match=r"x\.ort\.onnx\.json is not a valid Manifest"):
         inspect(tmp_path / "x.ort.onnx")
+
+
+def test_plan_is_told_from_its_manifest_without_a_gpu(tmp_path: Path) -> None:
+    plan = tmp_path / "x.plan"
+    plan.write_bytes(b"only TensorRT can read this")
+    assert inspect(plan).kind == "TensorRT engine without a manifest"
+    layers = EngineLayers(
+        layers=7,
+        fused_attention=["_gemm_mha_v2_3"],
+        frozen_maps=[FrozenMapLayer(frozen_map="a/map", layer="l", type="Half")],
+    )
+    device = DeviceBuild(
+        runtime="10.3.0",
+        gpu="Orin",
+        compute_capability="8.7",
+        version_compatible=False,
+        hardware_compatible=False,
+        precision="fp16",
+        int8=False,
+        model_changes=["frozen maps as INT8"],
+        device_memory_bytes=8192,
+        engine_layers=layers,
+        log="x.plan.log",
+    )
+    manifest = Manifest(
+        backend="trt",
+        engine=plan.name,
+        engine_digest=digest_file(plan),
+        engine_bytes=plan.stat().st_size,
+        model_digest="sha256:0",
+        card=None,
+        batch=None,
+        settings={},
+        threads=1,
+        parity=None,
+        versions={},
+        machine="board",
+        created="2026-11-22T00:00:00+00:00",
+        device=device,
+    )
+    manifest.write(manifest_path(plan))
+    found = inspect(plan)
+    assert found.kind == "TensorRT engine"
+    assert found.details["runtime"] == "10.3.0" and found.details["batch"] == "dynamic"
+    assert found.details["fused attention"] == ["_gemm_mha_v2_3"]
+    assert found.details["frozen maps"] == ["a/map: Half in l"]
+    plan.write_bytes(b"another engine")
+    with pytest.raises(EngineError, match="describes another engine"):
+        inspect(plan)

@@ -36,30 +36,34 @@ LAYERS: dict[str, set[str]] = {
     "accuracy": {"artifact", "errors", "folder", "images"},
     "eam": {"artifact", "errors"},
     "graph": {"artifact", "errors"},
-    "passes": {"errors", "graph"},
+    "passes": {"eam", "errors", "graph"},
     "engines": {"accuracy", "artifact", "errors", "images", "parity"},
+    "trt_flavour": {"engines", "graph", "passes"},
+    "trt_half": {"engines"},
+    "trt_model": {"artifact", "engines", "errors", "graph", "trt_flavour", "trt_half"},
+    "lint": {"artifact", "engines", "errors"},
     "profiling": {"artifact", "engines", "errors", "parity"},
     "report": {"artifact", "engines", "errors", "profiling"},
     "host": {
         *("artifact", "eam", "engines", "errors", "folder", "graph"),
-        *("images", "observer", "parity", "passes", "profiling", "source"),
+        *("images", "observer", "parity", "passes", "profiling", "source", "trt_flavour"),
     },
-    "build": {"engines", "errors", "parity"},
+    "build": {"engines", "errors", "observer", "parity", "trt_model"},
     "evaluation": {"accuracy", "artifact", "eam", "engines", "errors", "host", "observer", "source"},
     "inspection": {"artifact", "eam", "engines", "errors", "parity"},
     "pipeline": {
         *("artifact", "build", "eam", "engines", "errors", "evaluation", "folder", "host"),
         *("observer", "parity", "profiling", "report", "source"),
     },
-    "show": {"artifact", "eam", "engines", "evaluation", "host", "inspection", "pipeline", "profiling"},
+    "show": {"artifact", "eam", "engines", "evaluation", "host", "inspection", "lint", "pipeline", "profiling"},
     "console": {"artifact"},
-    "cli_options": {"eam", "errors"},
+    "cli_options": {"eam", "engines", "errors"},
     "cli": {
         *("artifact", "build", "cli_options", "console", "engines", "errors", "evaluation", "host", "inspection"),
-        *("pipeline", "profiling", "report", "show", "source"),
+        *("lint", "pipeline", "profiling", "report", "show", "source"),
     },
 }
-HOST_ONLY = {"graph", "passes", "host"}
+HOST_ONLY = {"graph", "passes", "host", "lint", "trt_flavour", "trt_half", "trt_model"}
 
 # Where a package may be imported: modules, or whole layers.
 PACKAGES: dict[str, set[str]] = {
@@ -71,18 +75,19 @@ PACKAGES: dict[str, set[str]] = {
     "typer": {"cli", "cli_options"},
     "tomli": {"pipeline"},
     "tomllib": {"pipeline"},  # Python's own from 3.11
-    "onnxruntime": {"engines.ort", "engines.registry", "graph.model", "graph.running"},
+    "onnxruntime": {"engines.ort", "engines.registry", "graph.model", "graph.running", "trt_half"},
     "torch": {"host"},
     "timm": {"host"},
-    "onnx": {"graph", "host", "inspection", "passes"},
+    "onnx": {"graph", "host", "inspection", "lint", "passes", "trt_flavour", "trt_half", "trt_model"},
     "onnx_graphsurgeon": {"graph", "passes"},
     "safetensors": {"eam.checkpoint", "host"},
     "matplotlib": {"report"},
-    "tensorrt": set(),
+    "tensorrt": {"engines.trt"},
 }
 BASE = {"numpy", "pydantic", "PIL", "psutil", "rich", "typer", "tomli", "tomllib", "onnxruntime"}
 BLOCKED = sorted(PACKAGES.keys() - BASE)
-BACKENDS = {path.stem for path in (ROOT / "engines").glob("*.py")} - {"__init__", "base", "provenance", "registry"}
+SHARED = {"__init__", "base", "provenance", "registry"}
+BACKENDS = {path.stem for path in (ROOT / "engines").glob("*.py")} - SHARED
 
 Place = Literal["top", "function", "typing"]
 
@@ -209,10 +214,12 @@ def test_what_a_board_runs_imports_the_host_inside_functions_only() -> None:
 
 
 def test_backends_import_base_and_never_each_other() -> None:
-    assert "ort" in BACKENDS
+    """A backend is a file and those whose names go on from its: `trt`, `trt_build`, …"""
+    assert {"ort", "trt"} <= BACKENDS
     for each in ALL_IMPORTS:
-        if each.importer.removeprefix("engines.") in BACKENDS and each.imported.startswith("engines."):
-            assert each.imported in ("engines.base", "engines.provenance"), each
+        importer, imported = (name.removeprefix("engines.") for name in (each.importer, each.imported))
+        if importer in BACKENDS and each.imported.startswith("engines."):
+            assert imported in ("base", "provenance") or imported.partition("_")[0] == importer.partition("_")[0], each
     registry = [each for each in ALL_IMPORTS if each.importer == "engines.registry"]
     assert all(each.place == "function" for each in registry if each.imported.removeprefix("engines.") in BACKENDS)
 
@@ -304,7 +311,19 @@ for name in {BLOCKED!r}:
 
 def test_every_board_module_and_every_help_works_without_the_host_packages(board: dict[str, str]) -> None:
     names = [name for name in modules() if name.partition(".")[0] not in HOST_ONLY]
-    commands = ["analyze", "freeze", "pack", "export", "build-ort", "evaluate", "profile", "run", "inspect"]
+    commands = [
+        "analyze",
+        "freeze",
+        "pack",
+        "export",
+        "lint",
+        "build-ort",
+        "build-trt",
+        "evaluate",
+        "profile",
+        "run",
+        "inspect",
+    ]
     result = run_on(board, names, [["--help"], ["--version"], *([command, "--help"] for command in commands)])
     assert result["failures"] == {}
     for command, (code, out, err) in zip(["", "", *commands], result["outcomes"], strict=True):

@@ -5,6 +5,7 @@ Backends import this module and never each other; `registry` chooses one for a f
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import datetime, timezone
@@ -17,7 +18,7 @@ from numpy.typing import NDArray
 from pydantic import Field
 
 from eamdeploy.accuracy import with_fixed_batch
-from eamdeploy.artifact import ModelCard, Record, digest_file
+from eamdeploy.artifact import ModelCard, Record, atomic_output, digest_file
 from eamdeploy.errors import ConfigError, EngineError, ParityError
 from eamdeploy.images import normalize
 from eamdeploy.parity import ParityReport, ReferenceSet, Tolerance, compare, require
@@ -101,6 +102,98 @@ class Runner(Protocol):
     ) -> None: ...
 
 
+class FrozenMapLayer(Record):
+    """A layer of a built engine that holds a frozen map, or computes with it.
+
+    Attributes:
+        frozen_map: the map's constant in the ONNX model.
+        layer: the engine's name for the layer; None where the engine names no layer that has to do with it.
+        type: of the layer's weights, or of its output, in the engine's words.
+    """
+
+    frozen_map: str
+    layer: str | None
+    type: str | None
+
+    @property
+    def in_words(self) -> str:
+        """The map, the type it became, and the layer that holds it."""
+        return f"{self.frozen_map}: " + (
+            "in no layer of its own" if self.layer is None else f"{self.type} in {self.layer}"
+        )
+
+
+class EngineLayers(Record):
+    """What a built engine says about its layers.
+
+    Attributes:
+        layers: how many there are.
+        fused_attention: names of those in which a whole attention is one kernel.
+        frozen_maps: where each frozen map went; at least one entry for each.
+    """
+
+    layers: int
+    fused_attention: list[str]
+    frozen_maps: list[FrozenMapLayer]
+
+
+class EngineSize(Record):
+    """Another engine's size, to compare with."""
+
+    engine: str
+    layers: int | None
+    engine_bytes: int
+
+
+class DeviceBuild(Record):
+    """What ties an engine to the runtime and the GPU that it was built with, and what became of the model.
+
+    Attributes:
+        runtime: version of TensorRT.
+        gpu, compute_capability: e.g. "Orin", "8.7".
+        version_compatible: runs on newer versions too; hardware_compatible: on any GPU from Ampere.
+        precision: the lowest floating-point type allowed; `int8`: activations are INT8 where the model says so.
+        model_changes: what was done to the ONNX model before it was parsed.
+        device_memory_bytes: what the engine needs on the GPU to run, besides its weights.
+        engine_layers: None where the engine does not tell.
+        layer_ms: mean time of every layer on `opt` images, if it was asked for.
+        baseline: the unfrozen twin's engine, if one was named.
+        log: file beside the engine with what the builder said.
+    """
+
+    runtime: str
+    gpu: str
+    compute_capability: str
+    version_compatible: bool
+    hardware_compatible: bool
+    precision: Literal["fp32", "fp16", "bf16"]
+    int8: bool
+    model_changes: list[str]
+    device_memory_bytes: int
+    engine_layers: EngineLayers | None
+    layer_ms: dict[str, float] | None = None
+    baseline: EngineSize | None = None
+    log: str
+
+
+class LatencySplit(Record):
+    """Where the time of one inference goes; medians over the runs.
+
+    Attributes:
+        copy_in_ms, compute_ms, copy_out_ms: on the GPU, between events.
+        enqueue_ms: of the processor, to queue all that.
+        cuda_graph: whether it was queued as one recorded graph; copies are then part of `compute_ms`.
+    """
+
+    runs: int
+    batch: int
+    copy_in_ms: float
+    compute_ms: float
+    copy_out_ms: float
+    enqueue_ms: float
+    cuda_graph: bool
+
+
 class Manifest(Record):
     """How an engine was built; lies beside it as JSON.
 
@@ -115,6 +208,7 @@ class Manifest(Record):
         parity: result of the gate; None means **not checked**, and people must be told.
         machine: what it was built on.
         created: UTC, ISO 8601.
+        device: for an engine that is tied to a GPU.
     """
 
     format: Literal[1] = 1
@@ -131,6 +225,7 @@ class Manifest(Record):
     versions: dict[str, str]
     machine: str
     created: str
+    device: DeviceBuild | None = None
 
 
 def manifest_path(engine: Path) -> Path:
@@ -158,6 +253,19 @@ def read_manifest(engine: Path) -> Manifest | None:
             hint=f"Build the engine again, or delete {path.name} to use the file without its settings.",
         )
     return manifest
+
+
+def publish(output: Path, data: bytes, manifest: Manifest) -> None:
+    """Engine and manifest are both in place; both are on the disk in full before either is renamed.
+
+    Raises:
+        ConfigError: one can't be written; whatever was there stays.
+    """
+    with atomic_output(output) as engine_file, atomic_output(manifest_path(output)) as manifest_file:
+        engine_file.write(data)
+        engine_file.flush()
+        os.fsync(engine_file.fileno())
+        manifest_file.write((manifest.model_dump_json(indent=2) + "\n").encode())
 
 
 def check_against_reference(runner: Runner, reference: ReferenceSet, tolerance: Tolerance) -> ParityReport:

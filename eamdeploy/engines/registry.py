@@ -33,12 +33,15 @@ def load_backend(backend: Backend) -> None:
 
     Raises:
         MissingDependency: it is not installed here.
+        DeviceError: it needs a GPU, and there is none.
     """
     if backend == "trt":
-        raise MissingDependency(
-            "TensorRT engines can't be run yet",
-            hint="They come with `eamdeploy build-trt`; build an ONNX Runtime engine with `eamdeploy build-ort`.",
-        )
+        from eamdeploy.engines.trt import require_device
+        from eamdeploy.engines.trt_cuda import import_cuda
+
+        require_device()
+        import_cuda()
+        return
     try:
         import onnxruntime  # noqa: F401
     except ImportError as err:
@@ -60,6 +63,7 @@ def open_runner(engine: Path, threads: int | None = None) -> Runner:
         CheckpointError: the manifest is damaged.
         EngineError: the backend can't load the engine, or the manifest describes another file.
         MissingDependency: the backend is not installed here.
+        DeviceError: the backend needs a GPU, and there is none.
     """
     backend = backend_of(engine)
     if not engine.is_file():
@@ -68,6 +72,12 @@ def open_runner(engine: Path, threads: int | None = None) -> Runner:
     manifest = read_manifest(engine)
     if threads is None:
         threads = manifest.threads if manifest else usable_cores()
+    if backend == "trt":
+        from eamdeploy.engines.trt import open_plan
+
+        if threads < 1:  # an engine on a GPU has none, but a wrong number is wrong everywhere
+            raise ConfigError("the number of threads can't be used", expected="at least 1", got=threads)
+        return open_plan(engine, manifest)
     from eamdeploy.engines.ort import OrtRunner
 
     return OrtRunner(engine, threads=threads, settings=manifest.settings if manifest else {})

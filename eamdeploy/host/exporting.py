@@ -20,10 +20,12 @@ from eamdeploy.artifact import (
 )
 from eamdeploy.eam import checkpoint as checkpoints
 from eamdeploy.eam.checkpoint import AttentionShape, Checkpoint, FrozenMaps
+from eamdeploy.eam.int8 import int8_checkpoint
 from eamdeploy.eam.quantizers import Quantizer, integer_values
 from eamdeploy.engines.base import check_against_reference
 from eamdeploy.engines.ort import UNOPTIMIZED, OrtRunner
 from eamdeploy.engines.provenance import package_versions, usable_cores
+from eamdeploy.engines.trt_versions import TrtVersion, capabilities
 from eamdeploy.errors import ConfigError
 from eamdeploy.graph.frozen import IntegerMaps
 from eamdeploy.graph.model import to_graph, to_model, with_card
@@ -38,9 +40,12 @@ from eamdeploy.parity import REFERENCE_IMAGES, TOLERANCES, ParityReport, Referen
 from eamdeploy.passes.base import PassResult, run_passes
 from eamdeploy.passes.freeze_heads import AttentionModule, check_accounted
 from eamdeploy.passes.order import plan_passes
+from eamdeploy.passes.requantize_maps import RequantizeMaps
 from eamdeploy.source import ImageSource
+from eamdeploy.trt_flavour import plan_trt
 
 DEFAULT_OPSET = 17
+_OPSET_WITHOUT_LAYER_NORMALIZATION = 16
 _SEED = 0
 _UINT16_OPSET = 21
 
@@ -84,17 +89,23 @@ def export(
     *,
     baseline: Path | None = None,
     batch: int | None = None,
-    opset: int = DEFAULT_OPSET,
+    opset: int | None = None,
     exporter: Exporter = "auto",
+    trt: TrtVersion | None = None,
     images: ImageSource | None = None,
     measure: bool = False,
     observer: Observer = SILENT,
 ) -> Export:
     """`output` is the checkpoint's model in ONNX, its frozen maps integer constants, with reference logits beside it.
 
+    For TensorRT, rows of frozen maps that don't fit INT8 are quantized anew; the reference logits are then those of the
+    maps that the graph holds, and `requantize_maps` stands among the rewrites.
+
     Args:
         baseline: write the unfrozen twin here, through the same passes but the freezing.
         batch: fixed batch size, or None for a dynamic one.
+        opset: by default 17, and 16 where TensorRT does not know LayerNormalization.
+        trt: the TensorRT that must take the graph; None for ONNX Runtime.
         images: where the reference images come from; seeded synthetic ones if None.
         measure: also time the model against its unfrozen twin on ONNX Runtime CPU, about 3 seconds.
 
@@ -108,11 +119,14 @@ def export(
         raise ConfigError(f"the baseline would replace the model {output}", hint="Give --baseline another file name.")
     for path in paths:
         require_output(path, checkpoint)
+    opset = _choose_opset(opset, trt)
     loaded = checkpoints.load(checkpoint)
+    header, requantized = loaded.header, 0
+    if trt is not None and capabilities(trt).int8_constants:
+        loaded, requantized = int8_checkpoint(loaded)
     live = load_reference(loaded, frozen=False, where=str(checkpoint))
     modules = _attention_modules(loaded, live, opset)
     pixels, source = _reference_pixels(loaded, images, observer)
-    header = loaded.header
     observer.note(f"exporting {header.timm_model}" + (" with random weights" if header.weights == RANDOM else ""))
     stock = export_stock(live.model, header.preprocessing.size, batch=batch, opset=opset, exporter=exporter)
     card = ModelCard(
@@ -126,10 +140,13 @@ def export(
         versions=package_versions(),
     )
     frozen = load_reference(loaded, frozen=True, where=str(checkpoint))
-    drafts = [_draft(stock, modules, frozen, card.model_copy(update={"freezing": header.freezing}), pixels, source)]
+    changes = {"freezing": header.freezing, "rewrites": [RequantizeMaps.name] if requantized else []}
+    drafts = [_draft(stock, modules, frozen, card.model_copy(update=changes), pixels, source, trt)]
+    if requantized:
+        observer.note(f"{requantized} rows of frozen maps do not fit INT8 and are quantized anew")
     if baseline is not None or measure:
         unfrozen = [replace(module, frozen=None) for module in modules]
-        drafts.append(_draft(stock, unfrozen, live, card, pixels, source))
+        drafts.append(_draft(stock, unfrozen, live, card, pixels, source, trt))
     gain = measure_gain(drafts[0].model, drafts[1].model, usable_cores()) if measure else None
     with ExitStack() as files:
         written = [_write(draft, path, files) for draft, path in zip(drafts, paths, strict=False)]
@@ -146,6 +163,20 @@ class _Draft:
     nodes: int
     parity: ParityReport
     reference: ReferenceSet
+
+
+def _choose_opset(opset: int | None, trt: TrtVersion | None) -> int:
+    """`opset`, or the default for that TensorRT.
+
+    Raises:
+        ConfigError: TensorRT does not know that operator set, or is too old.
+    """
+    can = None if trt is None else capabilities(trt)
+    if opset is None:
+        return DEFAULT_OPSET if can is None or can.layer_normalization else _OPSET_WITHOUT_LAYER_NORMALIZATION
+    if can is not None and opset > can.max_opset:
+        raise ConfigError(f"TensorRT {trt} does not know that opset", expected=f"at most {can.max_opset}", got=opset)
+    return opset
 
 
 def _attention_modules(checkpoint: Checkpoint, live: LoadedModel, opset: int) -> list[AttentionModule]:
@@ -186,13 +217,17 @@ def _draft(
     card: ModelCard,
     pixels: NDArray[np.uint8],
     source: str,
+    trt: TrtVersion | None,
 ) -> _Draft:
     """`stock` rewritten, and proved against the logits of `reference` on `pixels`."""
     graph = to_graph(stock.model)
     results = run_passes(graph, plan_passes(modules))
     model = to_model(graph)
     check_accounted(model, modules)
-    card = card.model_copy(update={"rewrites": [result.name for result in results]})
+    if trt is not None:
+        results += [result for result in run_passes(graph, plan_trt(trt)) if result.rewritten]
+        model = to_model(graph)
+    card = card.model_copy(update={"rewrites": [*card.rewrites, *(result.name for result in results)]})
     data = with_card(model, card).SerializeToString()
     images = normalize(pixels, card.preprocessing)
     logits = np.concatenate([predict(reference.model, images[i : i + 1]) for i in range(len(images))])

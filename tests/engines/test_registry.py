@@ -4,6 +4,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import fake_tensorrt
 import pytest
 
 from eamdeploy.engines.provenance import cpu_model, machine_summary, package_versions
@@ -24,11 +25,20 @@ def test_other_names_are_refused(name: str) -> None:
         backend_of(Path(name))
 
 
-def test_tensorrt_engine_says_what_it_waits_for(tmp_path: Path) -> None:
+def test_tensorrt_engine_without_tensorrt_says_how_to_get_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "tensorrt", None)
     (tmp_path / "x.plan").write_bytes(b"plan")
-    with pytest.raises(MissingDependency, match="build-trt") as caught:
+    with pytest.raises(MissingDependency, match=r"TensorRT is not installed.*pip install tensorrt") as caught:
         open_runner(tmp_path / "x.plan", threads=1)
     assert caught.value.exit_code == ExitCode.UNAVAILABLE
+
+
+def test_tensorrt_without_cuda_python_says_how_to_get_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    fake_tensorrt.install(fake_tensorrt.make_machine(), monkeypatch)
+    for name in ("cuda.bindings.runtime", "cuda.cudart"):
+        monkeypatch.setitem(sys.modules, name, None)
+    with pytest.raises(MissingDependency, match=r"cuda-python.*pip install"):
+        load_backend("trt")
 
 
 def test_missing_onnxruntime_is_named(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,0 +1,36 @@
+"""Store frozen maps as float32, for a TensorRT that takes no integer constants at all.
+
+Before:  DequantizeLinear(integers, scales, zero points)
+After:   a float32 constant
+Shapes:  integers [R, N]  scales [R]
+Needs:   a constant, positive float32 scales, zero points 0 or none
+Exact:   bit for bit
+Source:  FACTS on TensorRT's parser: INT8 constants are known to work from 8.5.3 only
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import onnx_graphsurgeon as gs
+
+from eamdeploy.graph.dequantized import DequantizedRows, find_dequantized_rows
+from eamdeploy.graph.skip import Skip
+from eamdeploy.graph.writer import GraphWriter
+
+
+class FloatMaps:
+    """Frozen maps as floating-point constants."""
+
+    name = "float_maps"
+
+    def match(self, graph: gs.Graph) -> list[DequantizedRows | Skip]:
+        """Every constant behind a DequantizeLinear."""
+        return find_dequantized_rows(graph)
+
+    def rewrite(self, graph: gs.Graph, match: DequantizedRows) -> None:
+        """What read the DequantizeLinear reads a constant."""
+        values = match.integers.astype(np.float32) * match.scales[:, None]
+        constant = GraphWriter(graph, match.node.name).constant("float", values)
+        (old,) = match.node.outputs
+        for consumer in list(old.outputs):
+            consumer.inputs = [constant if tensor is old else tensor for tensor in consumer.inputs]

@@ -1,0 +1,114 @@
+"""A model in mixed precision, for TensorRT from 11 on, where the types in the file decide.
+
+Before:  float32 tensors
+After:   float16 tensors, but float32 input, output, scales of Q/DQ, and the steps that `trt_precision` names
+Exact:   no: FP16's 11 bits; what stays float32 is computed in it without a detour through float16
+
+Made by ONNX Runtime's own converter, which comes in its package. NVIDIA's `modelopt.onnx.autocast` takes no graph with
+DequantizeLinear and wants CUDA's packages; `onnxconverter-common` is what ONNX Runtime's converter grew out of.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+
+import onnx
+
+from eamdeploy.engines.trt_precision import Step, steps_to_keep
+
+_KINDS = {
+    "LayerNormalization": "normalization",
+    "Softmax": "softmax",
+    "ReduceMean": "mean",
+    "Sqrt": "square root",
+    "Add": "add",
+    "Sub": "subtract",
+    "Mul": "multiply",
+    "Pow": "power",
+    "Div": "divide",
+    "Reshape": "view",
+    "Cast": "view",
+    "Identity": "view",
+}
+_SCALED = ("DequantizeLinear", "QuantizeLinear")
+
+
+def to_half(model: onnx.ModelProto, kinds: Sequence[str]) -> onnx.ModelProto:
+    """`model` with float16 tensors, but for what `kinds` names, Q/DQ, input and output.
+
+    Args:
+        kinds: as for `steps_to_keep`.
+    """
+    named = onnx.ModelProto()
+    named.CopyFrom(model)
+    for index, node in enumerate(named.graph.node):
+        node.name = node.name or f"{node.op_type}_{index}"
+    steps = [
+        Step(_KINDS.get(node.op_type, node.op_type), tuple(node.input), tuple(node.output)) for node in named.graph.node
+    ]
+    search_path = list(sys.path)
+    from onnxruntime.transformers import float16
+
+    sys.path[:] = search_path  # that package adds its folder, whose modules have names like "benchmark" and "models"
+    half: onnx.ModelProto = float16.convert_float_to_float16(
+        named,
+        keep_io_types=True,
+        op_block_list=[*float16.DEFAULT_OP_BLOCK_LIST, *_SCALED],
+        node_block_list=[named.graph.node[index].name for index in steps_to_keep(steps, kinds)],
+    )
+    nodes = _sorted(_without_detours(list(half.graph.node), {item.name for item in half.graph.output}))
+    copies = [onnx.NodeProto.FromString(node.SerializeToString()) for node in nodes]
+    del half.graph.node[:], half.graph.value_info[:]
+    half.graph.node.extend(copies)
+    return half
+
+
+def _without_detours(nodes: list[onnx.NodeProto], results: set[str]) -> list[onnx.NodeProto]:
+    """The nodes without casts that the converter made twice, or back and forth between two float32 steps.
+
+    It wraps each step that stays float32 for itself: a square would pass through float16 on its way to the mean, and
+    overflow there; and a tensor that two such steps read gets the same Cast twice, which is no valid graph.
+    """
+    unique = {node.output[0]: node for node in nodes if _casts_to(node) is not None}
+    others = [node for node in nodes if _casts_to(node) is None]
+    for node in others:
+        for index, name in enumerate(node.input):
+            back = unique.get(name)
+            forth = None if back is None else unique.get(back.input[0])
+            if back is None or forth is None:
+                continue
+            types = (_casts_to(forth), _casts_to(back))
+            if types == (onnx.TensorProto.FLOAT16, onnx.TensorProto.FLOAT):
+                node.input[index] = forth.input[0]
+    kept = [*others, *unique.values()]
+    while True:
+        read = {name for node in kept for name in node.input} | results
+        needed = [node for node in kept if _casts_to(node) is None or node.output[0] in read]
+        if len(needed) == len(kept):
+            return kept
+        kept = needed
+
+
+def _casts_to(node: onnx.NodeProto) -> int | None:
+    """The type that a Cast makes; None for any other node."""
+    return next((item.i for item in node.attribute if item.name == "to"), None) if node.op_type == "Cast" else None
+
+
+def _sorted(nodes: Sequence[onnx.NodeProto]) -> list[onnx.NodeProto]:
+    """The nodes, each after those whose outputs it reads and otherwise in the order they had."""
+    producers = {name: index for index, node in enumerate(nodes) for name in node.output}
+    done: set[int] = set()
+    order: list[onnx.NodeProto] = []
+    pending = list(range(len(nodes)))[::-1]
+    while pending:
+        index = pending[-1]
+        before = [producers[name] for name in nodes[index].input if name in producers and producers[name] not in done]
+        if index not in done and before:
+            pending += before
+            continue
+        pending.pop()
+        if index not in done:
+            done.add(index)
+            order.append(nodes[index])
+    return order

@@ -1,0 +1,129 @@
+"""The ONNX model that TensorRT's parser gets, and the facts about it that the build depends on.
+
+A board that builds needs the packages onnx and onnx-graphsurgeon for this, which are small and pure Python or have
+wheels for Arm; one that only runs engines needs neither.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import onnx
+
+from eamdeploy.artifact import digest_bytes
+from eamdeploy.engines.trt_request import FrozenMap, ModelFacts, TrtModel, TrtOptions, kept_kinds
+from eamdeploy.engines.trt_versions import TrtVersion, capabilities
+from eamdeploy.errors import ConfigError, EngineError
+from eamdeploy.graph.model import card_of
+from eamdeploy.trt_flavour import to_trt
+from eamdeploy.trt_half import to_half
+
+_VIEWS = frozenset({"Reshape", "Cast", "Identity", "Transpose", "Unsqueeze", "Expand"})
+_TEXT = {
+    "requantize_maps": "frozen maps requantized to integers up to 127",
+    "int8_maps": "frozen maps as INT8",
+    "float_maps": "frozen maps as FP32",
+    "decompose_layer_norm": "LayerNormalization decomposed",
+}
+
+
+def prepare(path: Path, version: TrtVersion, options: TrtOptions) -> TrtModel:
+    """The model at `path` in the form that `version` takes, and in mixed precision where that decides the types.
+
+    Raises:
+        ConfigError: the file can't be read, or the version is too old.
+        CheckpointError: the card in its metadata is damaged.
+        EngineError: it is no ONNX model in one file, or no image classifier.
+        UnsupportedGraph: the converted graph is not valid.
+    """
+    try:
+        data = path.read_bytes()
+    except OSError as err:
+        raise ConfigError(f"cannot read {path}: {err.strerror or err}") from err
+    original = _load(data, path)
+    card = card_of(original, f"{path}: metadata")
+    model = to_trt(original, version)
+    new = _rewrites(model, path)[len(card.rewrites) if card else 0 :]
+    changes = [_TEXT.get(name, name) for name in new]
+    dequantizers = [(node.name, node.output[0]) for node in original.graph.node if node.op_type == "DequantizeLinear"]
+    maps = tuple(found for names in dequantizers if (found := _map(model.graph, *names)) is not None)
+    kept = kept_kinds(options)
+    if options.precision == "fp16" and capabilities(version).strongly_typed == "always":
+        model = to_half(model, kept)
+        changes.append(f"FP16 tensors, FP32 kept for input, output{''.join(f', {kind}' for kind in kept)}")
+    requantized = tuple(_TEXT[name] for name in new if name == "requantize_maps")
+    return TrtModel(
+        path=path,
+        digest=digest_bytes(data),
+        data=model.SerializeToString(),
+        card=card,
+        facts=_facts(model, maps, path, requantized),
+        changes=tuple(changes),
+    )
+
+
+def _load(data: bytes, path: Path) -> onnx.ModelProto:
+    try:
+        model = onnx.load_model_from_string(data)
+    except Exception as err:  # protobuf's own exception is in a package that we don't depend on
+        raise _unreadable(path, "it is damaged or no ONNX model") from err
+    if len(model.graph.input) != 1 or len(model.graph.output) != 1 or not model.graph.node:
+        counts = f"{len(model.graph.input)} inputs and {len(model.graph.output)} outputs"
+        raise _unreadable(path, f"it is no image classifier with one input and one output, but has {counts}")
+    if any(tensor.data_location == onnx.TensorProto.EXTERNAL for tensor in model.graph.initializer):
+        raise _unreadable(path, "it keeps data in a second file")
+    return model
+
+
+def _unreadable(path: Path, why: str) -> EngineError:
+    return EngineError(f"can't build from {path}: {why}", hint="Export it with `eamdeploy export`.")
+
+
+def _rewrites(model: onnx.ModelProto, path: Path) -> list[str]:
+    card = card_of(model, f"{path}: metadata")
+    return [] if card is None else card.rewrites
+
+
+def _facts(model: onnx.ModelProto, maps: tuple[FrozenMap, ...], path: Path, requantized: tuple[str, ...]) -> ModelFacts:
+    graph = model.graph
+    tensor = graph.input[0].type.tensor_type
+    shape = tuple(dim.dim_value or None for dim in tensor.shape.dim)
+    if tensor.elem_type != onnx.TensorProto.FLOAT or len(shape) != 4 or None in shape[1:]:
+        raise _unreadable(path, f"its input has to be float32 [B, 3, height, width], only B may vary; it is {shape}")
+    operators = {node.op_type for node in graph.node}
+    return ModelFacts(
+        input_name=graph.input[0].name,
+        input_shape=shape,
+        nodes=tuple((node.op_type, node.name) for node in graph.node),
+        dequantizes="DequantizeLinear" in operators,
+        quantizes="QuantizeLinear" in operators,
+        maps=maps,
+        requantized=requantized,
+    )
+
+
+def _map(graph: onnx.GraphProto, node_name: str, output: str) -> FrozenMap | None:
+    """The frozen map that a node dequantized in the exported file, wherever its values are now; None for activations.
+
+    Args:
+        node_name, output: of that node.
+    """
+    constants = {item.name: item for item in graph.initializer}
+    producer = next((node for node in graph.node if output in node.output), None)
+    if producer is not None:
+        source, tensors = producer.input[0], [output]
+    else:  # `float_maps` put a constant in the node's place, named after it
+        source = next((name for name in constants if node_name and name.startswith(f"{node_name}/")), "")
+        tensors = [source]
+    if source not in constants:
+        return None
+    aliases = {source, *tensors, *([producer.name] if producer is not None else [])}
+    while tensors:
+        tensor = tensors.pop()
+        for node in graph.node:
+            if tensor in node.input and node.output[0] not in aliases:
+                aliases.add(node.name)
+                if node.op_type in _VIEWS:
+                    aliases |= set(node.output)
+                    tensors += node.output
+    return FrozenMap(source, frozenset(aliases - {""}), tuple(constants[source].dims))

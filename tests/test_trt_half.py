@@ -1,0 +1,99 @@
+from __future__ import annotations
+
+import numpy as np
+import onnx
+import onnxruntime
+import pytest
+from engine_models import SIZE, make_frozen_model
+from numpy.typing import NDArray
+from onnx import TensorProto, helper
+from onnx.reference import ReferenceEvaluator
+
+from eamdeploy.trt_half import to_half
+
+BOTH = ("normalization", "softmax")
+
+
+def layer_norm_model(*, whole: bool) -> onnx.ModelProto:
+    """LayerNorm over the last axis of [B,3,4,8], native or decomposed, between two Adds, and a softmax."""
+    if whole:
+        norm = [helper.make_node("LayerNormalization", ["x", "gamma"], ["n"], "ln", axis=-1)]
+    else:
+        norm = [
+            helper.make_node("ReduceMean", ["x"], ["m"], "mean", axes=[-1]),
+            helper.make_node("Sub", ["x", "m"], ["d"], "centred"),
+            helper.make_node("Mul", ["d", "d"], ["s"], "square"),
+            helper.make_node("ReduceMean", ["s"], ["v"], "variance", axes=[-1]),
+            helper.make_node("Add", ["v", "eps"], ["e"], "shifted"),
+            helper.make_node("Sqrt", ["e"], ["r"], "deviation"),
+            helper.make_node("Div", ["d", "r"], ["n"], "normal"),
+        ]
+    nodes = [
+        helper.make_node("Add", ["image", "offset"], ["x"], "stem"),
+        *norm,
+        helper.make_node("Mul", ["n", "gamma"], ["g"], "affine"),
+        helper.make_node("Softmax", ["g"], ["p"], "softmax", axis=-1),
+        helper.make_node("Add", ["p", "p"], ["logits"], "last"),
+    ]
+    shape = ["B", 3, 4, 8]
+    graph = helper.make_graph(
+        nodes,
+        "norm",
+        [helper.make_tensor_value_info("image", TensorProto.FLOAT, shape)],
+        [helper.make_tensor_value_info("logits", TensorProto.FLOAT, shape)],
+        [
+            helper.make_tensor("offset", TensorProto.FLOAT, [8], np.linspace(-900, 900, 8)),
+            helper.make_tensor("gamma", TensorProto.FLOAT, [8], np.full(8, 0.5)),
+            helper.make_tensor("eps", TensorProto.FLOAT, [], [1e-6]),
+        ],
+    )
+    return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
+
+
+def run(model: onnx.ModelProto, images: NDArray[np.float32]) -> NDArray[np.float32]:
+    """By onnx's own evaluator: ONNX Runtime computes float16 on a CPU in float32, so nothing would overflow."""
+    with np.errstate(over="ignore", invalid="ignore"):
+        return np.asarray(ReferenceEvaluator(model).run(None, {"image": images})[0])
+
+
+IMAGES = np.random.default_rng(0).standard_normal((2, 3, 4, 8)).astype(np.float32)
+
+
+@pytest.mark.parametrize("whole", [True, False], ids=["native", "decomposed"])
+def test_layer_norm_of_large_values_survives(whole: bool) -> None:
+    model = layer_norm_model(whole=whole)
+    half = to_half(model, BOTH)
+    onnx.checker.check_model(half, full_check=True)
+    np.testing.assert_allclose(run(half, IMAGES), run(model, IMAGES), atol=2e-3)
+
+
+def test_without_keeping_anything_squares_overflow() -> None:
+    half = to_half(layer_norm_model(whole=False), ())
+    assert not np.allclose(run(half, IMAGES), run(layer_norm_model(whole=False), IMAGES), atol=0.05)
+
+
+def test_kept_steps_hand_on_float32_without_a_detour() -> None:
+    half = onnx.shape_inference.infer_shapes(to_half(layer_norm_model(whole=False), BOTH))
+    types = {item.name: item.type.tensor_type.elem_type for item in half.graph.value_info}
+    nodes = {node.name: node for node in half.graph.node}
+    for name in ("mean", "centred", "square", "variance", "shifted", "deviation", "normal", "softmax"):
+        assert types[nodes[name].output[0]] == TensorProto.FLOAT, name
+    assert types[nodes["stem"].output[0]] == types[nodes["affine"].output[0]] == TensorProto.FLOAT16
+    # into mean and difference (one Cast for both), the affine step and the softmax, out of it; image and logits
+    assert sum(node.op_type == "Cast" for node in half.graph.node) == 6
+
+
+def test_maps_stay_integers_with_float32_scales_and_the_model_is_left_alone() -> None:
+    model = make_frozen_model().to_onnx()
+    before = model.SerializeToString()
+    half = to_half(model, BOTH)
+    assert model.SerializeToString() == before
+    onnx.checker.check_model(half, full_check=True)
+    types = {item.name: item.data_type for item in half.graph.initializer}
+    wanted = (TensorProto.UINT8, TensorProto.FLOAT, TensorProto.FLOAT16)
+    assert (types["codes"], types["scales"], types["patch"]) == wanted
+    images = np.random.default_rng(1).uniform(-2, 2, (3, 3, SIZE, SIZE)).astype(np.float32)
+    session = onnxruntime.InferenceSession(half.SerializeToString(), providers=["CPUExecutionProvider"])
+    got, want = np.asarray(session.run(None, {"image": images})[0]), make_frozen_model().forward(images)
+    assert got.dtype == np.float32
+    np.testing.assert_allclose(got, want, atol=0.01 * np.abs(want).max())
