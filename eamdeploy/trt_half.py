@@ -68,7 +68,8 @@ def _without_detours(nodes: list[onnx.NodeProto], results: set[str]) -> list[onn
     """The nodes without casts that the converter made twice, or back and forth between two float32 steps.
 
     It wraps each step that stays float32 for itself: a square would pass through float16 on its way to the mean, and
-    overflow there; and a tensor that two such steps read gets the same Cast twice, which is no valid graph.
+    overflow there; and a tensor that two such steps read gets the same Cast twice, by one name (no valid graph) or, in
+    ONNX Runtime 1.23, by two.
     """
     unique = {node.output[0]: node for node in nodes if _casts_to(node) is not None}
     others = [node for node in nodes if _casts_to(node) is None]
@@ -81,6 +82,13 @@ def _without_detours(nodes: list[onnx.NodeProto], results: set[str]) -> list[onn
             types = (_casts_to(forth), _casts_to(back))
             if types == (onnx.TensorProto.FLOAT16, onnx.TensorProto.FLOAT):
                 node.input[index] = forth.input[0]
+    firsts: dict[tuple[str, int | None], str] = {}
+    for cast in unique.values():
+        firsts.setdefault((cast.input[0], _casts_to(cast)), cast.output[0])
+    for node in others:
+        for index, name in enumerate(node.input):
+            if name in unique:
+                node.input[index] = firsts[unique[name].input[0], _casts_to(unique[name])]
     kept = [*others, *unique.values()]
     while True:
         read = {name for node in kept for name in node.input} | results
