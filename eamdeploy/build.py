@@ -2,21 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from eamdeploy.engines.base import Manifest
 from eamdeploy.engines.provenance import usable_cores
 from eamdeploy.engines.registry import load_backend
-from eamdeploy.errors import ConfigError, MissingDependency
+from eamdeploy.errors import ConfigError, host_packages
 from eamdeploy.observer import SILENT, Observer
 from eamdeploy.parity import ReferenceSet, reference_path
 
 if TYPE_CHECKING:
     from eamdeploy.engines.trt_request import BuilderRequest, TrtOptions
     from eamdeploy.engines.trt_versions import TrtVersion
+
+_CONVERSION = ("converting a model for TensorRT", "Get it with: pip install onnx onnx-graphsurgeon")  # on a board too
 
 
 def build_ort(
@@ -72,7 +72,7 @@ def build_trt(
     version, _ = trt.require_device()  # before anything else: without it there is nothing to do here
     trt.require_plan_output(output, model)
     references = _reference(model, reference) if check else None
-    with _conversion_packages():
+    with host_packages(*_CONVERSION):
         from eamdeploy.trt_model import prepare
     prepared = prepare(model, version, options)
     for change in prepared.changes:
@@ -102,24 +102,10 @@ def plan_trt_build(model: Path, options: TrtOptions, version: TrtVersion | None 
     from eamdeploy.engines.trt_request import make_request
 
     wanted = version or trt.installed_version()
-    with _conversion_packages():
+    with host_packages(*_CONVERSION):
         from eamdeploy.trt_model import prepare
     prepared = prepare(model, wanted, options)
     return make_request(wanted, options, prepared.facts, list(prepared.changes))
-
-
-@contextmanager
-def _conversion_packages() -> Iterator[None]:
-    """Inside the block, a missing package that converts models is named with the way to get it on a board."""
-    try:
-        yield
-    except ModuleNotFoundError as err:
-        if err.name is None or err.name.partition(".")[0] == "eamdeploy":
-            raise
-        raise MissingDependency(
-            f"converting a model for TensorRT needs the package {err.name}, which is not installed here",
-            hint="Get it with: pip install onnx onnx-graphsurgeon",
-        ) from err
 
 
 def _reference(model: Path, reference: Path | None) -> ReferenceSet:

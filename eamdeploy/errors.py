@@ -78,7 +78,9 @@ class DeviceError(EamDeployError):
 
 
 @contextmanager
-def host_packages(purpose: str) -> Iterator[None]:
+def host_packages(
+    purpose: str, hint: str = "Install the host packages with: pip install 'eamdeploy[host]'."
+) -> Iterator[None]:
     """Inside the block, importing a package that only the host has raises `MissingDependency` where it is missing."""
     try:
         yield
@@ -87,5 +89,5 @@ def host_packages(purpose: str) -> Iterator[None]:
             raise
         raise MissingDependency(
             f"{purpose} needs the package {err.name}, which is not installed here",
-            hint="Install the host packages with: pip install 'eamdeploy[host]'.",
+            hint=hint,
         ) from err

@@ -6,6 +6,11 @@ import re
 from collections.abc import Callable
 from dataclasses import dataclass
 
+COMMANDS = (
+    *("analyze", "freeze", "pack", "export", "lint", "build-ort", "build-trt", "evaluate"),
+    *("profile", "run", "inspect"),
+)
+
 
 @dataclass(frozen=True)
 class Outcome:

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from command_line import Outcome, RunCli, only_error
+from command_line import COMMANDS, Outcome, RunCli, only_error
 from PIL import Image
 from tiny_models import KWARGS, NAME, SWIN_KWARGS, SWIN_NAME
 
@@ -42,21 +42,8 @@ def only_document(outcome: Outcome) -> Any:
 
 def test_help_lists_every_stage(run_cli: RunCli) -> None:
     outcome = run_cli("--help")
-    commands = (
-        "analyze",
-        "freeze",
-        "pack",
-        "export",
-        "lint",
-        "build-ort",
-        "build-trt",
-        "evaluate",
-        "profile",
-        "run",
-        "inspect",
-    )
     assert outcome.code == 0
-    assert all(re.search(rf"\b{command}\b", outcome.out) for command in commands)
+    assert all(re.search(rf"\b{command}\b", outcome.out) for command in COMMANDS)
 
 
 def test_version(run_cli: RunCli) -> None:

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import pytest
+from command_line import COMMANDS
 from tiny_models import NAME
 
 import eamdeploy
@@ -311,22 +312,9 @@ for name in {BLOCKED!r}:
 
 def test_every_board_module_and_every_help_works_without_the_host_packages(board: dict[str, str]) -> None:
     names = [name for name in modules() if name.partition(".")[0] not in HOST_ONLY]
-    commands = [
-        "analyze",
-        "freeze",
-        "pack",
-        "export",
-        "lint",
-        "build-ort",
-        "build-trt",
-        "evaluate",
-        "profile",
-        "run",
-        "inspect",
-    ]
-    result = run_on(board, names, [["--help"], ["--version"], *([command, "--help"] for command in commands)])
+    result = run_on(board, names, [["--help"], ["--version"], *([command, "--help"] for command in COMMANDS)])
     assert result["failures"] == {}
-    for command, (code, out, err) in zip(["", "", *commands], result["outcomes"], strict=True):
+    for command, (code, out, err) in zip(["", "", *COMMANDS], result["outcomes"], strict=True):
         assert (code, err) == (0, "") and (not command or f"eamdeploy {command}" in out)
     assert not set(BLOCKED) & set(result["loaded"])
 

@@ -32,8 +32,8 @@ import onnxruntime
 from numpy.typing import NDArray
 from onnxruntime.capi import onnxruntime_pybind11_state as state
 
-from eamdeploy.artifact import CARD_KEY, ModelCard, atomic_output, digest_bytes
-from eamdeploy.engines.base import EngineIO, Manifest, check_against_reference, manifest_path, utc_now
+from eamdeploy.artifact import CARD_KEY, ModelCard, digest_bytes
+from eamdeploy.engines.base import EngineIO, Manifest, check_against_reference, publish, utc_now
 from eamdeploy.engines.provenance import machine_summary, package_versions
 from eamdeploy.errors import ConfigError, EngineError
 from eamdeploy.parity import TOLERANCES, ReferenceSet
@@ -201,17 +201,8 @@ def build(
             machine=machine_summary(),
             created=utc_now(),
         )
-    _publish(output, data, manifest)
+    publish(output, data, manifest)
     return manifest
-
-
-def _publish(output: Path, data: bytes, manifest: Manifest) -> None:
-    """Engine and manifest are both in place; both are on the disk in full before either is renamed."""
-    with atomic_output(output) as engine_file, atomic_output(manifest_path(output)) as manifest_file:
-        engine_file.write(data)
-        engine_file.flush()
-        os.fsync(engine_file.fileno())
-        manifest_file.write((manifest.model_dump_json(indent=2) + "\n").encode())
 
 
 def _session_options(threads: int, settings: Mapping[str, str], name: str) -> Any:

@@ -14,6 +14,7 @@ import onnx_graphsurgeon as gs
 from numpy.typing import NDArray
 
 from eamdeploy.graph.layout import LAYOUT_OPS
+from eamdeploy.graph.nodes import reduced_axes
 from eamdeploy.graph.skip import Refused
 
 _NORM_OPS = frozenset(
@@ -176,10 +177,7 @@ def _per_vector(node: gs.Node) -> bool:
     if any(tensor.values.ndim > 1 for tensor in node.inputs if isinstance(tensor, gs.Constant)):
         return False
     if node.op == "ReduceMean":
-        axes = node.attrs.get("axes")
-        if axes is None and len(node.inputs) == 2 and isinstance(node.inputs[1], gs.Constant):
-            axes = node.inputs[1].values.tolist()
-        return axes is not None and list(axes) in ([-1], [3]) and node.attrs.get("keepdims", 1) == 1
+        return reduced_axes(node) in ([-1], [3]) and node.attrs.get("keepdims", 1) == 1
     if node.op.endswith("Normalization"):
         return node.attrs.get("axis", -1) in (-1, 3)
     return True

@@ -11,6 +11,7 @@ import onnxruntime
 from numpy.typing import NDArray
 
 from eamdeploy.errors import UnsupportedGraph
+from eamdeploy.graph.nodes import redirect
 
 PROBE_BATCH = 2  # images where the batch is dynamic
 
@@ -84,8 +85,7 @@ def cut_session(
     for name, shape in sources.items():
         original = tensors[name]
         fed = gs.Variable(name, dtype=np.float32, shape=list(shape))
-        for consumer in list(original.outputs):
-            consumer.inputs = [fed if tensor is original else tensor for tensor in consumer.inputs]
+        redirect(original, fed)
         original.name = f"{name}/uncut"
         copy.inputs.append(fed)
         cut[name] = fed

@@ -15,11 +15,12 @@ import onnx_graphsurgeon as gs
 from numpy.typing import NDArray
 
 from eamdeploy.graph.layout import LAYOUT_OPS, PADDING, Origin, Probe, probe
+from eamdeploy.graph.nodes import reduced_axes
 from eamdeploy.graph.running import PROBE_BATCH, images_of
 from eamdeploy.graph.skip import Skip
 
 _MOVES = LAYOUT_OPS | {"Concat", "Pad"}
-_UNARY = frozenset({"Erf", "Gelu", "Identity", "Pow", "Reciprocal", "Relu", "Sigmoid", "Sqrt", "Tanh"})
+_UNARY = frozenset({"Erf", "Gelu", "Identity", "Reciprocal", "Relu", "Sigmoid", "Sqrt", "Tanh"})
 _BINARY = frozenset({"Add", "Div", "Mul", "Pow", "Sub"})
 
 
@@ -148,14 +149,6 @@ def is_tokenwise(node: gs.Node) -> bool:
     if node.op in _BINARY:
         return all(tensor.values.ndim <= 1 for tensor in constants)
     return node.op in _UNARY
-
-
-def reduced_axes(node: gs.Node) -> list[int] | None:
-    """The axes that a Reduce node names, as attribute or as constant input; None for all or computed ones."""
-    axes = node.attrs.get("axes")
-    if axes is None and len(node.inputs) == 2 and isinstance(node.inputs[1], gs.Constant):
-        axes = node.inputs[1].values.tolist()
-    return None if axes is None else [int(axis) for axis in axes]
 
 
 def is_view(node: gs.Node) -> bool:

@@ -141,26 +141,35 @@ def export(
     )
     frozen = load_reference(loaded, frozen=True, where=str(checkpoint))
     changes = {"freezing": header.freezing, "rewrites": [RequantizeMaps.name] if requantized else []}
-    drafts = [_draft(stock, modules, frozen, card.model_copy(update=changes), pixels, source, trt)]
+    model = _rewrite(stock, modules, card.model_copy(update=changes), trt)
+    drafts = [_prove(model, frozen, pixels, source)]
     if requantized:
         observer.note(f"{requantized} rows of frozen maps do not fit INT8 and are quantized anew")
-    if baseline is not None or measure:
-        unfrozen = [replace(module, frozen=None) for module in modules]
-        drafts.append(_draft(stock, unfrozen, live, card, pixels, source, trt))
-    gain = measure_gain(drafts[0].model, drafts[1].model, usable_cores()) if measure else None
+    unfrozen = [replace(module, frozen=None) for module in modules]
+    twin = _rewrite(stock, unfrozen, card, trt) if baseline is not None or measure else None
+    if twin is not None and baseline is not None:  # a twin that is only timed needs no proof
+        drafts.append(_prove(twin, live, pixels, source))
+    gain = measure_gain(model.data, twin.data, usable_cores()) if twin is not None and measure else None
     with ExitStack() as files:
-        written = [_write(draft, path, files) for draft, path in zip(drafts, paths, strict=False)]
+        written = [_write(draft, path, files) for draft, path in zip(drafts, paths, strict=True)]
     return Export(frozen=written[0], baseline=written[1] if baseline is not None else None, gain=gain)
+
+
+@dataclass(frozen=True)
+class _Rewritten:
+    """A rewritten model: the file's bytes, the card in it, what the passes did, and its number of nodes."""
+
+    data: bytes
+    card: ModelCard
+    results: list[PassResult]
+    nodes: int
 
 
 @dataclass(frozen=True)
 class _Draft:
     """A rewritten and proved model, not yet written."""
 
-    model: bytes
-    card: ModelCard
-    results: list[PassResult]
-    nodes: int
+    model: _Rewritten
     parity: ParityReport
     reference: ReferenceSet
 
@@ -210,16 +219,8 @@ def _integer_maps(frozen: FrozenMaps, shape: AttentionShape, quantizer: Quantize
     )
 
 
-def _draft(
-    stock: StockExport,
-    modules: list[AttentionModule],
-    reference: LoadedModel,
-    card: ModelCard,
-    pixels: NDArray[np.uint8],
-    source: str,
-    trt: TrtVersion | None,
-) -> _Draft:
-    """`stock` rewritten, and proved against the logits of `reference` on `pixels`."""
+def _rewrite(stock: StockExport, modules: list[AttentionModule], card: ModelCard, trt: TrtVersion | None) -> _Rewritten:
+    """`stock` after all passes, its card in its metadata."""
     graph = to_graph(stock.model)
     results = run_passes(graph, plan_passes(modules))
     model = to_model(graph)
@@ -228,31 +229,35 @@ def _draft(
         results += [result for result in run_passes(graph, plan_trt(trt)) if result.rewritten]
         model = to_model(graph)
     card = card.model_copy(update={"rewrites": [*card.rewrites, *(result.name for result in results)]})
-    data = with_card(model, card).SerializeToString()
-    images = normalize(pixels, card.preprocessing)
+    return _Rewritten(with_card(model, card).SerializeToString(), card, results, len(model.graph.node))
+
+
+def _prove(model: _Rewritten, reference: LoadedModel, pixels: NDArray[np.uint8], source: str) -> _Draft:
+    """`model` with the logits of `reference` on `pixels`, which it gives too."""
+    images = normalize(pixels, model.card.preprocessing)
     logits = np.concatenate([predict(reference.model, images[i : i + 1]) for i in range(len(images))])
     references = ReferenceSet(pixels, logits, source)
-    with OrtRunner(data, threads=usable_cores(), settings=UNOPTIMIZED, name="the exported graph") as runner:
+    with OrtRunner(model.data, threads=usable_cores(), settings=UNOPTIMIZED, name="the exported graph") as runner:
         parity = check_against_reference(runner, references, TOLERANCES["f32-engine"])
-    return _Draft(data, card, results, len(model.graph.node), parity, references)
+    return _Draft(model, parity, references)
 
 
 def _write(draft: _Draft, path: Path, files: ExitStack) -> ExportedModel:
     """The model and its reference set are written; they appear when `files` is closed."""
     model_file = files.enter_context(atomic_output(path))
     reference_file = files.enter_context(atomic_output(reference_path(path)))
-    model_file.write(draft.model)
+    model_file.write(draft.model.data)
     draft.reference.write(reference_file)
     for file in (model_file, reference_file):
         file.flush()  # a full disk shows here, and not after another file was renamed
     return ExportedModel(
         file=str(path),
-        digest=digest_bytes(draft.model),
-        bytes=len(draft.model),
-        nodes_stock=draft.results[0].nodes_before,
-        nodes=draft.nodes,
-        rewrites=draft.card.rewrites,
-        exporter=draft.card.exporter,
+        digest=digest_bytes(draft.model.data),
+        bytes=len(draft.model.data),
+        nodes_stock=draft.model.results[0].nodes_before,
+        nodes=draft.model.nodes,
+        rewrites=draft.model.card.rewrites,
+        exporter=draft.model.card.exporter,
         parity=draft.parity,
         reference=str(reference_path(path)),
     )

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 import numpy as np
 import onnx_graphsurgeon as gs
 
+from eamdeploy.graph.nodes import redirect
 from eamdeploy.graph.skip import Skip
 from eamdeploy.graph.writer import GraphWriter
 
@@ -51,8 +52,7 @@ class DecomposeLayerNorm:
         result = writer.node("scaled", "Mul", [result, scale], shape)
         for tensor in bias:
             result = writer.node("biased", "Add", [result, tensor], shape)
-        for consumer in list(old.outputs):
-            consumer.inputs = [result if tensor is old else tensor for tensor in consumer.inputs]
+        redirect(old, result)
 
 
 def _mean(graph: gs.Graph, writer: GraphWriter, name: str, x: gs.Tensor) -> gs.Variable:

@@ -14,6 +14,7 @@ import numpy as np
 import onnx_graphsurgeon as gs
 
 from eamdeploy.graph.dequantized import DequantizedRows, find_dequantized_rows
+from eamdeploy.graph.nodes import redirect
 from eamdeploy.graph.skip import Skip
 from eamdeploy.graph.writer import GraphWriter
 
@@ -30,7 +31,4 @@ class FloatMaps:
     def rewrite(self, graph: gs.Graph, match: DequantizedRows) -> None:
         """What read the DequantizeLinear reads a constant."""
         values = match.integers.astype(np.float32) * match.scales[:, None]
-        constant = GraphWriter(graph, match.node.name).constant("float", values)
-        (old,) = match.node.outputs
-        for consumer in list(old.outputs):
-            consumer.inputs = [constant if tensor is old else tensor for tensor in consumer.inputs]
+        redirect(match.node.outputs[0], GraphWriter(graph, match.node.name).constant("float", values))

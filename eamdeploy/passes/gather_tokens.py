@@ -13,6 +13,7 @@ from __future__ import annotations
 import onnx_graphsurgeon as gs
 
 from eamdeploy.graph.layout import PADDING
+from eamdeploy.graph.nodes import redirect
 from eamdeploy.graph.skip import Skip
 from eamdeploy.graph.tokens import TokenMove, find_moves
 from eamdeploy.graph.writer import GraphWriter
@@ -37,9 +38,7 @@ class GatherTokens:
     def rewrite(self, graph: gs.Graph, match: TokenMove) -> None:
         """The readers of the chain's end read the gathered tokens."""
         writer = GraphWriter(graph, f"{match.target.name}/tokens")
-        result = writer.move_tokens(match.source, match)
-        for consumer in list(match.target.outputs):
-            consumer.inputs = [result if tensor is match.target else tensor for tensor in consumer.inputs]
+        redirect(match.target, writer.move_tokens(match.source, match))
 
 
 def _length(move: TokenMove) -> int:

@@ -17,8 +17,9 @@ from dataclasses import dataclass
 import numpy as np
 import onnx_graphsurgeon as gs
 
+from eamdeploy.graph.nodes import bypass, reduced_axes
 from eamdeploy.graph.skip import Refused, Skip
-from eamdeploy.graph.tokens import TokenGather, is_tokenwise, reduced_axes, token_gather
+from eamdeploy.graph.tokens import TokenGather, is_tokenwise, token_gather
 
 _REDUCTIONS = frozenset({"ReduceMax", "ReduceMean", "ReduceSum", "ReduceMin"})
 
@@ -50,13 +51,13 @@ class MergeGathers:
         """The first gather is gone; the later ones gather from its input, and those that then move nothing are gone."""
         first = match.first.node
         order = first.inputs[1].values  # not the matched one: it may have been a later gather of the match before
-        _replace(first)
+        bypass(first)
         for gather in match.later:
             composed = order[gather.indices]
             name = f"{gather.node.outputs[0].name}/after/{first.outputs[0].name}"
             gather.node.inputs[1] = gs.Constant(name, composed)
             if np.array_equal(composed, np.arange(gather.tokens)):
-                _replace(gather.node)
+                bypass(gather.node)
 
 
 def _gathers_behind(gather: TokenGather) -> tuple[TokenGather, ...]:
@@ -92,9 +93,3 @@ def _reduces_tokens(node: gs.Node, tokens: int) -> bool:
     if not shape or axes is None or sorted(axis % len(shape) for axis in axes) != list(range(1, len(shape) - 1)):
         return False
     return all(isinstance(size, int) for size in shape[1:]) and math.prod(shape[1:-1]) == tokens
-
-
-def _replace(node: gs.Node) -> None:
-    source, result = node.inputs[0], node.outputs[0]
-    for reader in list(result.outputs):
-        reader.inputs = [source if tensor is result else tensor for tensor in reader.inputs]

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 
 import onnx_graphsurgeon as gs
 
+from eamdeploy.graph.nodes import redirect
 from eamdeploy.graph.skip import Skip
 
 
@@ -47,12 +48,10 @@ class MergeReshapes:
 
     def rewrite(self, graph: gs.Graph, match: _Match) -> None:
         """The last reshape reads the first tensor, or its readers do."""
-        node, result = match.last, match.last.outputs[0]
         if match.needed:
-            node.inputs[0] = match.source
-            return
-        for reader in list(result.outputs):
-            reader.inputs = [match.source if tensor is result else tensor for tensor in reader.inputs]
+            match.last.inputs[0] = match.source
+        else:
+            redirect(match.last.outputs[0], match.source)
 
 
 def _is_plain(node: gs.Node) -> bool:

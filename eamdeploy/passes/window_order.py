@@ -16,6 +16,7 @@ from dataclasses import dataclass
 import numpy as np
 import onnx_graphsurgeon as gs
 
+from eamdeploy.graph.nodes import bypass, redirect
 from eamdeploy.graph.skip import Refused, Skip
 from eamdeploy.graph.tokens import TokenGather, behind_views, is_tokenwise, is_view, token_gather
 from eamdeploy.graph.writer import GraphWriter
@@ -67,13 +68,10 @@ class WindowOrder:
             return writer.reshape("shaped", moved, (-1, *x.shape[1:]))
 
         in_windows = gathered("in_windows", x, match.partition)
-        for node in (*match.norm, match.add):
-            node.inputs = [in_windows if tensor is x else tensor for tensor in node.inputs]
+        redirect(x, in_windows, (*match.norm, match.add))
         for gather in (match.partition, match.reverse):
-            _bypass(gather.node)
-        back = gathered("back", y, match.reverse)
-        for reader in readers:
-            reader.inputs = [back if tensor is y else tensor for tensor in reader.inputs]
+            bypass(gather.node)
+        redirect(y, gathered("back", y, match.reverse), readers)
 
 
 def _gather_behind(tensor: gs.Tensor) -> TokenGather | None:
@@ -131,10 +129,3 @@ def _norm_between(x: gs.Tensor, gather: gs.Node) -> tuple[gs.Node, ...] | None:
     if not nodes or any(id(reader) not in inside for node in nodes.values() for reader in node.outputs[0].outputs):
         return None
     return tuple(nodes.values())
-
-
-def _bypass(node: gs.Node) -> None:
-    """The readers of `node` read its input instead."""
-    source, result = node.inputs[0], node.outputs[0]
-    for reader in list(result.outputs):
-        reader.inputs = [source if tensor is result else tensor for tensor in reader.inputs]
