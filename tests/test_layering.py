@@ -43,6 +43,7 @@ LAYERS: dict[str, set[str]] = {
     "trt_half": {"engines"},
     "trt_model": {"artifact", "engines", "errors", "graph", "trt_flavour", "trt_half"},
     "lint": {"artifact", "engines", "errors"},
+    "devices": {"artifact"},
     "profiling": {"artifact", "engines", "errors", "parity"},
     "report": {"artifact", "engines", "errors", "profiling"},
     "host": {
@@ -69,7 +70,7 @@ HOST_ONLY = {"graph", "passes", "host", "lint", "trt_flavour", "trt_half", "trt_
 # Where a package may be imported: modules, or whole layers.
 PACKAGES: dict[str, set[str]] = {
     "numpy": set(LAYERS),
-    "pydantic": {"artifact", "eam", "engines", "host", "inspection", "pipeline", "profiling"},
+    "pydantic": {"artifact", "devices", "eam", "engines", "host", "inspection", "pipeline", "profiling"},
     "PIL": {"images"},
     "psutil": {"profiling"},
     "rich": {"cli", "console", "show"},
