@@ -325,7 +325,22 @@ def build_trt(
     ] = None,
     fp16: Annotated[bool, typer.Option("--fp16", help="Compute in FP16 where that is faster.")] = False,
     bf16: Annotated[bool, typer.Option("--bf16", help="Compute in BF16 instead; TensorRT 10.")] = False,
-    int8: Annotated[bool, typer.Option("--int8", help="Run in INT8 what the model's Q/DQ nodes say.")] = False,
+    int8: Annotated[
+        bool, typer.Option("--int8", help="Linear layers and live attention in INT8, or what the model's own Q/DQ say.")
+    ] = False,
+    calib_data: Annotated[
+        Path | None, typer.Option(help="With --int8: folder of images that tell the ranges of activations.")
+    ] = None,
+    calib_images: Annotated[int, typer.Option(min=1, help="… at most that many of them.")] = 64,
+    calib_split: options.Split = "all",
+    calib_method: Annotated[
+        Literal["percentile", "minmax", "entropy"], typer.Option(help="… and how ranges follow from their values.")
+    ] = "percentile",
+    calib_cache: Annotated[
+        Path | None,
+        typer.Option(help="File that keeps the ranges for the next build.", show_default="ENGINE.ranges.json"),
+    ] = None,
+    skip_bad: options.SkipBad = False,
     keep_fp32: Annotated[
         Literal["norm-softmax", "norm", "none"], typer.Option(help="What stays FP32 with --fp16 or --bf16.")
     ] = "norm-softmax",
@@ -352,6 +367,13 @@ def build_trt(
         Path | None, typer.Option(help="Reference set of the parity gate; by default the one beside the model.")
     ] = None,
     check: Annotated[bool, typer.Option("--check/--no-check", help="Run the parity gate.")] = True,
+    min_agreement: Annotated[
+        float | None,
+        typer.Option(help="Percent of first classes that must be the reference's; not for FP32.", show_default="99"),
+    ] = None,
+    save_onnx: Annotated[
+        Path | None, typer.Option(help="Also write the ONNX model that TensorRT's parser gets.")
+    ] = None,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Show what the builder would be asked; needs no GPU.")
     ] = False,
@@ -361,6 +383,7 @@ def build_trt(
     as_json: options.AsJson = False,
 ) -> None:
     """Build a TensorRT engine for this machine's GPU and prove that it classifies like the model (exit 3 if not)."""
+    from eamdeploy.activation_ranges import Calibration
     from eamdeploy.build import build_trt as run_build
     from eamdeploy.build import plan_trt_build
     from eamdeploy.engines.trt_request import TrtOptions
@@ -381,14 +404,33 @@ def build_trt(
         layer_profile=layer_profile,
     )
     version = options.parse_dry_run(dry_run=dry_run, trt=trt)
+    calibration = None
+    if calib_data is not None:
+        calibration = Calibration(
+            ImageSource(calib_data, calib_split, calib_images, skip_bad), calib_method, calib_cache
+        )
     if dry_run:
-        request = plan_trt_build(model, asked, version)
+        with context.obj as terminal:
+            request = plan_trt_build(
+                model, asked, version, calibration=calibration, onnx_output=save_onnx, observer=terminal
+            )
         print_result(request, show.builder_request(request), as_json=as_json)
         return
     if output is None:
         raise ConfigError("build-trt needs a place for the engine", expected="--output FILE.plan, or --dry-run")
     with context.obj as terminal:
-        result = run_build(model, output, asked, reference=reference, check=check, baseline=baseline, observer=terminal)
+        result = run_build(
+            model,
+            output,
+            asked,
+            reference=reference,
+            check=check,
+            min_agreement=min_agreement,
+            calibration=calibration,
+            baseline=baseline,
+            onnx_output=save_onnx,
+            observer=terminal,
+        )
     print_result(result, show.manifest(result), as_json=as_json)
 
 

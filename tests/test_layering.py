@@ -39,9 +39,13 @@ LAYERS: dict[str, set[str]] = {
     "graph": {"artifact", "errors"},
     "passes": {"eam", "errors", "graph"},
     "engines": {"accuracy", "artifact", "errors", "images", "parity"},
+    "activation_ranges": {"artifact", "engines", "errors", "folder", "images", "observer", "source"},
     "trt_flavour": {"engines", "graph", "passes"},
     "trt_half": {"engines"},
-    "trt_model": {"artifact", "engines", "errors", "graph", "trt_flavour", "trt_half"},
+    "trt_model": {
+        *("activation_ranges", "artifact", "engines", "errors", "graph", "observer", "passes"),
+        *("trt_flavour", "trt_half"),
+    },
     "lint": {"artifact", "engines", "errors"},
     "devices": {"artifact"},
     "profiling": {"artifact", "engines", "errors", "parity"},
@@ -50,7 +54,7 @@ LAYERS: dict[str, set[str]] = {
         *("artifact", "eam", "engines", "errors", "folder", "graph"),
         *("images", "observer", "parity", "passes", "profiling", "source", "trt_flavour"),
     },
-    "build": {"engines", "errors", "observer", "parity", "trt_model"},
+    "build": {"activation_ranges", "artifact", "engines", "errors", "observer", "parity", "trt_model"},
     "evaluation": {"accuracy", "artifact", "eam", "engines", "errors", "host", "observer", "source"},
     "inspection": {"artifact", "eam", "engines", "errors", "parity"},
     "pipeline": {
@@ -61,7 +65,18 @@ LAYERS: dict[str, set[str]] = {
     "console": {"artifact"},
     "cli_options": {"eam", "engines", "errors"},
     "cli": {
-        *("artifact", "build", "cli_options", "console", "engines", "errors", "evaluation", "host", "inspection"),
+        *(
+            "activation_ranges",
+            "artifact",
+            "build",
+            "cli_options",
+            "console",
+            "engines",
+            "errors",
+            "evaluation",
+            "host",
+            "inspection",
+        ),
         *("lint", "pipeline", "profiling", "report", "show", "source"),
     },
 }
@@ -77,10 +92,22 @@ PACKAGES: dict[str, set[str]] = {
     "typer": {"cli", "cli_options"},
     "tomli": {"pipeline"},
     "tomllib": {"pipeline"},  # Python's own from 3.11
-    "onnxruntime": {"engines.ort", "engines.registry", "graph.model", "graph.running", "trt_half"},
+    "onnxruntime": {
+        *("activation_ranges", "engines.ort", "engines.registry", "graph.model", "graph.running", "trt_half")
+    },
     "torch": {"host"},
     "timm": {"host"},
-    "onnx": {"graph", "host", "inspection", "lint", "passes", "trt_flavour", "trt_half", "trt_model"},
+    "onnx": {
+        "activation_ranges",
+        "graph",
+        "host",
+        "inspection",
+        "lint",
+        "passes",
+        "trt_flavour",
+        "trt_half",
+        "trt_model",
+    },
     "onnx_graphsurgeon": {"graph", "passes"},
     "safetensors": {"eam.checkpoint", "host"},
     "matplotlib": {"report"},

@@ -64,7 +64,7 @@ _NO_DATA_FILES: Mapping[str, str] = MappingProxyType(
 )
 
 _FATAL_ONLY = 4  # the exception says all; ONNX Runtime would log it to stderr as well
-_ORT_FAILURES: tuple[type[Exception], ...] = (
+ORT_FAILURES: tuple[type[Exception], ...] = (
     state.EPFail,
     state.Fail,
     state.InvalidArgument,
@@ -107,7 +107,7 @@ class OrtRunner:
         options = _session_options(threads, {**self.settings, **extra}, self.name)
         try:
             session = onnxruntime.InferenceSession(source, options, providers=["CPUExecutionProvider"])
-        except _ORT_FAILURES as err:
+        except ORT_FAILURES as err:
             raise EngineError(
                 f"ONNX Runtime can't load {self.name}: {_reason(err)}",
                 hint="It is damaged, no ONNX model, keeps data in a second file, or needs a newer ONNX Runtime.",
@@ -128,7 +128,7 @@ class OrtRunner:
             raise EngineError(f"engine {self.name} is closed")
         try:
             (logits,) = self._session.run([self.io.output_name], {self.io.input_name: images})
-        except _ORT_FAILURES as err:
+        except ORT_FAILURES as err:
             raise EngineError(f"ONNX Runtime failed to run {self.name}: {_reason(err)}") from err
         if logits.dtype != np.float32 or logits.ndim != 2 or len(logits) != len(images):
             raise EngineError(
