@@ -138,15 +138,15 @@ def _cached(cache: Path | None, key: str) -> ActivationRanges | None:
 def _measure(
     model: onnx.ModelProto, folder: ImageFolder, how: Preprocessing, calibration: Calibration, observer: Observer
 ) -> Mapping[str, tuple[float, float]]:
-    from onnxruntime.quantization import CalibrationMethod
-    from onnxruntime.quantization.calibrate import create_calibrator
-
     from eamdeploy.engines.ort import ORT_FAILURES
+    from eamdeploy.ort_tools import import_tool
 
+    calibrate = import_tool("quantization.calibrate")
+    known = calibrate.CalibrationMethod
     methods = {
-        "percentile": (CalibrationMethod.Percentile, {"percentile": _PERCENTILE}),
-        "minmax": (CalibrationMethod.MinMax, {}),
-        "entropy": (CalibrationMethod.Entropy, {}),
+        "percentile": (known.Percentile, {"percentile": _PERCENTILE}),
+        "minmax": (known.MinMax, {}),
+        "entropy": (known.Entropy, {}),
     }
     method, options = methods[calibration.method]
     fixed = model.graph.input[0].type.tensor_type.shape.dim[0].dim_value
@@ -155,7 +155,7 @@ def _measure(
         path = Path(scratch) / "model.onnx"
         path.write_bytes(model.SerializeToString())
         try:
-            calibrator = create_calibrator(
+            calibrator = calibrate.create_calibrator(
                 str(path),
                 ["MatMul"],
                 str(Path(scratch) / "augmented.onnx"),

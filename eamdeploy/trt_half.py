@@ -11,7 +11,6 @@ DequantizeLinear and wants CUDA's packages; `onnxconverter-common` is what ONNX 
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Sequence
 
 import numpy as np
@@ -19,6 +18,7 @@ import onnx
 from onnx import numpy_helper
 
 from eamdeploy.engines.trt_precision import Step, steps_to_keep
+from eamdeploy.ort_tools import import_tool
 
 _KINDS = {
     "LayerNormalization": "normalization",
@@ -50,10 +50,7 @@ def to_half(model: onnx.ModelProto, kinds: Sequence[str]) -> onnx.ModelProto:
     steps = [
         Step(_KINDS.get(node.op_type, node.op_type), tuple(node.input), tuple(node.output)) for node in named.graph.node
     ]
-    search_path = list(sys.path)
-    from onnxruntime.transformers import float16
-
-    sys.path[:] = search_path  # that package adds its folder, whose modules have names like "benchmark" and "models"
+    float16 = import_tool("transformers.float16")
     half: onnx.ModelProto = float16.convert_float_to_float16(
         named,
         keep_io_types=True,

@@ -39,9 +39,10 @@ LAYERS: dict[str, set[str]] = {
     "graph": {"artifact", "errors"},
     "passes": {"eam", "errors", "graph"},
     "engines": {"accuracy", "artifact", "errors", "images", "parity"},
-    "activation_ranges": {"artifact", "engines", "errors", "folder", "images", "observer", "source"},
+    "ort_tools": set(),
+    "activation_ranges": {"artifact", "engines", "errors", "folder", "images", "observer", "ort_tools", "source"},
     "trt_flavour": {"engines", "graph", "passes"},
-    "trt_half": {"engines"},
+    "trt_half": {"engines", "ort_tools"},
     "trt_model": {
         *("activation_ranges", "artifact", "engines", "errors", "graph", "observer", "passes"),
         *("trt_flavour", "trt_half"),
@@ -92,9 +93,7 @@ PACKAGES: dict[str, set[str]] = {
     "typer": {"cli", "cli_options"},
     "tomli": {"pipeline"},
     "tomllib": {"pipeline"},  # Python's own from 3.11
-    "onnxruntime": {
-        *("activation_ranges", "engines.ort", "engines.registry", "graph.model", "graph.running", "trt_half")
-    },
+    "onnxruntime": {*("engines.ort", "engines.registry", "graph.model", "graph.running", "ort_tools")},
     "torch": {"host"},
     "timm": {"host"},
     "onnx": {
