@@ -104,10 +104,10 @@ def export(result: Export) -> RenderableType:
 def _gain(gain: Gain) -> str:
     """What freezing gained, in the words of the measurement."""
     speed, threads = gain.speed_up, f"{gain.threads} thread" + "s" * (gain.threads > 1)
-    verdict = ("faster" if speed.median > 1 else "slower") if gain.steady else "no difference beyond the noise"
+    verdict = {"no difference": "no difference beyond the noise"}.get(speed.verdict, speed.verdict)
     return (
         f"{speed.median:.2f}× the speed of the unfrozen twin on ONNX Runtime CPU here, {threads}: {verdict} "
-        f"(p25–p75 {speed.p25:.2f}–{speed.p75:.2f}, {speed.rounds} rounds taking turns)"
+        f"(95 % interval {speed.low:.2f}–{speed.high:.2f}, {speed.rounds} rounds taking turns)"
     )
 
 
@@ -218,7 +218,7 @@ def profile(measured: Profile) -> RenderableType:
     machine = measured.machine
     title = f"{machine.cpu}, {measured.threads} threads, batch {measured.batch}"
     table = Table(title=title, title_justify="left", box=None, padding=(0, 2, 0, 0))
-    columns = ("engine", "p50 ms", "mean", "p90", "p99", "images/s", "speed-up (p25–p75)", "memory MB", "file MB")
+    columns = ("engine", "p50 ms", "mean", "p90", "p99", "images/s", "speed-up (95 % interval)", "memory MB", "file MB")
     for name in columns:
         table.add_column(name, justify="left" if name == "engine" else "right")
     for item in everyone:
@@ -240,7 +240,7 @@ def _profile_row(item: EngineProfile, is_baseline: bool) -> list[str]:
     figures = (latency.p50_ms, latency.mean_ms, latency.p90_ms, latency.p99_ms)
     ratio = "baseline" if is_baseline else ""
     if item.speed_up is not None:
-        ratio = f"{item.speed_up.median:.3f}× ({item.speed_up.p25:.3f}–{item.speed_up.p75:.3f})"
+        ratio = f"{item.speed_up.median:.3f}× ({item.speed_up.low:.3f}–{item.speed_up.high:.3f}) {item.speed_up.verdict}"
     return [
         item.engine,
         *(f"{figure:.2f}" for figure in figures),

@@ -191,7 +191,7 @@ def _device(
         precision=request.precision,
         int8=request.int8,
         model_changes=request.model_changes,
-        device_memory_bytes=loaded.device_memory_bytes(capabilities(version)),
+        device_memory_bytes=loaded.device_memory_bytes(),
         engine_layers=layers,
         baseline=baseline,
         log=log.name,
