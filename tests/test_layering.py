@@ -38,13 +38,13 @@ LAYERS: dict[str, set[str]] = {
     "eam": {"artifact", "errors"},
     "graph": {"artifact", "errors"},
     "passes": {"eam", "errors", "graph"},
-    "engines": {"accuracy", "artifact", "errors", "images", "parity"},
+    "devices": {"artifact", "errors"},
+    "engines": {"accuracy", "artifact", "devices", "errors", "images", "parity"},
     "trt_flavour": {"engines", "graph", "passes"},
     "trt_half": {"engines"},
     "trt_model": {"artifact", "engines", "errors", "graph", "trt_flavour", "trt_half"},
     "lint": {"artifact", "engines", "errors"},
-    "devices": {"artifact"},
-    "profiling": {"artifact", "engines", "errors", "parity"},
+    "profiling": {"artifact", "devices", "engines", "errors", "parity"},
     "report": {"artifact", "engines", "errors", "profiling"},
     "host": {
         *("artifact", "eam", "engines", "errors", "folder", "graph"),
@@ -85,6 +85,8 @@ PACKAGES: dict[str, set[str]] = {
     "safetensors": {"eam.checkpoint", "host"},
     "matplotlib": {"report"},
     "tensorrt": {"engines.trt"},
+    "jtop": {"devices.jtop"},
+    "pynvml": {"devices.cuda"},
 }
 BASE = {"numpy", "pydantic", "PIL", "psutil", "rich", "typer", "tomli", "tomllib", "onnxruntime"}
 BLOCKED = sorted(PACKAGES.keys() - BASE)
@@ -307,7 +309,8 @@ for name in {BLOCKED!r}:
     else:
         raise SystemExit(name)
 """
-    assert {"torch", "timm", "onnx", "onnx_graphsurgeon", "tensorrt", "safetensors", "matplotlib"} == set(BLOCKED)
+    host = {"torch", "timm", "onnx", "onnx_graphsurgeon", "safetensors", "matplotlib"}
+    assert host | {"tensorrt", "jtop", "pynvml"} == set(BLOCKED)
     subprocess.run([sys.executable, "-c", program], env=board, check=True)
 
 
