@@ -12,8 +12,8 @@ from eamdeploy.devices.sysfs import (
     cpu_clocks,
     memory_in_use,
     processor_name,
-    read_line,
     read_number,
+    read_text,
     temperatures_c,
     throttling,
 )
@@ -36,7 +36,7 @@ class CpuDevice:
     def state(self) -> DeviceState:
         """The processor now; the governor of its clock is the power mode."""
         clocks = cpu_clocks(self._root)
-        governor = read_line(self._root / "sys/devices/system/cpu/cpu0/cpufreq/scaling_governor")
+        governor = read_text(self._root / "sys/devices/system/cpu/cpu0/cpufreq/scaling_governor")
         locked = all(clock.held for clock in clocks.values()) if clocks else None
         warnings = []
         if not locked and governor not in (None, "performance"):
@@ -62,7 +62,7 @@ class CpuDevice:
         """
         counters = {}
         for domain in sorted((self._root / "sys/class/powercap").glob("intel-rapl:*")):
-            name = read_line(domain / "name") or ""
+            name = read_text(domain / "name") or ""
             # subdomains are parts of their package, and psys, the whole platform, has all packages in it
             if domain.name.count(":") == 1 and name.startswith("package"):
                 counters[name] = domain

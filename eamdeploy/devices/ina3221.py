@@ -12,7 +12,7 @@ from pathlib import Path
 from eamdeploy.devices.background import PolledSensor
 from eamdeploy.devices.base import Reading
 from eamdeploy.devices.rails import total_rails
-from eamdeploy.devices.sysfs import memory_in_use, read_line, read_number
+from eamdeploy.devices.sysfs import memory_in_use, read_number, read_text
 
 DRIVERS = "sys/bus/i2c/drivers"
 
@@ -46,10 +46,10 @@ def find_rails(root: Path) -> list[Rail]:
     for label in sorted(folders.glob("ina3221*/*/hwmon/hwmon*/in*_label")):
         channel = label.name.removeprefix("in").removesuffix("_label")
         files = (label.with_name(f"in{channel}_input"), label.with_name(f"curr{channel}_input"))
-        rails.append(Rail(read_line(label) or "", files))  # the sum of shunt voltages has a label, but no current
+        rails.append(Rail(read_text(label) or "", files))  # the sum of shunt voltages has a label, but no current
     for label in sorted(folders.glob("ina3221*/*/iio:device*/rail_name_*")):
         channel = label.name.removeprefix("rail_name_")
-        rails.append(Rail(read_line(label) or "", (label.with_name(f"in_power{channel}_input"),)))
+        rails.append(Rail(read_text(label) or "", (label.with_name(f"in_power{channel}_input"),)))
     return [rail for rail in rails if rail.name not in ("", _UNCONNECTED) and rail.power_mw() is not None]
 
 

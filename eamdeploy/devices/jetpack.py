@@ -6,7 +6,7 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
-from eamdeploy.devices.sysfs import read_line
+from eamdeploy.devices.sysfs import read_text
 
 RELEASE_FILE = "etc/nv_tegra_release"
 
@@ -49,7 +49,7 @@ _JETPACKS: tuple[tuple[str, JetPack], ...] = (
 
 def find_l4t(root: Path = Path("/")) -> str | None:
     """The release of Jetson Linux (L4T) on this board, e.g. "36.4.3"; None on another machine."""
-    found = re.search(r"R(\d+).*?REVISION:\s*(\d+(?:\.\d+)*)", read_line(root / RELEASE_FILE) or "")
+    found = re.search(r"R(\d+).*?REVISION:\s*(\d+(?:\.\d+)*)", read_text(root / RELEASE_FILE) or "")
     return None if found is None else f"{found[1]}.{found[2]}"
 
 

@@ -15,8 +15,8 @@ from eamdeploy.devices.sysfs import (
     board_name,
     cpu_clocks,
     gpu_clocks,
-    read_line,
     read_number,
+    read_text,
     temperatures_c,
     throttling,
 )
@@ -142,5 +142,5 @@ class JetsonDevice:
 
 def is_jetson(root: Path) -> bool:
     """Whether the files below `root` are a Jetson's; containers may hide some of them."""
-    compatible = read_line(root / "proc/device-tree/compatible") or ""
+    compatible = read_text(root / "proc/device-tree/compatible") or ""
     return find_l4t(root) is not None or "nvidia,tegra" in compatible or "Jetson" in (board_name(root) or "")

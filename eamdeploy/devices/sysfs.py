@@ -30,7 +30,7 @@ class Clock:
         return self.minimum_mhz == self.maximum_mhz
 
 
-def read_line(path: Path) -> str | None:
+def read_text(path: Path) -> str | None:
     """The file's text without white space and NUL at its ends; None if there is none."""
     try:
         return path.read_text(errors="replace").strip("\0 \t\n") or None
@@ -40,18 +40,18 @@ def read_line(path: Path) -> str | None:
 
 def read_number(path: Path) -> int | None:
     """The whole number that the file holds; None if it holds something else."""
-    text = read_line(path)
+    text = read_text(path)
     return int(text) if text is not None and re.fullmatch(r"-?[0-9]+", text) else None
 
 
 def board_name(root: Path) -> str | None:
     """The board's name in its device tree; PCs have none."""
-    return read_line(root / "proc/device-tree/model")
+    return read_text(root / "proc/device-tree/model")
 
 
 def processor_name(root: Path) -> str | None:
     """The processor's name; on most ARM boards the kernel does not tell it."""
-    for line in (read_line(root / "proc/cpuinfo") or "").splitlines():
+    for line in (read_text(root / "proc/cpuinfo") or "").splitlines():
         key, _, value = line.partition(":")
         if key.strip() == "model name" and value.strip():
             return value.strip()
@@ -60,7 +60,7 @@ def processor_name(root: Path) -> str | None:
 
 def memory_in_use(root: Path) -> dict[str, int]:
     """Bytes in use: "ram" is what is not available to new programs; "nvmap", on Jetsons, what the GPU has of it."""
-    text = read_line(root / "proc/meminfo") or ""
+    text = read_text(root / "proc/meminfo") or ""
     fields = {name: 1024 * int(count) for name, count in re.findall(r"^(\w+):\s+(\d+) kB", text, re.MULTILINE)}
     used = {}
     if {"MemTotal", "MemAvailable"} <= fields.keys():
@@ -74,7 +74,7 @@ def temperatures_c(root: Path) -> dict[str, float]:
     """Temperature by thermal zone; zones without a sensor are left out, of two with one name the hotter counts."""
     found: dict[str, float] = {}
     for zone in sorted((root / "sys/class/thermal").glob("thermal_zone*")):
-        name, milli = read_line(zone / "type"), read_number(zone / "temp")
+        name, milli = read_text(zone / "type"), read_number(zone / "temp")
         if name is not None and milli is not None and milli / 1e3 > _NO_SENSOR_C:
             found[name] = max(found.get(name, _NO_SENSOR_C), milli / 1e3)
     return found
@@ -84,9 +84,9 @@ def throttling(root: Path) -> list[str]:
     """What the thermal framework slows down now; fans are not among it."""
     active = []
     for device in sorted((root / "sys/class/thermal").glob("cooling_device*")):
-        name, state = read_line(device / "type") or "", read_number(device / "cur_state")
+        name, state = read_text(device / "type") or "", read_number(device / "cur_state")
         if _SLOWS_DOWN.search(name) and state is not None and state > 0:
-            active.append(f"{name} is at {state} of {read_line(device / 'max_state')}")
+            active.append(f"{name} is at {state} of {read_text(device / 'max_state')}")
     return active
 
 
