@@ -1,8 +1,8 @@
 """What a Jetson's `tegrastats` prints: one line for each moment.
 
-The format differs by board and release. All of it is parsed, but only into what is asked here, and a line is understood
-as a whole or not at all: its fields must follow each other without a gap, so that a line that was cut, or two that ran
-into each other, are not believed. Source: FACTS §5.
+The format differs by board and release. A line is understood as a whole or not at all: known fields, and engines with
+their clocks, must follow each other without a gap. So a line that was cut, or two that ran into each other, are not
+believed. Source: FACTS §5.
 """
 
 from __future__ import annotations
