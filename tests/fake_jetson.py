@@ -141,7 +141,6 @@ def write_cores(root: Path, clocks_khz: Mapping[int, tuple[int, int, int]], gove
 
 def write_model(root: Path, model: str, compatible: str) -> None:
     """The board's device tree, whose texts end with NUL."""
-    write_files(root, {})
     folder = root / "proc/device-tree"
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "model").write_bytes(f"{model}\0".encode())

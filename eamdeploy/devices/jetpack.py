@@ -29,21 +29,20 @@ class JetPack:
         return f"JetPack {self.version}"
 
 
-# By L4T release, the first that the board's one begins with. Source: FACTS §1.
+# By L4T release, the first that the board's one begins with; previews (35.1, 36.2) had others. Source: FACTS §1.
 _JETPACKS: tuple[tuple[str, JetPack], ...] = (
     ("32.7", JetPack("4.6", "8.2", "3.6")),
-    ("35", JetPack("5.1", "8.5.2", "3.8")),
+    *((f"35.{minor}", JetPack("5.1", "8.5.2", "3.8")) for minor in range(2, 7)),
     ("36.3", JetPack("6.0", "8.6.2", "3.10")),
     ("36.4.0", JetPack("6.1", "10.3", "3.10")),
     ("36.4.3", JetPack("6.2", "10.3", "3.10")),
     ("36.4.4", JetPack("6.2.1", "10.3", "3.10")),
     ("36.4.7", JetPack("6.2.1", "10.3", "3.10")),
     ("36.5", JetPack("6.2.2", "10.3", "3.10")),
-    ("36", JetPack("6.1/6.2", "10.3", "3.10")),
+    ("36.4", JetPack("6.1/6.2", "10.3", "3.10")),
     ("38.2", JetPack("7.0", "10.13", "3.12")),
     ("38.4", JetPack("7.1", "10.13", "3.12")),
-    ("38", JetPack("7.0/7.1", "10.13", "3.12")),
-    ("39", JetPack("7.2", "10.16", "3.12")),
+    ("39.2", JetPack("7.2", "10.16", "3.12")),
 )
 
 

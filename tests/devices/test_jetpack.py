@@ -38,7 +38,7 @@ def test_jetpack_is_told_by_its_release(
 
 @pytest.mark.parametrize(
     ("content", "l4t"),
-    [("# R99 (release), REVISION: 1.0", "99.1.0"), ("# R32 (release), REVISION: 4.4", "32.4.4"), ("something", None)],
+    [("# R99 (release), REVISION: 1.0", "99.1.0"), ("# R36 (release), REVISION: 2.0", "36.2.0"), ("something", None)],
 )
 def test_unknown_release_is_no_jetpack(tmp_path: Path, content: str, l4t: str | None) -> None:
     write_files(tmp_path, {"etc/nv_tegra_release": content})
