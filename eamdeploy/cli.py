@@ -16,6 +16,7 @@ from eamdeploy.artifact import require_output
 from eamdeploy.console import Terminal, print_result
 from eamdeploy.engines.trt_versions import TrtVersion
 from eamdeploy.errors import ConfigError, EamDeployError, ExitCode, host_packages
+from eamdeploy.show_profile import profile_tables
 from eamdeploy.source import ImageSource, read_class_names
 
 if TYPE_CHECKING:
@@ -469,19 +470,32 @@ def profile(
         Path | None, typer.Option(help="What the speed-ups are against; takes turns with the rest.")
     ] = None,
     output: Annotated[Path | None, typer.Option("--output", "-o", help="Also write the JSON here.")] = None,
+    device: Annotated[
+        str, typer.Option(help="What they run on, for its power, clocks and temperatures: cpu, cuda, jetson.")
+    ] = "cpu",
     threads: options.Threads = None,
     batch: Annotated[int, typer.Option(min=1, help="Images in one inference.")] = 1,
-    warmup_ms: Annotated[float, typer.Option(help="Warm-up of every engine.")] = 200.0,
+    streams: Annotated[int, typer.Option(min=1, help="Also measure throughput with that many inferences at once.")] = 1,
+    warmup_ms: Annotated[float, typer.Option(help="Warm-up of every engine in each sitting.")] = 200.0,
     min_seconds: Annotated[float, typer.Option(help="Time every engine for at least this long.")] = 3.0,
     min_runs: Annotated[int, typer.Option(help="… and at least this often.")] = 50,
+    sittings: Annotated[int, typer.Option(min=1, help="How often the engines are loaded anew for that.")] = 5,
     memory: Annotated[
-        bool, typer.Option("--memory/--no-memory", help="Measure memory in a process of its own.")
+        bool, typer.Option("--memory/--no-memory", help="Measure memory and cold start in a process of its own.")
     ] = True,
+    power: Annotated[
+        bool, typer.Option("--power/--no-power", help="Measure power and energy where the device has sensors.")
+    ] = True,
+    power_seconds: Annotated[float, typer.Option(help="… for twice this long with every engine.")] = 5.0,
+    layer_profile: Annotated[bool, typer.Option("--layer-profile", help="Also time every layer.")] = False,
     as_json: options.AsJson = False,
 ) -> None:
-    """Measure latency, throughput and memory on this machine's CPU; engines take turns, so ratios can be trusted."""
+    """Measure latency, throughput, memory and power here; engines take turns, so that ratios can be trusted."""
+    from eamdeploy.devices.registry import open_device
     from eamdeploy.engines.provenance import usable_cores
+    from eamdeploy.profiling.profile import Extras
     from eamdeploy.profiling.profile import profile as run_profile
+    from eamdeploy.profiling.timing import Schedule
 
     _require_outputs([output], engines)
     result = run_profile(
@@ -489,14 +503,13 @@ def profile(
         baseline,
         threads=threads or usable_cores(),
         batch=batch,
-        warmup_ms=warmup_ms,
-        min_seconds=min_seconds,
-        min_runs=min_runs,
-        with_memory=memory,
+        device=open_device(device),
+        schedule=Schedule(warmup_ms, min_seconds, min_runs, sittings),
+        extras=Extras(fresh=memory, streams=streams, layers=layer_profile, power=power, power_seconds=power_seconds),
     )
     if output is not None:
         result.write(output)
-    print_result(result, show.profile(result), as_json=as_json)
+    print_result(result, profile_tables(result), as_json=as_json)
 
 
 @app.command()

@@ -32,6 +32,7 @@ from eamdeploy.folder import Split, folder_digest
 from eamdeploy.observer import SILENT, Observer
 from eamdeploy.parity import REFERENCE_IMAGES, reference_path
 from eamdeploy.profiling.profile import Profile, profile
+from eamdeploy.profiling.timing import Schedule
 from eamdeploy.source import ImageSource, read_class_names
 
 if sys.version_info >= (3, 11):
@@ -100,6 +101,7 @@ class ProfileConfig(Record):
     warmup_ms: float = 200.0
     min_seconds: float = 3.0
     min_runs: int = 50
+    sittings: int = 5
 
 
 class RunConfig(Record):
@@ -346,9 +348,7 @@ def _profile_stage(config: RunConfig, observer: Observer) -> _Stage:
             baseline,
             threads=options.threads or usable_cores(),
             batch=options.batch,
-            warmup_ms=options.warmup_ms,
-            min_seconds=options.min_seconds,
-            min_runs=options.min_runs,
+            schedule=Schedule(options.warmup_ms, options.min_seconds, options.min_runs, options.sittings),
         ).write(output)
 
     inputs = {

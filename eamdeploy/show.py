@@ -15,7 +15,7 @@ from eamdeploy.engines.base import DeviceBuild, Manifest
 from eamdeploy.evaluation import EvaluationReport
 from eamdeploy.inspection import PLURALS, Inspection
 from eamdeploy.pipeline import RunReport
-from eamdeploy.profiling.profile import EngineProfile, Profile
+from eamdeploy.show_profile import RANDOM_WARNING, SLOWEST, profile_tables
 
 if TYPE_CHECKING:
     from eamdeploy.engines.trt_request import BuilderRequest
@@ -23,9 +23,6 @@ if TYPE_CHECKING:
     from eamdeploy.host.freezing import Analysis
     from eamdeploy.host.gain import Gain
     from eamdeploy.lint.linter import LintReport
-
-_SLOWEST = 10
-RANDOM_WARNING = "The weights are random: latency and size mean something, accuracy and frozen heads do not."
 
 
 def fields(title: str, rows: Mapping[str, object]) -> RenderableType:
@@ -129,7 +126,7 @@ def run(report: RunReport) -> RenderableType:
     """What was frozen, what it cost and gained, which stages ran, and where the files are."""
     ran, unchanged = ", ".join(report.ran) or "nothing", ", ".join(report.reused) or "nothing"
     stages = fields("Stages", {"ran": ran, "unchanged": unchanged, "files": list(report.files.values())})
-    parts = [checkpoint(report.freezing), profile(report.profile), stages]
+    parts = [checkpoint(report.freezing), profile_tables(report.profile), stages]
     if report.evaluation is not None:
         parts.insert(1, evaluation(report.evaluation))
     return Group(*(line for part in parts for line in (part, Text())))
@@ -171,7 +168,7 @@ def _device(built: DeviceBuild) -> dict[str, object]:
         twin = built.baseline
         rows["baseline"] = f"{twin.engine}: {twin.engine_bytes:,} bytes, {twin.layers} layers"
     if built.layer_ms is not None:
-        slowest = sorted(built.layer_ms.items(), key=lambda item: -item[1])[:_SLOWEST]
+        slowest = sorted(built.layer_ms.items(), key=lambda item: -item[1])[:SLOWEST]
         rows["slowest layers"] = [f"{ms:.4f} ms {name}" for name, ms in slowest]
     return rows
 
@@ -212,20 +209,6 @@ def evaluation(report: EvaluationReport) -> RenderableType:
     return _with_warning(Group(title, table), report.weights)
 
 
-def profile(measured: Profile) -> RenderableType:
-    """Latency, memory and size of every engine, with the caveats that belong to them."""
-    everyone = [*([measured.baseline] if measured.baseline else []), *measured.engines]
-    machine = measured.machine
-    title = f"{machine.cpu}, {measured.threads} threads, batch {measured.batch}"
-    table = Table(title=title, title_justify="left", box=None, padding=(0, 2, 0, 0))
-    columns = ("engine", "p50 ms", "mean", "p90", "p99", "images/s", "speed-up (95 % interval)", "memory MB", "file MB")
-    for name in columns:
-        table.add_column(name, justify="left" if name == "engine" else "right")
-    for item in everyone:
-        table.add_row(*_profile_row(item, item is measured.baseline))
-    return Group(table, *(Text(line, style="yellow") for line in _caveats(everyone)))
-
-
 def inspection(found: Inspection) -> RenderableType:
     """Everything that `inspect` found."""
     return fields(f"{found.file}: {found.kind}", {"bytes": f"{found.bytes:,}", "digest": found.digest, **found.details})
@@ -233,27 +216,3 @@ def inspection(found: Inspection) -> RenderableType:
 
 def _with_warning(shown: RenderableType, weights: str | None) -> RenderableType:
     return Group(shown, Text(RANDOM_WARNING, style="yellow")) if weights == "random" else shown
-
-
-def _profile_row(item: EngineProfile, is_baseline: bool) -> list[str]:
-    latency, memory = item.latency, item.memory
-    figures = (latency.p50_ms, latency.mean_ms, latency.p90_ms, latency.p99_ms)
-    ratio = "baseline" if is_baseline else ""
-    if item.speed_up is not None:
-        ratio = f"{item.speed_up.median:.3f}× ({item.speed_up.low:.3f}–{item.speed_up.high:.3f}) {item.speed_up.verdict}"
-    return [
-        item.engine,
-        *(f"{figure:.2f}" for figure in figures),
-        f"{latency.throughput_images_per_s:.1f}",
-        ratio,
-        "" if memory is None else f"{memory.peak_rss_bytes / 1e6:.0f}",
-        "" if memory is None else f"{memory.engine_bytes / 1e6:.2f}",
-    ]
-
-
-def _caveats(everyone: list[EngineProfile]) -> list[str]:
-    lines = [f"{item.engine}: {item.latency.warning}" for item in everyone if item.latency.warning]
-    lines += [f"{item.engine}: its parity was not checked" for item in everyone if item.parity is None]
-    if any(item.model is not None and item.model.weights == "random" for item in everyone):
-        lines.append(RANDOM_WARNING)
-    return lines

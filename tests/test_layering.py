@@ -38,7 +38,8 @@ LAYERS: dict[str, set[str]] = {
     "eam": {"artifact", "errors"},
     "graph": {"artifact", "errors"},
     "passes": {"eam", "errors", "graph"},
-    "engines": {"accuracy", "artifact", "errors", "images", "parity"},
+    "devices": {"artifact", "errors"},
+    "engines": {"accuracy", "artifact", "devices", "errors", "images", "parity"},
     "ort_tools": set(),
     "activation_ranges": {"artifact", "engines", "errors", "folder", "images", "observer", "ort_tools", "source"},
     "trt_flavour": {"engines", "graph", "passes"},
@@ -48,8 +49,7 @@ LAYERS: dict[str, set[str]] = {
         *("trt_flavour", "trt_half"),
     },
     "lint": {"artifact", "engines", "errors"},
-    "devices": {"artifact"},
-    "profiling": {"artifact", "engines", "errors", "parity"},
+    "profiling": {"artifact", "devices", "engines", "errors", "parity"},
     "report": {"artifact", "engines", "errors", "profiling"},
     "host": {
         *("artifact", "eam", "engines", "errors", "folder", "graph"),
@@ -62,16 +62,19 @@ LAYERS: dict[str, set[str]] = {
         *("artifact", "build", "eam", "engines", "errors", "evaluation", "folder", "host"),
         *("observer", "parity", "profiling", "report", "source"),
     },
-    "show": {"artifact", "eam", "engines", "evaluation", "host", "inspection", "lint", "pipeline", "profiling"},
+    "show_profile": {"devices", "profiling"},
+    "show": {"artifact", "eam", "engines", "evaluation", "host", "inspection", "lint", "pipeline", "show_profile"},
     "console": {"artifact"},
     "cli_options": {"eam", "engines", "errors"},
     "cli": {
         *(
             "activation_ranges",
+            "show_profile",
             "artifact",
             "build",
             "cli_options",
             "console",
+            "devices",
             "engines",
             "errors",
             "evaluation",
@@ -89,7 +92,7 @@ PACKAGES: dict[str, set[str]] = {
     "pydantic": {"artifact", "devices", "eam", "engines", "host", "inspection", "pipeline", "profiling"},
     "PIL": {"images"},
     "psutil": {"profiling"},
-    "rich": {"cli", "console", "show"},
+    "rich": {"cli", "console", "show", "show_profile"},
     "typer": {"cli", "cli_options"},
     "tomli": {"pipeline"},
     "tomllib": {"pipeline"},  # Python's own from 3.11
@@ -111,6 +114,8 @@ PACKAGES: dict[str, set[str]] = {
     "safetensors": {"eam.checkpoint", "host"},
     "matplotlib": {"report"},
     "tensorrt": {"engines.trt"},
+    "jtop": {"devices.jtop"},
+    "pynvml": {"devices.cuda"},
 }
 BASE = {"numpy", "pydantic", "PIL", "psutil", "rich", "typer", "tomli", "tomllib", "onnxruntime"}
 BLOCKED = sorted(PACKAGES.keys() - BASE)
@@ -333,7 +338,8 @@ for name in {BLOCKED!r}:
     else:
         raise SystemExit(name)
 """
-    assert {"torch", "timm", "onnx", "onnx_graphsurgeon", "tensorrt", "safetensors", "matplotlib"} == set(BLOCKED)
+    host = {"torch", "timm", "onnx", "onnx_graphsurgeon", "safetensors", "matplotlib"}
+    assert host | {"tensorrt", "jtop", "pynvml"} == set(BLOCKED)
     subprocess.run([sys.executable, "-c", program], env=board, check=True)
 
 

@@ -17,7 +17,7 @@ from eamdeploy.errors import ConfigError
 from eamdeploy.evaluation import EvaluationReport
 from eamdeploy.parity import ReferenceSet
 from eamdeploy.pipeline import RunConfig, RunReport, RunState, load_config
-from eamdeploy.profiling.profile import Profile, profile
+from eamdeploy.profiling.profile import Extras, Profile, profile
 from eamdeploy.report import heatmap
 
 STAGES = ["freeze", "export", "build", "evaluate", "profile"]
@@ -54,6 +54,7 @@ threads = 1
 warmup_ms = 0.0
 min_seconds = 0.0
 min_runs = 2
+sittings = 1
 """
 
 
@@ -63,7 +64,7 @@ def make_cheap(patch: pytest.MonkeyPatch) -> None:
     def draw(scores: object, *, score_name: str, frozen: object, shares: object, title: str, path: Path) -> None:
         path.write_text(f"{title}, {score_name}: {frozen}, {shares}")
 
-    patch.setattr(pipeline, "profile", partial(profile, with_memory=False))
+    patch.setattr(pipeline, "profile", partial(profile, extras=Extras(fresh=False, power=False)))
     patch.setattr(heatmap, "draw_heatmap", draw)
 
 
@@ -386,4 +387,5 @@ def test_defaults_are_those_of_the_commands(tmp_path: Path) -> None:
         "warmup_ms": 200.0,
         "min_seconds": 3.0,
         "min_runs": 50,
+        "sittings": 5,
     }

@@ -12,6 +12,8 @@ from pathlib import Path
 import numpy as np
 
 from eamdeploy.artifact import ModelCard, Record, digest_file
+from eamdeploy.devices.base import Device, DeviceState
+from eamdeploy.devices.registry import open_device
 from eamdeploy.engines.base import LatencySplit, read_manifest
 from eamdeploy.engines.registry import backend_of, open_runner
 from eamdeploy.errors import ConfigError
@@ -19,11 +21,13 @@ from eamdeploy.parity import ParityReport
 from eamdeploy.profiling.fresh_process import ColdStart, Memory, measure_fresh
 from eamdeploy.profiling.inputs import random_images
 from eamdeploy.profiling.machine import Machine, describe_machine
+from eamdeploy.profiling.power import Power, measure_power
 from eamdeploy.profiling.streams import Throughput, measure_throughput
-from eamdeploy.profiling.timing import Call, Clock, Latency, Schedule, SpeedUp, speed_up, summarize, time_sittings
+from eamdeploy.profiling.timing import Call, Clock, Latency, Open, Schedule, SpeedUp, speed_up, summarize, time_sittings
 
 _SPLIT_RUNS = 100
 _LAYER_RUNS = 50
+_SENSOR_INTERVAL_S = 0.1
 
 
 class ModelSummary(Record):
@@ -57,6 +61,7 @@ class EngineProfile(Record):
         split: where the time goes; None for an engine that copies nothing to a device.
         throughput: with several inferences at once; None for one at a time, which `latency` tells.
         layer_ms: time of every layer; None where that was not asked for.
+        power: while it ran alone; None where the device has no sensor, or that was not asked for.
         speed_up: against the baseline, from runs that took turns; None for the baseline itself or without one.
     """
 
@@ -72,6 +77,7 @@ class EngineProfile(Record):
     split: LatencySplit | None
     throughput: Throughput | None
     layer_ms: dict[str, float] | None
+    power: Power | None
     speed_up: SpeedUp | None
 
 
@@ -79,11 +85,14 @@ class Profile(Record):
     """Figures of engines that took turns on one machine.
 
     Attributes:
+        device_before, device_after: state of the device at the start and right after the last block.
         threads: threads of each inference.
         baseline: what the speed-ups are against.
     """
 
     machine: Machine
+    device_before: DeviceState
+    device_after: DeviceState
     threads: int
     batch: int
     warmup_ms: float
@@ -102,11 +111,14 @@ class Extras:
         fresh: memory and cold start, in a fresh process for each engine.
         streams: inferences side by side for the throughput; with 1 there is nothing besides latency to measure.
         layers: the time of every layer.
+        power: power and energy, for `power_seconds` in each of an engine's two blocks.
     """
 
     fresh: bool = True
     streams: int = 1
     layers: bool = False
+    power: bool = True
+    power_seconds: float = 5.0
 
     def __post_init__(self) -> None:
         if self.streams < 1:
@@ -119,6 +131,7 @@ def profile(
     *,
     threads: int,
     batch: int = 1,
+    device: Device | None = None,
     schedule: Schedule = Schedule(),  # noqa: B008 (frozen)
     extras: Extras = Extras(),
     clock: Clock = time.perf_counter_ns,
@@ -126,12 +139,17 @@ def profile(
     """Figures of every engine, all measured with the same input and number of threads.
 
     In this order: memory and cold start, in a process for each engine; latency, with all engines loaded together and
-    taking turns in several sittings; then engine by engine throughput, split and layers.
+    taking turns in several sittings; power, if the device has a sensor; then engine by engine throughput, split and
+    layers.
+
+    Args:
+        device: what the engines run on; the processor if None.
 
     Raises:
         ConfigError: no engine is given, one can't be read, or it does not take batches of this size.
         EngineError: an engine fails.
         MissingDependency: its backend is not installed here.
+        DeviceError: the device's sensors can't be read.
     """
     if not engines:
         raise ConfigError("there is nothing to profile", expected="at least 1 engine")
@@ -143,22 +161,38 @@ def profile(
             runners = [stack.enter_context(open_runner(path, threads)) for path in paths]
             yield [partial(runner.infer, random_images(runner, batch)) for runner in runners]
 
+    device = device or open_device("cpu")
     with load():
         pass  # what can't be loaded, or takes another batch, fails here and not after minutes of work
-    fresh = [measure_fresh(path, threads=threads, batch=batch) if extras.fresh else None for path in paths]
+    before = device.state()
+    fresh = [measure_fresh(path, threads=threads, batch=batch) for path in paths] if extras.fresh else []
     times = time_sittings(load, schedule, clock)
     latencies = [summarize(column, batch) for column in np.concatenate(times).T]
-    ratios = [speed_up(times, 0, index) if baseline is not None and index else None for index in range(len(paths))]
+    powers = _measure_power(device, load, batch, extras)
+    alone = [_run_alone(path, threads, batch, schedule.min_seconds, extras) for path in paths]
     profiles = [
-        _engine_profile(path, latency, ratio, threads=threads, batch=batch, extras=extras, seconds=schedule.min_seconds)
-        for path, latency, ratio in zip(paths, latencies, ratios, strict=True)
-    ]
-    profiles = [
-        item if found is None else item.model_copy(update={"memory": found.memory, "cold_start": found.cold_start})
-        for item, found in zip(profiles, fresh, strict=True)
+        EngineProfile(
+            engine=str(path),
+            backend=backend_of(path),
+            digest=digest_file(path),
+            model=None if single.card is None else summarize_card(single.card),
+            settings=single.settings,
+            parity=single.parity,
+            latency=latencies[index],
+            memory=fresh[index].memory if fresh else None,
+            cold_start=fresh[index].cold_start if fresh else None,
+            split=single.split,
+            throughput=single.throughput,
+            layer_ms=single.layer_ms,
+            power=powers[index] if powers else None,
+            speed_up=speed_up(times, 0, index) if baseline is not None and index > 0 else None,
+        )
+        for index, (path, single) in enumerate(zip(paths, alone, strict=True))
     ]
     return Profile(
         machine=describe_machine(),
+        device_before=before,
+        device_after=device.state(),
         threads=threads,
         batch=batch,
         warmup_ms=schedule.warmup_ms,
@@ -170,33 +204,44 @@ def profile(
     )
 
 
-def _engine_profile(
-    path: Path, latency: Latency, ratio: SpeedUp | None, *, threads: int, batch: int, extras: Extras, seconds: float
-) -> EngineProfile:
-    """The figures of one engine, those that are measured while it alone is loaded among them."""
-    manifest = read_manifest(path)
+def _measure_power(device: Device, load: Open, batch: int, extras: Extras) -> list[Power]:
+    """Power of every engine; empty where the device has no sensor, or that was not asked for."""
+    sensor = device.sensor(_SENSOR_INTERVAL_S) if extras.power else None
+    if sensor is None:
+        return []
+    with load() as calls:
+        return measure_power(sensor, calls, batch, seconds=extras.power_seconds)
+
+
+@dataclass(frozen=True)
+class _Alone:
+    """What is read off and measured while one engine alone is loaded."""
+
+    card: ModelCard | None
+    settings: dict[str, str]
+    parity: ParityReport | None
+    split: LatencySplit | None
+    throughput: Throughput | None
+    layer_ms: dict[str, float] | None
+
+
+def _run_alone(path: Path, threads: int, batch: int, seconds: float, extras: Extras) -> _Alone:
     throughput = None
     if extras.streams > 1:
         with ExitStack() as stack:
             runners = [stack.enter_context(open_runner(path, threads)) for _ in range(extras.streams)]
             calls = [partial(runner.infer, random_images(runner, batch)) for runner in runners]
             throughput = measure_throughput(calls, batch=batch, seconds=seconds)
+    manifest = read_manifest(path)
     with open_runner(path, threads) as runner:
         images = random_images(runner, batch)
-        return EngineProfile(
-            engine=str(path),
-            backend=backend_of(path),
-            digest=digest_file(path),
-            model=None if runner.card is None else summarize_card(runner.card),
+        return _Alone(
+            card=runner.card,
             settings=dict(runner.settings),
             parity=manifest.parity if manifest else None,
-            latency=latency,
-            memory=None,
-            cold_start=None,
             split=runner.split(images, _SPLIT_RUNS),
             throughput=throughput,
             layer_ms=runner.layer_times(images, _LAYER_RUNS) if extras.layers else None,
-            speed_up=ratio,
         )
 
 

@@ -32,7 +32,7 @@ class Throughput(Record):
 def measure_throughput(
     calls: Sequence[Call], *, batch: int, seconds: float, clock: Clock = time.perf_counter_ns
 ) -> Throughput:
-    """Every call is repeated in a thread of its own for so long; all begin together.
+    """Every call is repeated in a thread of its own for so long, at least once; all begin together.
 
     Args:
         calls: one for each stream, each of `batch` images; they must not share what can't be shared.
@@ -63,9 +63,9 @@ def _repeat(call: Callable[[], object], together: Barrier, seconds: float, clock
         together.abort()  # the others would wait for ever
         raise
     together.wait()
-    times = []
+    times: list[int] = []
     start = now = clock()
-    while now - start < seconds * 1e9:
+    while not times or now - start < seconds * 1e9:
         call()
         before, now = now, clock()
         times.append(now - before)
