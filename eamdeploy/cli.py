@@ -486,6 +486,15 @@ def inspect(
     print_result(result, show.inspection(result), as_json=as_json)
 
 
+@app.command()
+def doctor(as_json: options.AsJson = False) -> None:
+    """Show what this machine has, and what is missing for what."""
+    from eamdeploy.diagnosis import doctor as run_doctor
+
+    result = run_doctor()
+    print_result(result, show.doctor(result), as_json=as_json)
+
+
 def _require_outputs(outputs: list[Path | None], inputs: list[Path]) -> None:
     """Every output that was asked for can be written; checked before minutes of work."""
     for output in outputs:

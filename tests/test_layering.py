@@ -17,6 +17,7 @@ from command_line import COMMANDS
 from tiny_models import NAME
 
 import eamdeploy
+from eamdeploy.diagnosis import Diagnosis
 from eamdeploy.engines.base import Manifest
 from eamdeploy.evaluation import EvaluationReport
 from eamdeploy.inspection import Inspection
@@ -44,7 +45,8 @@ LAYERS: dict[str, set[str]] = {
     "trt_model": {"artifact", "engines", "errors", "graph", "trt_flavour", "trt_half"},
     "lint": {"artifact", "engines", "errors"},
     "devices": {"artifact"},
-    "profiling": {"artifact", "engines", "errors", "parity"},
+    "profiling": {"artifact", "engines", "errors", "observer", "parity"},
+    "diagnosis": {"artifact", "devices", "engines", "errors", "profiling"},
     "report": {"artifact", "engines", "errors", "profiling"},
     "host": {
         *("artifact", "eam", "engines", "errors", "folder", "graph"),
@@ -57,12 +59,15 @@ LAYERS: dict[str, set[str]] = {
         *("artifact", "build", "eam", "engines", "errors", "evaluation", "folder", "host"),
         *("observer", "parity", "profiling", "report", "source"),
     },
-    "show": {"artifact", "eam", "engines", "evaluation", "host", "inspection", "lint", "pipeline", "profiling"},
+    "show": {
+        *("artifact", "diagnosis", "eam", "engines", "evaluation", "host", "inspection"),
+        *("lint", "pipeline", "profiling"),
+    },
     "console": {"artifact"},
     "cli_options": {"eam", "engines", "errors"},
     "cli": {
-        *("artifact", "build", "cli_options", "console", "engines", "errors", "evaluation", "host", "inspection"),
-        *("lint", "pipeline", "profiling", "report", "show", "source"),
+        *("artifact", "build", "cli_options", "console", "diagnosis", "engines", "errors", "evaluation", "host"),
+        *("inspection", "lint", "pipeline", "profiling", "report", "show", "source"),
     },
 }
 HOST_ONLY = {"graph", "passes", "host", "lint", "trt_flavour", "trt_half", "trt_model"}
@@ -72,7 +77,7 @@ PACKAGES: dict[str, set[str]] = {
     "numpy": set(LAYERS),
     "pydantic": {"artifact", "devices", "eam", "engines", "host", "inspection", "pipeline", "profiling"},
     "PIL": {"images"},
-    "psutil": {"profiling"},
+    "psutil": {"diagnosis", "profiling"},
     "rich": {"cli", "console", "show"},
     "typer": {"cli", "cli_options"},
     "tomli": {"pipeline"},
@@ -342,6 +347,7 @@ def test_a_board_builds_evaluates_profiles_and_inspects(
         "profile": ["profile", engine, "--baseline", twin, *quick, "--json"],
         "inspect": ["inspect", engine, "--json"],
         "inspect reference": ["inspect", reference_path(eam_model), "--json"],
+        "doctor": ["doctor", "--json"],
         "wrong engine": ["build-ort", eam_model, "-o", engine, "--reference", reference_path(base)],
         "freeze": ["freeze", "--model", NAME, "--data", pictures, "-o", tmp_path / "x.eam.safetensors"],
         "analyze": ["analyze", "--model", NAME, "--data", pictures, "-o", tmp_path / "x.json"],
@@ -359,6 +365,7 @@ def test_a_board_builds_evaluates_profiles_and_inspects(
         "profile": Profile,
         "inspect": Inspection,
         "inspect reference": Inspection,
+        "doctor": Diagnosis,
     }
     for name, kind in records.items():
         code, out, err = outcomes[name]
