@@ -52,7 +52,10 @@ trap 'exit 141' PIPE
 trap 'exit 143' TERM
 
 watch_input() {
-    ( while read -r _; do :; done; kill -TERM $$ 2>/dev/null || clean ) <&3 >/dev/null 2>&1 &
+    (
+        while read -r _; do :; done
+        kill -TERM $$ 2>/dev/null || { kill "$clock"; clean; }
+    ) <&3 >/dev/null 2>&1 &
     watch=$!
 }
 
@@ -85,7 +88,7 @@ export TMPDIR="$work"
     trap 'kill "$nap" 2>/dev/null; exit' TERM
     sleep "$deadline_s" & nap=$!
     wait "$nap"
-    kill -TERM $$
+    kill -TERM $$ 2>/dev/null || clean
 ) </dev/null >/dev/null 2>&1 3<&- &
 clock=$!
 disk

@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import psutil
@@ -129,12 +130,26 @@ def wait_for(what: str, holds: Callable[[], bool]) -> None:
 
 
 def is_running(pid: int) -> bool:
-    return psutil.pid_exists(pid) and psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
+    try:
+        return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
+
+
+def has_members(group: int) -> bool:
+    """Whether a process of that process group runs."""
+    members = []
+    for pid in psutil.pids():
+        with suppress(ProcessLookupError):
+            if os.getpgid(pid) == group:
+                members.append(pid)
+    return any(map(is_running, members))
 
 
 def require_clean(run: Run) -> None:
     wait_for("the folder is gone", lambda: not list(run.temporary.iterdir()))
     wait_for("the processes have ended", lambda: not any(map(is_running, run.pids())))
+    wait_for("its own have ended", lambda: run.process.poll() is not None and not has_members(run.process.pid))
 
 
 def test_it_measures_and_leaves_nothing(shell: Path, start: Callable[..., Run]) -> None:
