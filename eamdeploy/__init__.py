@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from eamdeploy.build import build_ort as build_ort
     from eamdeploy.build import build_trt as build_trt
+    from eamdeploy.diagnosis import doctor as doctor
     from eamdeploy.evaluation import evaluate as evaluate
     from eamdeploy.host.exporting import export as export
     from eamdeploy.host.freezing import analyze as analyze
@@ -36,6 +37,7 @@ _STAGES = {
     "profile": "eamdeploy.profiling.profile",
     "run": "eamdeploy.pipeline",
     "inspect": "eamdeploy.inspection",
+    "doctor": "eamdeploy.diagnosis",
 }
 
 __all__ = [*_STAGES, "__version__"]

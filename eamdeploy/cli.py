@@ -11,12 +11,11 @@ import typer
 from rich.console import Console
 
 from eamdeploy import cli_options as options
-from eamdeploy import show
+from eamdeploy import show, show_profile
 from eamdeploy.artifact import require_output
 from eamdeploy.console import Terminal, print_result
 from eamdeploy.engines.trt_versions import TrtVersion
 from eamdeploy.errors import ConfigError, EamDeployError, ExitCode, host_packages
-from eamdeploy.show_profile import profile_tables
 from eamdeploy.source import ImageSource, read_class_names
 
 if TYPE_CHECKING:
@@ -465,14 +464,22 @@ def evaluate(
 
 @app.command()
 def profile(
+    context: typer.Context,
     engines: Annotated[list[Path], typer.Argument(help="Engines, or any ONNX models.")],
     baseline: Annotated[
         Path | None, typer.Option(help="What the speed-ups are against; takes turns with the rest.")
     ] = None,
     output: Annotated[Path | None, typer.Option("--output", "-o", help="Also write the JSON here.")] = None,
     device: Annotated[
-        str, typer.Option(help="What they run on, for its power, clocks and temperatures: cpu, cuda, jetson.")
-    ] = "cpu",
+        list[str],
+        typer.Option(
+            help="What they run on: cpu, cuda, jetson, or other machines as ssh://[user@]host[:port], side by side.",
+            show_default="found out",
+        ),
+    ] = [],  # noqa: B006 (Typer copies it)
+    remote_command: Annotated[
+        str, typer.Option(help="What runs eamdeploy on the other machines, e.g. '~/venv/bin/eamdeploy'.")
+    ] = "eamdeploy",
     threads: options.Threads = None,
     batch: Annotated[int, typer.Option(min=1, help="Images in one inference.")] = 1,
     streams: Annotated[int, typer.Option(min=1, help="Also measure throughput with that many inferences at once.")] = 1,
@@ -491,25 +498,58 @@ def profile(
     as_json: options.AsJson = False,
 ) -> None:
     """Measure latency, throughput, memory and power here; engines take turns, so that ratios can be trusted."""
-    from eamdeploy.devices.registry import open_device
     from eamdeploy.engines.provenance import usable_cores
     from eamdeploy.profiling.profile import Extras
     from eamdeploy.profiling.profile import profile as run_profile
     from eamdeploy.profiling.timing import Schedule
 
     _require_outputs([output], engines)
+    local, machines = options.parse_devices(device)
+    schedule = Schedule(warmup_ms, min_seconds, min_runs, sittings)
+    extras = Extras(fresh=memory, streams=streams, layers=layer_profile, power=power, power_seconds=power_seconds)
+    if machines:
+        _profile_remote(context, machines, engines, baseline, remote_command, output, as_json=as_json)
+        return
     result = run_profile(
         engines,
         baseline,
         threads=threads or usable_cores(),
         batch=batch,
-        device=open_device(device),
-        schedule=Schedule(warmup_ms, min_seconds, min_runs, sittings),
-        extras=Extras(fresh=memory, streams=streams, layers=layer_profile, power=power, power_seconds=power_seconds),
+        device=local,
+        schedule=schedule,
+        extras=extras,
     )
     if output is not None:
         result.write(output)
-    print_result(result, profile_tables(result), as_json=as_json)
+    print_result(result, show_profile.profile(result), as_json=as_json)
+
+
+def _profile_remote(
+    context: typer.Context,
+    machines: list[str],
+    engines: list[Path],
+    baseline: Path | None,
+    remote_command: str,
+    output: Path | None,
+    *,
+    as_json: bool,
+) -> None:
+    """What the machines gave is written and shown, and then it is an error if one gave nothing."""
+    from eamdeploy.remote.profile import profile_remote
+
+    with context.obj as terminal:
+        result = profile_remote(
+            machines,
+            engines,
+            baseline,
+            options.profile_options(context),
+            remote_command=remote_command,
+            observer=terminal,
+        )
+    if output is not None:
+        result.write(output)
+    print_result(result, show_profile.machines(result.profiles), as_json=as_json)
+    result.require_all()
 
 
 @app.command()
@@ -539,6 +579,15 @@ def inspect(
 
     result = run_inspect(file)
     print_result(result, show.inspection(result), as_json=as_json)
+
+
+@app.command()
+def doctor(as_json: options.AsJson = False) -> None:
+    """Show what this machine has, and what is missing for what."""
+    from eamdeploy.diagnosis import doctor as run_doctor
+
+    result = run_doctor()
+    print_result(result, show.doctor(result), as_json=as_json)
 
 
 def _require_outputs(outputs: list[Path | None], inputs: list[Path]) -> None:

@@ -9,15 +9,17 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from eamdeploy import show_profile
 from eamdeploy.artifact import Freezing
 from eamdeploy.eam.records import AttentionShape, CheckpointHeader
 from eamdeploy.engines.base import DeviceBuild, Manifest
 from eamdeploy.evaluation import EvaluationReport
 from eamdeploy.inspection import PLURALS, Inspection
 from eamdeploy.pipeline import RunReport
-from eamdeploy.show_profile import RANDOM_WARNING, SLOWEST, profile_tables
+from eamdeploy.show_profile import RANDOM_WARNING, SLOWEST
 
 if TYPE_CHECKING:
+    from eamdeploy.diagnosis import Diagnosis, Finding
     from eamdeploy.engines.trt_request import BuilderRequest
     from eamdeploy.host.exporting import Export
     from eamdeploy.host.freezing import Analysis
@@ -126,7 +128,7 @@ def run(report: RunReport) -> RenderableType:
     """What was frozen, what it cost and gained, which stages ran, and where the files are."""
     ran, unchanged = ", ".join(report.ran) or "nothing", ", ".join(report.reused) or "nothing"
     stages = fields("Stages", {"ran": ran, "unchanged": unchanged, "files": list(report.files.values())})
-    parts = [checkpoint(report.freezing), profile_tables(report.profile), stages]
+    parts = [checkpoint(report.freezing), show_profile.profile(report.profile), stages]
     if report.evaluation is not None:
         parts.insert(1, evaluation(report.evaluation))
     return Group(*(line for part in parts for line in (part, Text())))
@@ -212,6 +214,54 @@ def evaluation(report: EvaluationReport) -> RenderableType:
 def inspection(found: Inspection) -> RenderableType:
     """Everything that `inspect` found."""
     return fields(f"{found.file}: {found.kind}", {"bytes": f"{found.bytes:,}", "digest": found.digest, **found.details})
+
+
+def doctor(found: Diagnosis) -> RenderableType:
+    """What the machine has, and for everything that eamdeploy does what it lacks."""
+    machine = found.machine
+    clock = "" if machine.frequency_mhz is None else f", {machine.frequency_mhz:.0f} MHz now"
+    most = "" if machine.max_frequency_mhz is None else f", {machine.max_frequency_mhz:.0f} MHz at most"
+    governor = "" if machine.governor is None else f", governor {machine.governor}"
+    rows: dict[str, object] = {
+        "versions": ", ".join(f"{name} {version}" for name, version in machine.versions.items()),
+        "system": f"{machine.system}, {machine.architecture}",
+        "CPU": f"{machine.cpu}, {machine.usable_cores} of {machine.cores} cores usable{clock}{most}{governor}",
+        "memory": f"{found.memory_free_bytes / 1e9:.1f} of {machine.memory_bytes / 1e9:.1f} GB free",
+        "ONNX Runtime": _finding(found.onnxruntime),
+        "providers": ", ".join(found.providers) or "none",
+        "TensorRT": _finding(found.tensorrt),
+        "GPU": _finding(found.gpu),
+        **_device_rows(found),
+    }
+    table = Table(title="What can be done here", title_justify="left", box=None, padding=(0, 2, 0, 0))
+    table.add_column("what")
+    table.add_column("missing")
+    told = {item.missing for item in (found.onnxruntime, found.tensorrt, found.gpu)}
+    for item in found.capabilities:
+        lines = [f"{line.partition('. ')[0]} (see above)" if line in told else line for line in item.missing]
+        told.update(item.missing)
+        table.add_row(Text(item.name), Text("\n".join(lines) or "nothing", style="yellow" if lines else "green"))
+    return Group(fields("This machine", rows), Text(), table)
+
+
+def _finding(item: Finding) -> str:
+    return item.found or f"none: {item.missing}"
+
+
+def _device_rows(found: Diagnosis) -> dict[str, object]:
+    device = found.device
+    if device is None:
+        return {} if found.device_missing is None else {"device": f"none: {found.device_missing}"}
+    locked = {None: "", True: ", locked", False: ", not locked"}[device.clocks_locked]
+    rows: dict[str, object] = {
+        "device": ", ".join([f"{device.name} ({device.kind})", *map(" ".join, device.software.items())]),
+        "power mode": device.power_mode or "",
+        "clocks": ", ".join(f"{name} {mhz:.0f} MHz" for name, mhz in device.clocks_mhz.items()) + locked,
+        "temperatures": ", ".join(f"{name} {value:.0f} °C" for name, value in device.temperatures_c.items()),
+        "throttling": ", ".join(device.throttling),
+        "warnings": device.warnings,
+    }
+    return {name: value for name, value in rows.items() if value}
 
 
 def _with_warning(shown: RenderableType, weights: str | None) -> RenderableType:

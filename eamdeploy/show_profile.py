@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from rich.console import Group, RenderableType
 from rich.table import Table
@@ -16,7 +16,7 @@ SLOWEST = 10
 RANDOM_WARNING = "The weights are random: latency and size mean something, accuracy and frozen heads do not."
 
 
-def profile_tables(measured: Profile) -> RenderableType:
+def profile(measured: Profile) -> RenderableType:
     """Latency, memory, power and size of every engine, with the caveats that belong to them."""
     everyone = [*([measured.baseline] if measured.baseline else []), *measured.engines]
     machine = measured.machine
@@ -33,6 +33,13 @@ def profile_tables(measured: Profile) -> RenderableType:
     details = [(name, rows) for name, rows in _details(everyone).items() if rows]
     parts += [_table(name, columns, rows) for (name, columns), rows in details]
     return Group(*parts, *(Text(line, style="yellow") for line in _caveats(measured, everyone)))
+
+
+def machines(profiles: Mapping[str, Profile]) -> RenderableType:
+    """The tables of every machine under its name."""
+    return Group(
+        *(part for name, measured in profiles.items() for part in (Text(name, style="bold"), profile(measured)))
+    )
 
 
 def _table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> Table:

@@ -77,7 +77,7 @@ def test_wrong_use_is_told_with_exit_code_2(run_cli: RunCli, arguments: list[str
 
 
 def test_every_function_of_a_stage_is_importable_from_the_package() -> None:
-    names = {"analyze", "freeze", "pack", "export", "build_ort", "build_trt", "evaluate", "profile", "run", "inspect"}
+    names = {command.replace("-", "_") for command in COMMANDS if command != "lint"}
     assert names | {"__version__"} == set(eamdeploy.__all__)
     for name in names:
         function = getattr(eamdeploy, name)

@@ -17,6 +17,7 @@ from command_line import COMMANDS
 from tiny_models import NAME
 
 import eamdeploy
+from eamdeploy.diagnosis import Diagnosis
 from eamdeploy.engines.base import Manifest
 from eamdeploy.evaluation import EvaluationReport
 from eamdeploy.inspection import Inspection
@@ -50,6 +51,8 @@ LAYERS: dict[str, set[str]] = {
     },
     "lint": {"artifact", "engines", "errors"},
     "profiling": {"artifact", "devices", "engines", "errors", "parity"},
+    "remote": {"artifact", "engines", "errors", "observer", "profiling"},
+    "diagnosis": {"artifact", "devices", "engines", "errors", "profiling"},
     "report": {"artifact", "engines", "errors", "profiling"},
     "host": {
         *("artifact", "eam", "engines", "errors", "folder", "graph"),
@@ -63,25 +66,16 @@ LAYERS: dict[str, set[str]] = {
         *("observer", "parity", "profiling", "report", "source"),
     },
     "show_profile": {"devices", "profiling"},
-    "show": {"artifact", "eam", "engines", "evaluation", "host", "inspection", "lint", "pipeline", "show_profile"},
+    "show": {
+        *("artifact", "diagnosis", "eam", "engines", "evaluation", "host", "inspection", "lint", "pipeline"),
+        "show_profile",
+    },
     "console": {"artifact"},
-    "cli_options": {"eam", "engines", "errors"},
+    "cli_options": {"devices", "eam", "engines", "errors"},
     "cli": {
-        *(
-            "activation_ranges",
-            "show_profile",
-            "artifact",
-            "build",
-            "cli_options",
-            "console",
-            "devices",
-            "engines",
-            "errors",
-            "evaluation",
-            "host",
-            "inspection",
-        ),
-        *("lint", "pipeline", "profiling", "report", "show", "source"),
+        *("activation_ranges", "artifact", "build", "cli_options", "console", "diagnosis", "engines"),
+        *("errors", "evaluation", "host", "inspection", "lint", "pipeline", "profiling", "remote", "report", "show"),
+        *("show_profile", "source"),
     },
 }
 HOST_ONLY = {"graph", "passes", "host", "lint", "trt_flavour", "trt_half", "trt_model"}
@@ -89,9 +83,9 @@ HOST_ONLY = {"graph", "passes", "host", "lint", "trt_flavour", "trt_half", "trt_
 # Where a package may be imported: modules, or whole layers.
 PACKAGES: dict[str, set[str]] = {
     "numpy": set(LAYERS),
-    "pydantic": {"artifact", "devices", "eam", "engines", "host", "inspection", "pipeline", "profiling"},
+    "pydantic": {"artifact", "devices", "eam", "engines", "host", "inspection", "pipeline", "profiling", "remote"},
     "PIL": {"images"},
-    "psutil": {"profiling"},
+    "psutil": {"diagnosis", "profiling"},
     "rich": {"cli", "console", "show", "show_profile"},
     "typer": {"cli", "cli_options"},
     "tomli": {"pipeline"},
@@ -374,6 +368,7 @@ def test_a_board_builds_evaluates_profiles_and_inspects(
         "profile": ["profile", engine, "--baseline", twin, *quick, "--json"],
         "inspect": ["inspect", engine, "--json"],
         "inspect reference": ["inspect", reference_path(eam_model), "--json"],
+        "doctor": ["doctor", "--json"],
         "wrong engine": ["build-ort", eam_model, "-o", engine, "--reference", reference_path(base)],
         "freeze": ["freeze", "--model", NAME, "--data", pictures, "-o", tmp_path / "x.eam.safetensors"],
         "analyze": ["analyze", "--model", NAME, "--data", pictures, "-o", tmp_path / "x.json"],
@@ -391,6 +386,7 @@ def test_a_board_builds_evaluates_profiles_and_inspects(
         "profile": Profile,
         "inspect": Inspection,
         "inspect reference": Inspection,
+        "doctor": Diagnosis,
     }
     for name, kind in records.items():
         code, out, err = outcomes[name]

@@ -36,10 +36,16 @@ def open_device(name: str) -> Device:
     raise ConfigError("no such device", expected=f"one of {', '.join(DEVICES)}", got=name)
 
 
-def find_device() -> Device:
-    """The device that this machine is: a Jetson, else a GPU that answers, else the processor."""
+def find_device(*, gpu: bool = True) -> Device:
+    """The device that this machine is: a Jetson, else a GPU that answers, else the processor.
+
+    Args:
+        gpu: whether a GPU beside a processor is meant; a Jetson is always measured as a whole.
+    """
     if is_jetson(_root()):
         return JetsonDevice(_root())
+    if not gpu:
+        return CpuDevice(_root())
     try:
         return CudaDevice()
     except (DeviceError, MissingDependency):

@@ -13,7 +13,7 @@ import numpy as np
 
 from eamdeploy.artifact import ModelCard, Record, digest_file
 from eamdeploy.devices.base import Device, DeviceState
-from eamdeploy.devices.registry import open_device
+from eamdeploy.devices.registry import find_device
 from eamdeploy.engines.base import LatencySplit, read_manifest
 from eamdeploy.engines.registry import backend_of, open_runner
 from eamdeploy.errors import ConfigError
@@ -143,7 +143,7 @@ def profile(
     layers.
 
     Args:
-        device: what the engines run on; the processor if None.
+        device: what the engines run on; None finds it: a Jetson, else with a TensorRT engine a GPU, else the processor.
 
     Raises:
         ConfigError: no engine is given, one can't be read, or it does not take batches of this size.
@@ -161,7 +161,7 @@ def profile(
             runners = [stack.enter_context(open_runner(path, threads)) for path in paths]
             yield [partial(runner.infer, random_images(runner, batch)) for runner in runners]
 
-    device = device or open_device("cpu")
+    device = device or find_device(gpu=any(backend_of(path) == "trt" for path in paths))
     with load():
         pass  # what can't be loaded, or takes another batch, fails here and not after minutes of work
     before = device.state()

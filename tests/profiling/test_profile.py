@@ -13,6 +13,7 @@ import pytest
 from engine_models import CARD, make_frozen_model
 from rich.console import Console
 
+from eamdeploy import show_profile
 from eamdeploy.artifact import digest_file
 from eamdeploy.devices.base import DeviceState, Reading
 from eamdeploy.engines.ort import build
@@ -26,7 +27,6 @@ from eamdeploy.profiling.machine import Machine, describe_machine
 from eamdeploy.profiling.power import measure_power
 from eamdeploy.profiling.profile import Extras, Profile, profile, summarize_card
 from eamdeploy.profiling.timing import Schedule
-from eamdeploy.show_profile import profile_tables
 
 FROZEN = make_frozen_model()
 QUICK = Schedule(warmup_ms=0, min_seconds=0, min_runs=3, sittings=1)
@@ -143,7 +143,7 @@ def test_profile_on_a_device_with_sensors(engine: Path, foreign: Path, monkeypat
         assert item.throughput is not None and item.throughput.streams == 2 and item.throughput.images % 2 == 0
         assert item.layer_ms is not None and len(item.layer_ms) > 3 and min(item.layer_ms.values()) >= 0
     shown = Console(width=200, record=True, file=io.StringIO())
-    shown.print(profile_tables(result))
+    shown.print(show_profile.profile(result))
     text = shown.export_text()
     for words in ("a board, clocks locked", "Power", "4000.0", "VDD_IN (steady)", "Throughput", "Slowest layers"):
         assert words in text
