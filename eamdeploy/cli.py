@@ -480,6 +480,9 @@ def profile(
     remote_command: Annotated[
         str, typer.Option(help="What runs eamdeploy on the other machines, e.g. '~/venv/bin/eamdeploy'.")
     ] = "eamdeploy",
+    ssh_config: Annotated[
+        Path | None, typer.Option(help="Configuration of ssh, in place of yours; as `ssh -F`.")
+    ] = None,
     threads: options.Threads = None,
     batch: Annotated[int, typer.Option(min=1, help="Images in one inference.")] = 1,
     streams: Annotated[int, typer.Option(min=1, help="Also measure throughput with that many inferences at once.")] = 1,
@@ -508,7 +511,7 @@ def profile(
     schedule = Schedule(warmup_ms, min_seconds, min_runs, sittings)
     extras = Extras(fresh=memory, streams=streams, layers=layer_profile, power=power, power_seconds=power_seconds)
     if machines:
-        _profile_remote(context, machines, engines, baseline, remote_command, output, as_json=as_json)
+        _profile_remote(context, machines, engines, baseline, remote_command, ssh_config, output, as_json=as_json)
         return
     result = run_profile(
         engines,
@@ -530,6 +533,7 @@ def _profile_remote(
     engines: list[Path],
     baseline: Path | None,
     remote_command: str,
+    ssh_config: Path | None,
     output: Path | None,
     *,
     as_json: bool,
@@ -544,6 +548,7 @@ def _profile_remote(
             baseline,
             options.profile_options(context),
             remote_command=remote_command,
+            ssh_config=ssh_config,
             observer=terminal,
         )
     if output is not None:

@@ -18,7 +18,7 @@ from eamdeploy.errors import ConfigError
 _DEFAULT_TRT = "8.6"  # its graphs suit 10.x and 11.x too
 _SIZE = re.compile(r"(\d{1,12})([KMG]?)(?:i?B)?", re.ASCII | re.IGNORECASE)
 _SHIFTS = {"": 0, "K": 10, "M": 20, "G": 30}
-_LOCAL_OPTIONS = {"engines", "baseline", "output", "device", "remote_command", "as_json"}
+_LOCAL_OPTIONS = {"engines", "baseline", "output", "device", "remote_command", "ssh_config", "as_json"}
 _ASSIGNMENT = re.compile(r"[A-Za-z_]\w*=")
 
 Model = Annotated[str, typer.Option("--model", help="timm architecture, e.g. deit_tiny_patch16_224.")]
