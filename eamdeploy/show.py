@@ -9,23 +9,24 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from eamdeploy.artifact import Freezing
+from eamdeploy.artifact import RANDOM_WARNING, Freezing
 from eamdeploy.eam.records import AttentionShape, CheckpointHeader
+from eamdeploy.eam.selection import PLURALS
 from eamdeploy.engines.base import DeviceBuild, Manifest
 from eamdeploy.evaluation import EvaluationReport
-from eamdeploy.inspection import PLURALS, Inspection
+from eamdeploy.inspection import Inspection
 from eamdeploy.pipeline import RunReport
 from eamdeploy.profiling.profile import EngineProfile, Profile
 
 if TYPE_CHECKING:
+    from eamdeploy.eam.analysis import Analysis
     from eamdeploy.engines.trt_request import BuilderRequest
-    from eamdeploy.host.exporting import Export
-    from eamdeploy.host.freezing import Analysis
+    from eamdeploy.host.export_record import Export
     from eamdeploy.host.gain import Gain
     from eamdeploy.lint.linter import LintReport
+    from eamdeploy.reporting.report import Report
 
 _SLOWEST = 10
-RANDOM_WARNING = "The weights are random: latency and size mean something, accuracy and frozen heads do not."
 
 
 def fields(title: str, rows: Mapping[str, object]) -> RenderableType:
@@ -128,7 +129,9 @@ def lint(report: LintReport) -> RenderableType:
 def run(report: RunReport) -> RenderableType:
     """What was frozen, what it cost and gained, which stages ran, and where the files are."""
     ran, unchanged = ", ".join(report.ran) or "nothing", ", ".join(report.reused) or "nothing"
-    stages = fields("Stages", {"ran": ran, "unchanged": unchanged, "files": list(report.files.values())})
+    page = report.files["report.html"]
+    rows = {"ran": ran, "unchanged": unchanged, "files": list(report.files.values()), "open this": page}
+    stages = fields("Stages", rows)
     parts = [checkpoint(report.freezing), profile(report.profile), stages]
     if report.evaluation is not None:
         parts.insert(1, evaluation(report.evaluation))
@@ -224,6 +227,12 @@ def profile(measured: Profile) -> RenderableType:
     for item in everyone:
         table.add_row(*_profile_row(item, item is measured.baseline))
     return Group(table, *(Text(line, style="yellow") for line in _caveats(everyone)))
+
+
+def report(written: Report) -> RenderableType:
+    """Where the report is, what it is about, and the caveats that it carries."""
+    page = fields("Report", {"page": written.page, **({"Markdown": written.markdown} if written.markdown else {})})
+    return Group(page, *(Text(line, style="yellow") for line in written.caveats))
 
 
 def inspection(found: Inspection) -> RenderableType:
