@@ -278,9 +278,9 @@ def export() -> Export:
 
 
 def write_all(folder: Path, records: Mapping[str, Record]) -> list[Path]:
-    """The records as files of these names in `folder`, which is made."""
-    folder.mkdir(parents=True, exist_ok=True)
+    """The records as files of these names in `folder`; folders are made."""
     for name, record in records.items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
         record.write(folder / name)
     return [folder / name for name in records]
 

@@ -18,6 +18,7 @@ _LABEL_Y, _MARK_Y, _ROW, _AXIS = 15, 33, 50, 26  # pixels: in a row its words an
 _BAR_HEIGHT = 12
 _MAX_INTERVALS = 4
 _STEPS = (1, 2, 2.5, 5, 10)
+_FINEST, _NOTHING = 1e-6, 1e-12  # how narrow an axis may be, compared with its values and at all
 _MOST_CHARACTERS = 38  # beside a value, on a phone
 
 
@@ -92,7 +93,8 @@ def meter(share: float) -> str:
 
 def axis_ticks(low: float, high: float) -> list[float]:
     """Round numbers at equal distances, the first at most `low` and the last at least `high`; at least two."""
-    width = high - low or abs(high) or 1.0
+    width = max(high - low, _FINEST * max(abs(low), abs(high)))
+    width = width if width > _NOTHING else 1.0
     power = 10.0 ** math.floor(math.log10(width / _MAX_INTERVALS))
     step = next(power * each for each in _STEPS if power * each * _MAX_INTERVALS >= width * (1 - 1e-9))
     first, last = math.floor(low / step + 1e-9), math.ceil(high / step - 1e-9)
