@@ -10,17 +10,21 @@ from eamdeploy.artifact import Freezing, Record
 from eamdeploy.eam.analysis import Analysis
 from eamdeploy.engines.base import Manifest
 from eamdeploy.errors import CheckpointError
+from eamdeploy.profiling.profile import Profile
 
 
 def check_record(record: Record, path: Path) -> None:
     """The record, read from `path`, holds together.
 
     Raises:
-        CheckpointError: a number is not finite, or heads, scores and shares contradict each other; names file and key.
+        CheckpointError: a number is not finite, there is nothing in it, or heads, scores and shares contradict each
+            other; names file and key.
     """
     for key, number in _numbers(record.model_dump()):
         if not math.isfinite(number):
             raise CheckpointError(f"{path}: {key}", expected="a finite number", got=number)
+    if isinstance(record, Profile) and not record.engines:
+        raise CheckpointError(f"{path}: engines", expected="at least 1 engine", got="none")
     if isinstance(record, Analysis):
         _check_analysis(record, str(path))
     if isinstance(record, Manifest) and record.card is not None and record.card.freezing is not None:
@@ -41,6 +45,8 @@ def _numbers(value: object, key: str = "") -> Iterator[tuple[str, float]]:
 
 def _check_analysis(analysis: Analysis, where: str) -> None:
     heads = {path: shape.heads for path, shape in analysis.attention.items()}
+    if not heads:
+        raise CheckpointError(f"{where}: attention", expected="at least 1 module", got="none")
     if analysis.score not in analysis.scores:
         raise CheckpointError(f"{where}: scores", expected=f"those of {analysis.score}", got=", ".join(analysis.scores))
     for name, scores in analysis.scores.items():
@@ -60,6 +66,8 @@ def _check_freezing(freezing: Freezing, where: str) -> None:
     """Where scores are recorded, each frozen head has one; heads of somebody's own training have none."""
     if freezing.scores:
         counts = {path: len(values) for path, values in freezing.scores.items()}
+        if not all(counts.values()):
+            raise CheckpointError(f"{where}: card.freezing.scores", expected="a score for every head", got=counts)
         _check_heads(freezing.heads, counts, f"{where}: card.freezing.heads")
 
 

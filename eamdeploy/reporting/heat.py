@@ -45,6 +45,18 @@ class HeatMap:
     def heads(self) -> list[Head]:
         return [head for _, heads in self.layers for head in heads]
 
+    @property
+    def mark(self) -> str:
+        """What a snowflake means, in words."""
+        if any(head.frozen == "part" and head.share is None for head in self.heads):
+            return "frozen in part; how much is not recorded"
+        return "would be frozen" if self.planned else "frozen"
+
+    @property
+    def shows_shares(self) -> bool:
+        """Whether heads are marked with how much of them is frozen."""
+        return any(head.frozen == "part" and head.share is not None for head in self.heads)
+
 
 def of_freezing(
     title: str, freezing: Freezing, heads: Mapping[str, int], shares: Mapping[str, Sequence[float | None]] | None

@@ -16,8 +16,10 @@ COLOURS = 9
 _TOP, _ROW, _GAP = 24, 34, 4  # pixels: the numbers of heads; a layer; between layers
 _GAP_SHARE = 0.06  # of a cell's width
 _CHARACTER = 7.2  # pixels, an upper bound for the labels' size
-_MOST_WITH_NUMBERS, _MOST_WITH_NUMBERS_ON_A_PHONE = 16, 4  # heads in a layer
+_CLASSES = (4, 6, 8, 12, 16)  # heads in a layer up to which the style has a width below which cells hold no numbers
+_BROAD = 8  # heads in a layer above which a map takes the page's whole width
 _WIDEST = 92  # pixels of one cell
+_LABELLED = 4  # every so many heads have their number where cells are narrow
 # a snowflake's arm as strokes from point to point: the real axis runs outwards, the tip is at 1
 _ARM = ((0, 1), (0.52, 0.82 + 0.3j), (0.52, 0.82 - 0.3j))
 
@@ -40,7 +42,9 @@ def heat_map(drawn: HeatMap) -> str:
     power = exponent(max(map(abs, scores))) if scores else 0
     columns = max(len(heads) for _, heads in drawn.layers)
     parts = [
-        f'<text class="axis" x="{100 * (head + 0.5) / columns:.3f}%" y="12">{head}</text>' for head in range(columns)
+        f'<text class="{"minor axis" if head % _LABELLED else "axis"}" x="{100 * (head + 0.5) / columns:.3f}%" y="12">'
+        f"{head}</text>"
+        for head in range(columns)
     ]
     for row, (name, heads) in enumerate(drawn.layers):
         top = _TOP + row * _ROW
@@ -49,21 +53,27 @@ def heat_map(drawn: HeatMap) -> str:
     frozen = sum(head.frozen != "nothing" for head in drawn.heads)
     label = f"{drawn.score} of {len(drawn.heads)} attention heads of {drawn.title}, {frozen} of them marked as frozen"
     gutter = math.ceil(12 + _CHARACTER * max(len(name) for name, _ in drawn.layers))
-    kind = "" if columns <= _MOST_WITH_NUMBERS_ON_A_PHONE else " wide" if columns <= _MOST_WITH_NUMBERS else " bare"
+    kind = next((f"upto{most}" for most in _CLASSES if columns <= most), "many")
     return (
-        f'<svg class="heat{kind}" role="img" aria-label="{escape(label)}" height="{_TOP + len(drawn.layers) * _ROW}" '
+        f'<svg class="heat {kind}" role="img" aria-label="{escape(label)}" height="{_TOP + len(drawn.layers) * _ROW}" '
         f'style="--gutter:{gutter}px;--widest:{columns * _WIDEST}px">{"".join(parts)}</svg>'
     )
 
 
+def is_broad(drawn: HeatMap) -> bool:
+    """Whether the map wants the page's whole width."""
+    return max(len(heads) for _, heads in drawn.layers) > _BROAD
+
+
 def score_range(drawn: HeatMap) -> tuple[str, str, str] | None:
-    """The lowest and highest score and their unit, as the cells' numbers are written; None without scores."""
+    """The lowest and highest score as the cells' numbers are written, and what follows them; None without scores."""
     scores = [head.score for head in drawn.heads if head.score is not None]
     if not scores:
         return None
     power = exponent(max(map(abs, scores)))
     low, high = (short_number(value / 10**power) for value in (min(scores), max(scores)))
-    return low, high, unit(drawn.score, power) + (", logarithmic" if colour_scale(scores).logarithmic else "")
+    in_units = f"{'× ' if power else ''}{unit(drawn.score, power)}"
+    return low, high, in_units + (", logarithmic" if colour_scale(scores).logarithmic else "")
 
 
 def _cell(name: str, head: Head, column: int, columns: int, top: float, scale: ColourScale | None, power: int) -> str:
@@ -79,14 +89,15 @@ def _cell(name: str, head: Head, column: int, columns: int, top: float, scale: C
         f'<rect x="{left:.3f}%" y="{top}" width="{width * (1 - _GAP_SHARE):.3f}%" height="{_ROW - _GAP}" rx="5"/>',
         f'<text class="score" x="{middle:.3f}%" y="{top + 19}">{escape(text)}</text>',
     ]
-    if head.frozen == "whole" or (head.frozen == "part" and head.share is None):
+    state = "some" if head.share is None else head.frozen
+    if state in ("whole", "some"):
         parts.append(f'<use href="#flake" x="{middle:.3f}%" y="{top + 15}"/>')
     elif head.share:
         inner = width * 0.8
         place = f'x="{middle - inner / 2:.3f}%" y="{top + _ROW - _GAP - 7}" height="4"'
         parts.append(f'<rect class="track" {place} width="{inner:.3f}%"/>')
         parts.append(f'<rect class="share" {place} width="{inner * head.share:.3f}%"/>')
-    return f'<g class="cell {colour} {head.frozen}">{"".join(parts)}</g>'
+    return f'<g class="cell {colour} {state}">{"".join(parts)}</g>'
 
 
 def _told(head: Head) -> str:

@@ -24,7 +24,12 @@ def share(value: float) -> str:
 
 def points(after: float, before: float) -> str:
     """`−0.28 points`: what a percentage gained, or lost."""
-    return f"{_signed(after - before, 2)}{_SPACE}points"
+    return f"{difference(after, before)}{_SPACE}points"
+
+
+def difference(after: float, before: float) -> str:
+    """`−0.28`."""
+    return _signed(after - before, 2)
 
 
 def change(after: float, before: float) -> str:
@@ -56,7 +61,7 @@ def size(n_bytes: float) -> str:
 
 
 def rate(images_per_s: float) -> str:
-    """`1,736 images/s`."""
+    """`1,736`, of images in a second."""
     return f"{images_per_s:,.0f}" if images_per_s >= 100 else significant(images_per_s)
 
 

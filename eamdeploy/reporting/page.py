@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from importlib import metadata, resources
 
 from eamdeploy.errors import host_packages
@@ -31,6 +32,7 @@ def render(content: Content) -> str:
         style=Markup(folder.joinpath("page.css").read_text(encoding="utf-8")),
         snowflake=Markup(heat_svg.snowflake()),
         colours=range(heat_svg.COLOURS),
+        is_broad=heat_svg.is_broad,
         heat_maps=[
             (drawn, Markup(heat_svg.heat_map(drawn)), heat_svg.score_range(drawn)) for drawn in content.heat_maps
         ],
@@ -44,18 +46,20 @@ def render(content: Content) -> str:
 
 def _drawn(measurement: Measurement) -> dict[str, str]:
     """The pictures of a measurement by what they show; one that would be empty is an empty text."""
-    engines = measurement.engines
-    files = [_size_bar(engine, engine.room.file) for engine in engines]
-    peaks = [_size_bar(engine, engine.room.peak, engine.room.own) for engine in engines]
+    files = [(engine, engine.room.file, None) for engine in measurement.engines]
+    peaks = [(engine, engine.room.peak, engine.room.own) for engine in measurement.engines]
     return {
         "latency": svg.latency_strips(measurement),
         "speed_up": svg.speed_up_intervals(measurement),
-        "files": svg.bars("Size of the engine file", [bar for bar in files if bar]) if any(files) else "",
-        "peaks": svg.bars("Peak memory of the process", [bar for bar in peaks if bar]) if any(peaks) else "",
+        "files": svg.bars("Size of the engine file", _bars(files)),
+        "peaks": svg.bars("Peak memory of the process", _bars(peaks)),
     }
 
 
-def _size_bar(engine: Engine, n_bytes: int | None, part: int | None = None) -> Bar | None:
-    if n_bytes is None:
-        return None
-    return Bar(engine.name, n_bytes, part, size(n_bytes), engine.is_baseline)
+def _bars(sizes: Iterable[tuple[Engine, int | None, int | None]]) -> list[Bar]:
+    """A bar for every engine of which the bytes are known, and a part of it where that is known too."""
+    return [
+        Bar(engine.name, n_bytes, part, size(n_bytes), engine.is_baseline)
+        for engine, n_bytes, part in sizes
+        if n_bytes is not None
+    ]

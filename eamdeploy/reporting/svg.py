@@ -75,8 +75,10 @@ def speed_up_intervals(measurement: Measurement) -> str:
 
 
 def bars(what: str, items: Sequence[Bar]) -> str:
-    """The bars on one scale from 0, each with its name and its value."""
-    longest = max((item.value for item in items), default=0) or 1
+    """The bars on one scale from 0, each with its name and its value; empty if there are none."""
+    if not items:
+        return ""
+    longest = max(item.value for item in items) or 1
     rows = [
         _row(index, item.name, item.text, _bar(index, item, longest), is_baseline=item.is_baseline)
         for index, item in enumerate(items)

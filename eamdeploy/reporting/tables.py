@@ -44,15 +44,15 @@ def accuracy(reports: Sequence[EvaluationReport], names: Mapping[str, str]) -> T
             *_pair(each.top1, each.reference_top1),
             _NONE
             if each.top1 is None or each.reference_top1 is None
-            else numbers.points(each.top1, each.reference_top1),
+            else numbers.difference(each.top1, each.reference_top1),
             *_pair(each.top5, each.reference_top5),
             _percent(each.agreement),
-            _NONE if each.kl is None else f"{numbers.significant(max(each.kl, 0.0))} nats",
+            _NONE if each.kl is None else numbers.significant(max(each.kl, 0.0)),
             _NONE if each.max_abs_logit_diff is None else numbers.significant(each.max_abs_logit_diff),
         )
         for each in reports
     ]
-    return Table((*columns, "agreement", "KL", "max |Δ logit|"), tuple(rows), texts=3).without_empty()
+    return Table((*columns, "agreement", "KL, nats", "max |Δ logit|"), tuple(rows), texts=3).without_empty()
 
 
 def latency(measurement: Measurement) -> Table:

@@ -30,6 +30,7 @@ from eamdeploy.evaluation import EvaluationReport
 from eamdeploy.profiling.profile import Profile
 from eamdeploy.reporting import numbers
 from eamdeploy.reporting.report import report
+from eamdeploy.run_state import RunState
 
 STYLE = (Path(eamdeploy.__file__).parent / "reporting" / "page.css").read_text()
 
@@ -171,7 +172,9 @@ def test_every_number_of_every_evaluation_is_there(rich: Page) -> None:
             for value in pairs:
                 assert value is None or shown(rich, f"{value:.1f} %")
             assert shown(rich, f"{record.n_images} of {record.images}")
-            assert shown(rich, f"{record.kl:.3g} nats") and shown(rich, f"{record.max_abs_logit_diff:.3g}")
+            assert shown(rich, f"{record.agreement:.1f} % {record.kl:.3g}") and shown(
+                rich, f"{record.max_abs_logit_diff:.3g}"
+            )
 
 
 def test_every_manifest_tells_how_its_engine_was_built(rich: Page) -> None:
@@ -255,6 +258,11 @@ def test_an_analysis_alone_says_what_would_be_frozen(tmp_path: Path) -> None:
     page = page_of(tmp_path, {"a.json": rich_records()["analysis.json"]})
     assert shown(page, "Frozen 3 of 72 heads would have frozen rows")
     assert shown(page, "29.8 % of all attention entries (30.0 % asked for)")
+
+
+def test_a_run_that_has_written_nothing_yet_has_a_page_too(tmp_path: Path) -> None:
+    page = page_of(tmp_path, {"run.json": RunState()})
+    assert page.texts["h1"] == ["eamdeploy"] and shown(page, "eamdeploy run CONFIG.toml")
 
 
 def test_the_title_can_be_given(tmp_path: Path) -> None:

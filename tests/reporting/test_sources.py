@@ -123,9 +123,24 @@ def no_such_module(document: dict[str, Any]) -> None:
     document["frozen"]["blocks.99.attn"] = [0]
 
 
+def no_engine(document: dict[str, Any]) -> None:
+    document["engines"].clear()
+
+
+def no_scores_of_a_module(document: dict[str, Any]) -> None:
+    document["card"]["freezing"]["scores"]["blocks.9.attn"].clear()
+
+
+def no_attention(document: dict[str, Any]) -> None:
+    document["attention"].clear()
+
+
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
+        (no_engine, r"x\.json: engines; expected at least 1 engine; got none"),
+        (no_scores_of_a_module, r"x\.json: card\.freezing\.scores; expected a score for every head"),
+        (no_attention, r"x\.json: attention; expected at least 1 module; got none"),
         (not_finite, r"x\.json: engines\.0\.latency\.p50_ms; expected a finite number; got nan"),
         (frozen_head_without_a_score, r"x\.json: card\.freezing\.heads\.blocks\.0\.attn; expected heads below 6"),
         (other_heads, r"x\.json: scores\.entropy have other heads than the attention"),
@@ -139,7 +154,9 @@ def test_records_that_contradict_themselves_are_named(
 ) -> None:
     whole = {
         not_finite: profile([engine("x", None, 1.0)]),
+        no_engine: profile([engine("x", None, 1.0)]),
         frozen_head_without_a_score: manifest("x", card(freezing())),
+        no_scores_of_a_module: manifest("x", card(freezing())),
     }.get(damage, analysis())
     (file,) = write_all(tmp_path, {"x.json": whole})
     assert len(read_sources([file]).items) == 1

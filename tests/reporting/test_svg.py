@@ -12,16 +12,19 @@ from hypothesis import strategies as st
 from report_records import card, engine, freezing, profile
 
 from eamdeploy.reporting import svg
-from eamdeploy.reporting.figures import Measurement, _measurement
+from eamdeploy.reporting.figures import Measurement, measurements
 from eamdeploy.reporting.heat import Head, HeatMap
 from eamdeploy.reporting.heat_svg import heat_map, score_range, snowflake
+from eamdeploy.reporting.sources import Sourced, Sources
 from eamdeploy.reporting.svg import Bar
 
 
 def measured(*ratios: float | None) -> Measurement:
     engines = [engine(f"e{n}", card(freezing()), 10.0 + n, ratio) for n, ratio in enumerate(ratios)]
     record = profile(engines, engine("base", card(), 12.0))
-    return _measurement("p.json", record, {}, {name: name for name in ("base", *(each.engine for each in engines))})
+    names = {name: name for name in ("base", *(each.engine for each in engines))}
+    (made,) = measurements(Sources((Sourced("p.json", "profile", record),), ()), names)
+    return made
 
 
 def marks(picture: str, kind: str) -> list[float]:
@@ -63,6 +66,7 @@ def test_bars_are_as_long_as_their_values() -> None:
     items = [Bar("a", 50, None, "50", is_baseline=True), Bar("b", 200, 50, "200", is_baseline=False)]
     picture = svg.bars("Size", items)
     assert widths(picture, "bar") == pytest.approx([25, 25]) and widths(picture, "box") == pytest.approx([100])
+    assert svg.bars("Size", []) == ""
     assert widths(svg.bars("Size", [Bar("a", 0, None, "0", is_baseline=False)]), "bar") == [0]
 
 
@@ -105,7 +109,7 @@ def cells(picture: str) -> list[str]:
 def test_cells_have_the_colour_of_their_score_and_say_what_is_frozen() -> None:
     heads = [Head(0.0, "whole", 1.0), Head(0.5, "part", 0.25), Head(1.0, "nothing", 0.0), Head(0.5, "part", None)]
     picture = drawn(heads)
-    assert cells(picture) == ["s0 whole", "s4 part", "s8 nothing", "s4 part"]
+    assert cells(picture) == ["s0 whole", "s4 part", "s8 nothing", "s4 some"]
     assert picture.count("#flake") == 2
     assert widths(picture, "share")[0] / widths(picture, "track")[0] == pytest.approx(0.25, abs=1e-3)
     assert "entropy of 4 attention heads of m, 3 of them marked as frozen" in picture
@@ -124,15 +128,17 @@ def test_layers_with_fewer_heads_keep_the_width_of_a_cell() -> None:
     assert len(found) == 6 and len({each.get("width") for each in found}) == 1
 
 
-@pytest.mark.parametrize(("n_heads", "kind"), [(4, "heat"), (6, "heat wide"), (16, "heat wide"), (24, "heat bare")])
-def test_numbers_are_left_out_where_they_would_not_fit(n_heads: int, kind: str) -> None:
+@pytest.mark.parametrize(("n_heads", "kind"), [(3, "upto4"), (4, "upto4"), (6, "upto6"), (16, "upto16"), (24, "many")])
+def test_the_style_can_tell_how_many_heads_share_the_width(n_heads: int, kind: str) -> None:
     picture = drawn([Head(1.0, "nothing", 0.0)] * n_heads)
-    assert ElementTree.fromstring(picture).get("class") == kind
+    assert ElementTree.fromstring(picture).get("class") == f"heat {kind}"
 
 
 def test_the_range_is_written_like_the_cells() -> None:
     layers = (("a", (Head(0.0001, "nothing", 0.0), Head(0.0012, "nothing", 0.0))),)
-    assert score_range(HeatMap("m", "entropy", False, layers)) == ("0.10", "1.2", "10⁻³ nats")
+    assert score_range(HeatMap("m", "entropy", False, layers)) == ("0.10", "1.2", "× 10⁻³ nats")
+    plain = (("a", (Head(0.2, "nothing", 0.0), Head(0.4, "nothing", 0.0))),)
+    assert score_range(HeatMap("m", "entropy", False, plain)) == ("0.20", "0.40", "nats")
     skewed = (("a", tuple(Head(value, "nothing", 0.0) for value in (1.0, 1.0, 1.0, 100.0))),)
     assert score_range(HeatMap("m", "variance", False, skewed)) == ("1.0", "100", ", logarithmic")
 
