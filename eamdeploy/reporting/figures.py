@@ -25,6 +25,7 @@ class Ratio:
 
     Attributes:
         low, high: the interval around `median`, and `interval` what it is in words.
+        p5, p95: between them lie nine of ten rounds.
         verdict: whether the interval says more than noise.
     """
 
@@ -32,6 +33,8 @@ class Ratio:
     low: float
     high: float
     interval: str
+    p5: float
+    p95: float
     verdict: Literal["faster", "slower", "no difference"]
 
 
@@ -101,7 +104,7 @@ class Measurement:
     Attributes:
         file: the profile's.
         place: the machine in a few words.
-        conditions: how was measured, in words.
+        conditions: how it was measured, in words.
         engines: the baseline first, if there is one.
     """
 
@@ -134,6 +137,8 @@ def ratio(speed_up: SpeedUp) -> Ratio:
         low=low,
         high=high,
         interval=f"middle half of {numbers.plural(speed_up.rounds, 'round')}",
+        p5=speed_up.p5,
+        p95=speed_up.p95,
         verdict="faster" if low > 1 else "slower" if high < 1 else "no difference",
     )
 

@@ -60,10 +60,11 @@ def headline(subject: Subject, names: Mapping[str, str]) -> Headline:
     several = len(subject.evaluations) > 1
     costs = tuple(_cost(each, names, named=several) for each in subject.evaluations)
     gains = tuple(_gain(*each, named=len(subject.measured) > 1) for each in subject.measured)
+    is_live = any(engine.model is not None and not engine.is_frozen for _, engine in subject.measured)
     return Headline(
         subject.title,
         (
-            Panel("Frozen", frozen, "No record says what is frozen here."),
+            Panel("Frozen", frozen, "Nothing is frozen." if is_live else "No record says what is frozen here."),
             Panel("Cost", costs, "Accuracy was not measured, or its record is not among these files."),
             Panel("Gain", gains or tuple(map(_gain_at_export, subject.exports)), "Speed was not measured here."),
         ),
@@ -71,7 +72,7 @@ def headline(subject: Subject, names: Mapping[str, str]) -> Headline:
 
 
 def _frozen(frozen: Frozen) -> Figure:
-    of_all = f" of {frozen.all_heads}" if frozen.all_heads else ""
+    heads = f"{frozen.heads} of {frozen.all_heads} heads" if frozen.all_heads else numbers.plural(frozen.heads, "head")
     asked = "" if frozen.sparsity_asked is None else f" ({numbers.share(frozen.sparsity_asked)} asked for)"
     details = [f"sparsity {numbers.share(frozen.sparsity)} of all attention entries{asked}"]
     if frozen.bits is not None:
@@ -80,7 +81,7 @@ def _frozen(frozen: Frozen) -> Figure:
         details.append("chosen by the maps' author" if frozen.score == "given" else f"chosen by {frozen.score}")
     if frozen.window_maps is not None:
         details.append(f"window maps: {frozen.window_maps}")
-    return Figure(f"{frozen.heads}{of_all} heads", _how(frozen), tuple(details))
+    return Figure(heads, _how(frozen), tuple(details))
 
 
 def _how(frozen: Frozen) -> str:

@@ -87,11 +87,12 @@ def speed_ups(measurement: Measurement) -> Table:
             numbers.ratio(each.speed_up.median),
             f"{numbers.ratio(each.speed_up.low)} – {numbers.ratio(each.speed_up.high)}",
             each.speed_up.interval,
+            f"{numbers.ratio(each.speed_up.p5)} – {numbers.ratio(each.speed_up.p95)}",
         )
         for each in measurement.engines
         if each.speed_up is not None
     ]
-    return Table(("engine", "beyond noise?", "speed-up", "interval", "which is the"), tuple(rows), texts=2)
+    return Table(("engine", "beyond noise?", "speed-up", "interval", "which is the", "p5 – p95"), tuple(rows), texts=2)
 
 
 def room(measurement: Measurement) -> Table:

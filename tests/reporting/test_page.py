@@ -154,6 +154,7 @@ def test_every_number_of_every_profile_is_there(rich: Page) -> None:
                 assert shown(rich, " ".join(map(numbers.size, sizes)))
             if speed is not None:
                 assert shown(rich, f"{speed.median:.3f}× {speed.p25:.3f}× – {speed.p75:.3f}×")
+                assert shown(rich, f"{speed.p5:.3f}× – {speed.p95:.3f}×")
         for text in (
             record.machine.cpu,
             record.machine.system,
@@ -246,6 +247,13 @@ def test_a_report_of_one_record_says_what_is_missing(tmp_path: Path) -> None:
     assert shown(page, "neither labels nor a reference") and shown(page, "Gain Speed was not measured here.")
     assert page.texts["h1"] == ["x.ort.onnx"]
     assert "Latency" not in page.texts["h2"]
+
+
+def test_an_unfrozen_model_is_not_said_to_be_unknown(tmp_path: Path) -> None:
+    page = page_of(tmp_path, {"p.json": profile([engine("x", card(), 2.0), engine("y", None, 2.0)])})
+    glance = page.words.partition("Latency")[0]
+    assert "x Frozen Nothing is frozen." in glance and "y Frozen No record says what is frozen here." in glance
+    assert "Gain 2.00 ms p50 of one inference, without a baseline" in glance
 
 
 def test_an_export_that_was_timed_is_a_gain(tmp_path: Path) -> None:
