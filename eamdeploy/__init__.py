@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from eamdeploy.inspection import inspect as inspect
     from eamdeploy.pipeline import run as run
     from eamdeploy.profiling.profile import profile as profile
+    from eamdeploy.reporting.report import report as report
 
 __version__ = metadata.version("eamdeploy")
 
@@ -35,6 +36,7 @@ _STAGES = {
     "build_trt": "eamdeploy.build",
     "evaluate": "eamdeploy.evaluation",
     "profile": "eamdeploy.profiling.profile",
+    "report": "eamdeploy.reporting.report",
     "run": "eamdeploy.pipeline",
     "inspect": "eamdeploy.inspection",
     "doctor": "eamdeploy.diagnosis",

@@ -558,6 +558,21 @@ def _profile_remote(
 
 
 @app.command()
+def report(
+    files: Annotated[list[Path], typer.Argument(help="JSON of the other commands, run.json, EAM checkpoints.")],
+    output: Output,
+    markdown: Annotated[Path | None, typer.Option(help="Also write it as Markdown.")] = None,
+    title: Annotated[str | None, typer.Option(help="Of the page.", show_default="the models")] = None,
+    as_json: options.AsJson = False,
+) -> None:
+    """Show what was frozen, what it cost and what it gained, on one HTML page that needs no network."""
+    from eamdeploy.reporting.report import report as run_report
+
+    result = run_report(files, output, markdown=markdown, title=title)
+    print_result(result, show.report(result), as_json=as_json)
+
+
+@app.command()
 def run(
     context: typer.Context,
     config: Annotated[Path, typer.Argument(help="TOML configuration, see docs/usage.md.")],
@@ -655,7 +670,7 @@ def _draw(
     title: str,
     path: Path,
 ) -> None:
-    from eamdeploy.report.heatmap import draw_heatmap
+    from eamdeploy.reporting.heatmap import draw_heatmap
 
     draw_heatmap(scores, score_name=score, frozen=frozen, shares=shares, title=title, path=path)
 

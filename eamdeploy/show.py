@@ -10,21 +10,23 @@ from rich.table import Table
 from rich.text import Text
 
 from eamdeploy import show_profile
-from eamdeploy.artifact import Freezing
+from eamdeploy.artifact import RANDOM_WARNING, Freezing
 from eamdeploy.eam.records import AttentionShape, CheckpointHeader
+from eamdeploy.eam.selection import PLURALS
 from eamdeploy.engines.base import DeviceBuild, Manifest
 from eamdeploy.evaluation import EvaluationReport
-from eamdeploy.inspection import PLURALS, Inspection
+from eamdeploy.inspection import Inspection
 from eamdeploy.pipeline import RunReport
-from eamdeploy.show_profile import RANDOM_WARNING, SLOWEST
+from eamdeploy.show_profile import SLOWEST
 
 if TYPE_CHECKING:
     from eamdeploy.diagnosis import Diagnosis, Finding
+    from eamdeploy.eam.analysis import Analysis
     from eamdeploy.engines.trt_request import BuilderRequest
-    from eamdeploy.host.exporting import Export
-    from eamdeploy.host.freezing import Analysis
+    from eamdeploy.host.export_record import Export
     from eamdeploy.host.gain import Gain
     from eamdeploy.lint.linter import LintReport
+    from eamdeploy.reporting.report import Report
 
 
 def fields(title: str, rows: Mapping[str, object]) -> RenderableType:
@@ -127,7 +129,9 @@ def lint(report: LintReport) -> RenderableType:
 def run(report: RunReport) -> RenderableType:
     """What was frozen, what it cost and gained, which stages ran, and where the files are."""
     ran, unchanged = ", ".join(report.ran) or "nothing", ", ".join(report.reused) or "nothing"
-    stages = fields("Stages", {"ran": ran, "unchanged": unchanged, "files": list(report.files.values())})
+    page = report.files["report.html"]
+    rows = {"ran": ran, "unchanged": unchanged, "files": list(report.files.values()), "open this": page}
+    stages = fields("Stages", rows)
     parts = [checkpoint(report.freezing), show_profile.profile(report.profile), stages]
     if report.evaluation is not None:
         parts.insert(1, evaluation(report.evaluation))
@@ -209,6 +213,12 @@ def evaluation(report: EvaluationReport) -> RenderableType:
     if report.top1 is None and report.agreement is None:
         return Group(title, table, Text("Neither labels nor a reference: nothing to compare with. See --reference."))
     return _with_warning(Group(title, table), report.weights)
+
+
+def report(written: Report) -> RenderableType:
+    """Where the report is, what it is about, and the caveats that it carries."""
+    page = fields("Report", {"page": written.page, **({"Markdown": written.markdown} if written.markdown else {})})
+    return Group(page, *(Text(line, style="yellow") for line in written.caveats))
 
 
 def inspection(found: Inspection) -> RenderableType:

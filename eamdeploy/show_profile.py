@@ -8,12 +8,12 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from eamdeploy.artifact import RANDOM_WARNING
 from eamdeploy.devices.base import DeviceState
 from eamdeploy.profiling.profile import EngineProfile, Profile
 
 SLOWEST = 10
 """How many layers are shown of those that were timed."""
-RANDOM_WARNING = "The weights are random: latency and size mean something, accuracy and frozen heads do not."
 
 
 def profile(measured: Profile) -> RenderableType:

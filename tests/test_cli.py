@@ -16,12 +16,12 @@ from tiny_models import KWARGS, NAME, SWIN_KWARGS, SWIN_NAME
 import eamdeploy
 from eamdeploy import cli_options as options
 from eamdeploy.eam import checkpoint as checkpoints
+from eamdeploy.eam.analysis import Analysis
 from eamdeploy.eam.checkpoint import CheckpointHeader
 from eamdeploy.engines.base import Manifest
 from eamdeploy.errors import ConfigError, MissingDependency
 from eamdeploy.evaluation import EvaluationReport
-from eamdeploy.host.exporting import Export
-from eamdeploy.host.freezing import Analysis
+from eamdeploy.host.export_record import Export
 from eamdeploy.inspection import Inspection
 from eamdeploy.parity import reference_path
 from eamdeploy.pipeline import RunReport
