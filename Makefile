@@ -4,7 +4,7 @@ VENV   ?= .venv
 BIN    := $(VENV)/bin
 READY  := $(VENV)/.ready
 
-.PHONY: install demo test lint bench trt-attributes clean
+.PHONY: install demo test lint bench trt-attributes gpu-check clean
 
 install: $(READY)
 
@@ -33,6 +33,15 @@ bench: $(READY)
 trt-attributes: $(READY)
 	$(BIN)/python tests/real_tensorrt.py build/trt-attributes
 	$(BIN)/pytest tests/engines/test_trt_attributes.py
+
+# Models of the GPU check, made where torch is; GPU_MODELS="--weights W --data IMAGES" for real ones, random otherwise
+build/gpu-check/deit-stock.onnx: | $(READY)
+	$(BIN)/python benchmarks/gpu_models.py $(GPU_MODELS) build/gpu-check
+
+# On a machine with a GPU and TensorRT; GPU_PYTHON is a Python that has tensorrt, cuda-python and what a board builds with
+GPU_PYTHON ?= $(BIN)/python
+gpu-check: build/gpu-check/deit-stock.onnx
+	$(GPU_PYTHON) benchmarks/gpu_check.py build/gpu-check -o build/gpu-check/result.json
 
 clean:
 	rm -rf $(VENV) demo_output build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache
