@@ -196,7 +196,7 @@ def _attention_modules(checkpoint: Checkpoint, live: LoadedModel, opset: int) ->
         frozen = checkpoint.frozen.get(site.path)
         shape = checkpoint.header.attention[site.path]
         maps = None if frozen is None else _integer_maps(frozen, shape, checkpoint.header.freezing.quantizer, opset)
-        modules.append(AttentionModule(site.path, weight[2 * len(weight) // 3 :], maps))
+        modules.append(AttentionModule(site.path, weight[2 * len(weight) // 3 :], maps, site.read_tokens))
     return modules
 
 

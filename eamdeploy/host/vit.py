@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -33,7 +34,19 @@ def sites(model: Any) -> list[AttentionSite]:
         refuse_unless(getattr(attention, "gate", None) is None, f"{where}.attn gates its output")
         norm = getattr(attention, "norm", nn.Identity())
         refuse_unless(isinstance(norm, nn.Identity), f"{where}.attn normalizes its output (scale_norm)")
-    return [AttentionSite(f"blocks.{i}.attn", block.attn.num_heads, tokens) for i, block in enumerate(model.blocks)]
+    found = [AttentionSite(f"blocks.{i}.attn", block.attn.num_heads, tokens) for i, block in enumerate(model.blocks)]
+    return [*found[:-1], *(replace(last, read_tokens=_read_tokens(model, tokens)) for last in found[-1:])]
+
+
+def _read_tokens(model: Any, tokens: int) -> tuple[int, ...] | None:
+    """The tokens that the classifier reads of the last block; None where they are more than half."""
+    if isinstance(model, VisionTransformerDistilled):
+        read: tuple[int, ...] = (0, 1)
+    elif model.global_pool == "token":
+        read = (0,)
+    else:
+        return None
+    return read if 2 * len(read) <= tokens else None
 
 
 def attend(attention: Any, x: torch.Tensor, mask: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:

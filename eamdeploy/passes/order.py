@@ -13,6 +13,8 @@
 | drop_key_bias       | canonical_attention | every one with biased keys and no norm     |
 | fold_value_bias     | canonical_attention | every one with biased values, but not      |
 |                     |                     | where entries are frozen                   |
+| class_token_only    | canonical_attention | the last module, where the classifier      |
+|                     |                     | reads at most half of the tokens           |
 | freeze_heads        | canonical_attention | every attention module with frozen maps    |
 | fusable_gelu        | -                   | wherever the exporter spelled it so        |
 
@@ -26,6 +28,7 @@ from typing import Any
 
 from eamdeploy.passes.base import PlannedPass
 from eamdeploy.passes.canonical_attention import CanonicalAttention
+from eamdeploy.passes.class_token_only import ClassTokenOnly
 from eamdeploy.passes.drop_key_bias import DropKeyBias
 from eamdeploy.passes.fold_value_bias import FoldValueBias
 from eamdeploy.passes.freeze_heads import AttentionModule, FreezeHeads
@@ -52,6 +55,8 @@ def plan_passes(modules: Sequence[AttentionModule]) -> list[PlannedPass[Any]]:
     ]
     if not any(module.frozen and module.frozen.mixes_rows for module in modules):
         plan.append(PlannedPass(FoldValueBias(), expected=None))
+    few = sum(module.read_tokens is not None for module in modules)
+    plan.append(PlannedPass(ClassTokenOnly(), expected=few))
     if frozen:
         plan.append(PlannedPass(FreezeHeads(modules), expected=frozen))
     plan.append(PlannedPass(FusableGelu(), expected=None))

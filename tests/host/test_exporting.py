@@ -85,12 +85,14 @@ def test_file_holds_the_integers_of_the_frozen_maps_behind_dequantize_linear(
     model, values = onnx.load(eam_model), constants(eam_model)
     dequantized = {node.input[0]: node for node in model.graph.node if node.op_type == "DequantizeLinear"}
     assert len(dequantized) == len(frozen) == 2
-    for item in frozen.values():
-        integers = integer_values(item.codes, "squared").reshape(-1, 17)
+    for path, item in frozen.items():
+        integers, scales = integer_values(item.codes, "squared").reshape(-1, 17), item.scales.reshape(-1)
+        if path == "blocks.1.attn":  # the classifier reads one row of each map
+            integers, scales = integers[::17], scales[::17]
         (name,) = [name for name in dequantized if np.array_equal(values[name], integers)]
         node = dequantized[name]
         assert values[name].dtype == np.uint8
-        np.testing.assert_array_equal(values[node.input[1]], item.scales.reshape(-1))
+        np.testing.assert_array_equal(values[node.input[1]], scales)
         assert [(attribute.name, attribute.i) for attribute in node.attribute] == [("axis", 0)]
         assert integers.tobytes() in eam_model.read_bytes()
     assert not [value for value in constants(eam_model.with_name("base.onnx")).values() if value.dtype == np.uint8]
