@@ -29,6 +29,7 @@ from eamdeploy.engines.trt_versions import TrtVersion, capabilities
 from eamdeploy.errors import ConfigError
 from eamdeploy.graph.frozen import IntegerMaps
 from eamdeploy.graph.model import to_graph, to_model, with_card
+from eamdeploy.host.attention import parts
 from eamdeploy.host.calibrate import predict
 from eamdeploy.host.gain import Gain, measure_gain
 from eamdeploy.host.model import RANDOM
@@ -39,7 +40,7 @@ from eamdeploy.observer import SILENT, Observer
 from eamdeploy.parity import REFERENCE_IMAGES, TOLERANCES, ParityReport, ReferenceSet, reference_path
 from eamdeploy.passes.base import PassResult, run_passes
 from eamdeploy.passes.freeze_heads import AttentionModule, check_accounted
-from eamdeploy.passes.order import plan_passes
+from eamdeploy.passes.order import Parts, plan_passes
 from eamdeploy.passes.requantize_maps import RequantizeMaps
 from eamdeploy.source import ImageSource
 from eamdeploy.trt_flavour import plan_trt
@@ -141,12 +142,13 @@ def export(
     )
     frozen = load_reference(loaded, frozen=True, where=str(checkpoint))
     changes = {"freezing": header.freezing, "rewrites": [RequantizeMaps.name] if requantized else []}
-    model = _rewrite(stock, modules, card.model_copy(update=changes), trt)
+    has = parts(live.model)
+    model = _rewrite(stock, modules, has, card.model_copy(update=changes), trt)
     drafts = [_prove(model, frozen, pixels, source)]
     if requantized:
         observer.note(f"{requantized} rows of frozen maps do not fit INT8 and are quantized anew")
     unfrozen = [replace(module, frozen=None) for module in modules]
-    twin = _rewrite(stock, unfrozen, card, trt) if baseline is not None or measure else None
+    twin = _rewrite(stock, unfrozen, has, card, trt) if baseline is not None or measure else None
     if twin is not None and baseline is not None:  # a twin that is only timed needs no proof
         drafts.append(_prove(twin, live, pixels, source))
     gain = measure_gain(model.data, twin.data, usable_cores()) if twin is not None and measure else None
@@ -219,10 +221,12 @@ def _integer_maps(frozen: FrozenMaps, shape: AttentionShape, quantizer: Quantize
     )
 
 
-def _rewrite(stock: StockExport, modules: list[AttentionModule], card: ModelCard, trt: TrtVersion | None) -> _Rewritten:
+def _rewrite(
+    stock: StockExport, modules: list[AttentionModule], has: Parts, card: ModelCard, trt: TrtVersion | None
+) -> _Rewritten:
     """`stock` after all passes, its card in its metadata."""
     graph = to_graph(stock.model)
-    results = run_passes(graph, plan_passes(modules))
+    results = run_passes(graph, plan_passes(modules, has))
     model = to_model(graph)
     check_accounted(model, modules)
     if trt is not None:

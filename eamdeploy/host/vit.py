@@ -7,10 +7,11 @@ from typing import Any
 
 import torch
 from timm.models.deit import VisionTransformerDistilled
-from timm.models.vision_transformer import Attention, Block, VisionTransformer
+from timm.models.vision_transformer import Attention, Block, LayerScale, VisionTransformer
 from torch import nn
 
 from eamdeploy.host.sites import AttentionSite, refuse_unless
+from eamdeploy.passes.order import Parts
 
 MODELS = (VisionTransformer, VisionTransformerDistilled)
 ATTENTION = Attention
@@ -47,6 +48,14 @@ def _read_tokens(model: Any, tokens: int) -> tuple[int, ...] | None:
     else:
         return None
     return read if 2 * len(read) <= tokens else None
+
+
+def parts(model: Any) -> Parts:
+    """What `model` has besides attention that passes change."""
+    return Parts(
+        embeddings=int(model.num_prefix_tokens > 0 and model.pos_embed is not None),
+        layer_scales=sum(isinstance(module, LayerScale) for module in model.modules()),
+    )
 
 
 def attend(attention: Any, x: torch.Tensor, mask: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:

@@ -30,7 +30,7 @@ from eamdeploy.images import normalize
 from eamdeploy.parity import ReferenceSet, reference_path
 from eamdeploy.passes.base import PlannedPass
 from eamdeploy.passes.freeze_heads import AttentionModule
-from eamdeploy.passes.order import plan_passes
+from eamdeploy.passes.order import Parts, plan_passes
 from eamdeploy.source import ImageSource
 
 HALF = FreezeOptions(sparsity=0.5, score="random", seed=3)
@@ -333,8 +333,8 @@ def test_a_graph_that_is_not_the_checkpoints_is_not_written(
 def test_every_frozen_head_is_accounted_for(
     eam_checkpoint: Path, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def plan_without_freezing(modules: list[AttentionModule]) -> list[PlannedPass[Any]]:
-        return plan_passes([replace(module, frozen=None) for module in modules])
+    def plan_without_freezing(modules: list[AttentionModule], has: Parts) -> list[PlannedPass[Any]]:
+        return plan_passes([replace(module, frozen=None) for module in modules], has)
 
     monkeypatch.setattr(exporting, "plan_passes", plan_without_freezing)
     with pytest.raises(UnsupportedGraph, match=r"frozen heads of blocks\.0\.attn are not in .*heads \[1\]"):

@@ -1,11 +1,13 @@
 from __future__ import annotations
 
 import pytest
-from timm_graphs import Export, planned_modules, random_maps, tokens_of
+from timm_graphs import Export, planned_modules, random_maps, timm_model, tokens_of
 
+from eamdeploy.errors import UnsupportedGraph
 from eamdeploy.graph.model import to_graph
+from eamdeploy.host.attention import parts
 from eamdeploy.passes.base import run_passes
-from eamdeploy.passes.order import plan_passes
+from eamdeploy.passes.order import Parts, plan_passes
 
 
 @pytest.mark.parametrize(
@@ -20,6 +22,30 @@ def test_plan_expects_every_module_to_change(frozen_blocks: tuple[int, ...], exp
     maps = random_maps((1,), tokens_of("vit"))
     plan = plan_passes(planned_modules("vit", dict.fromkeys(frozen_blocks, maps)))
     assert [(p.rewrite_pass.name, p.expected) for p in plan if p.expected is not None] == expected
+
+
+def test_plan_expects_what_the_model_is_known_to_have_besides() -> None:
+    plan = plan_passes(planned_modules("vit"), Parts(embeddings=1, layer_scales=4))
+    expected = {p.rewrite_pass.name: p.expected for p in plan}
+    assert (expected["add_position"], expected["fold_layer_scale"]) == (1, 4)
+    unknown = {p.rewrite_pass.name: p.expected for p in plan_passes(planned_modules("vit"))}
+    assert unknown["add_position"] is unknown["fold_layer_scale"] is None
+
+
+@pytest.mark.parametrize("variant", ["vit", "distilled", "registers", "layer-scale", "avg-pool", "swin"])
+def test_every_variant_has_the_parts_that_its_class_says(variant: str) -> None:
+    graph = to_graph(Export(variant, "torchscript", None, 17).model())
+    has = parts(timm_model(variant))
+    run_passes(graph, plan_passes(planned_modules(variant), has))
+    assert has == Parts(
+        embeddings=int(variant not in ("avg-pool", "swin")), layer_scales=4 if variant == "layer-scale" else 0
+    )
+
+
+def test_another_number_of_places_is_an_error() -> None:
+    graph = to_graph(Export("vit", "torchscript", None, 17).model())
+    with pytest.raises(UnsupportedGraph, match=r"pass fold_layer_scale failed.*expected 4 places; got 0"):
+        run_passes(graph, plan_passes(planned_modules("vit"), Parts(layer_scales=4)))
 
 
 @pytest.mark.parametrize("exporter", ["dynamo", "torchscript"])
