@@ -90,6 +90,7 @@ class ExportConfig(Record):
     batch: _Batch = None
     opset: int = 17
     exporter: Literal["auto", "dynamo", "torchscript"] = "auto"
+    fold_preprocess: bool = False
 
 
 class ProfileConfig(Record):
@@ -286,6 +287,7 @@ def _export_stage(config: RunConfig, observer: Observer) -> _Stage:
             batch=config.export.batch,
             opset=config.export.opset,
             exporter=config.export.exporter,
+            fold_preprocess=config.export.fold_preprocess,
             images=images,
             observer=observer,
         )

@@ -39,6 +39,7 @@ from eamdeploy.images import normalize
 from eamdeploy.observer import SILENT, Observer
 from eamdeploy.parity import REFERENCE_IMAGES, TOLERANCES, ParityReport, ReferenceSet, reference_path
 from eamdeploy.passes.base import PassResult, run_passes
+from eamdeploy.passes.fold_preprocess import FoldPreprocess
 from eamdeploy.passes.freeze_heads import AttentionModule, check_accounted
 from eamdeploy.passes.order import Parts, plan_passes
 from eamdeploy.passes.requantize_maps import RequantizeMaps
@@ -92,6 +93,7 @@ def export(
     batch: int | None = None,
     opset: int | None = None,
     exporter: Exporter = "auto",
+    fold_preprocess: bool = False,
     trt: TrtVersion | None = None,
     images: ImageSource | None = None,
     measure: bool = False,
@@ -106,6 +108,7 @@ def export(
         baseline: write the unfrozen twin here, through the same passes but the freezing.
         batch: fixed batch size, or None for a dynamic one.
         opset: by default 17, and 16 where TensorRT does not know LayerNormalization.
+        fold_preprocess: the input is pixels, uint8, and the patch embedding normalizes them; not for TensorRT.
         trt: the TensorRT that must take the graph; None for ONNX Runtime.
         images: where the reference images come from; seeded synthetic ones if None.
         measure: also time the model against its unfrozen twin on ONNX Runtime CPU, about 3 seconds.
@@ -120,6 +123,10 @@ def export(
         raise ConfigError(f"the baseline would replace the model {output}", hint="Give --baseline another file name.")
     for path in paths:
         require_output(path, checkpoint)
+    if fold_preprocess and trt is not None:
+        raise ConfigError(
+            "TensorRT is not given pixels", expected="a float32 input", got="uint8", hint="Leave --fold-preprocess out."
+        )
     opset = _choose_opset(opset, trt)
     loaded = checkpoints.load(checkpoint)
     header, requantized = loaded.header, 0
@@ -137,6 +144,7 @@ def export(
         class_names=header.class_names,
         preprocessing=header.preprocessing,
         checkpoint_digest=digest_file(checkpoint),
+        takes_pixels=fold_preprocess,
         exporter=stock.exporter,
         versions=package_versions(),
     )
@@ -226,7 +234,9 @@ def _rewrite(
 ) -> _Rewritten:
     """`stock` after all passes, its card in its metadata."""
     graph = to_graph(stock.model)
-    results = run_passes(graph, plan_passes(modules, has))
+    how = card.preprocessing
+    fold = FoldPreprocess(how.mean, how.std) if card.takes_pixels else None
+    results = run_passes(graph, plan_passes(modules, has, fold))
     model = to_model(graph)
     check_accounted(model, modules)
     if trt is not None:

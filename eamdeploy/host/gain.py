@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from functools import partial
 
-import numpy as np
 from pydantic import Field
 
 from eamdeploy.artifact import Record
 from eamdeploy.engines.ort import ENGINE_SETTINGS, OrtRunner
 from eamdeploy.engines.provenance import machine_summary
+from eamdeploy.profiling.inputs import random_images
 from eamdeploy.profiling.timing import Schedule, SpeedUp, compare_interleaved
 
 _SCHEDULE = Schedule(min_seconds=1.0, min_runs=20)
@@ -44,7 +44,7 @@ def measure_gain(frozen: bytes, twin: bytes, threads: int, schedule: Schedule = 
         OrtRunner(frozen, threads=threads, settings=ENGINE_SETTINGS, name="the frozen model") as candidate,
     ):
         batch = candidate.io.batch or 1
-        images = np.random.default_rng(0).normal(size=(batch, *candidate.io.input_shape[1:])).astype(np.float32)
+        images = random_images(candidate, batch)
         calls = [partial(runner.infer, images) for runner in (baseline, candidate)]
         (speed_up,) = compare_interleaved(calls, batch=batch, schedule=schedule).speed_ups
     steady = speed_up.p25 > 1 or speed_up.p75 < 1

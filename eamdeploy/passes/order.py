@@ -3,6 +3,7 @@
 | pass                | depends on          | places                                     |
 |---------------------|---------------------|--------------------------------------------|
 | static_shapes       | -                   | wherever the exporter computed a shape     |
+| fold_preprocess     | -                   | the patch embedding, if asked for          |
 | gather_tokens       | static_shapes       | wherever the exporter spelled it so        |
 | window_order        | gather_tokens       | every block whose windows divide the image |
 | merge_gathers       | window_order        | most of those                              |
@@ -35,6 +36,7 @@ from eamdeploy.passes.canonical_attention import CanonicalAttention
 from eamdeploy.passes.class_token_only import ClassTokenOnly
 from eamdeploy.passes.drop_key_bias import DropKeyBias
 from eamdeploy.passes.fold_layer_scale import FoldLayerScale
+from eamdeploy.passes.fold_preprocess import FoldPreprocess
 from eamdeploy.passes.fold_value_bias import FoldValueBias
 from eamdeploy.passes.freeze_heads import AttentionModule, FreezeHeads
 from eamdeploy.passes.fusable_gelu import FusableGelu
@@ -63,10 +65,17 @@ class Parts:
 UNKNOWN = Parts()
 
 
-def plan_passes(modules: Sequence[AttentionModule], parts: Parts = UNKNOWN) -> list[PlannedPass[Any]]:
-    """The passes for a model with these attention modules and parts; without frozen maps, for its unfrozen twin."""
+def plan_passes(
+    modules: Sequence[AttentionModule], parts: Parts = UNKNOWN, fold: FoldPreprocess | None = None
+) -> list[PlannedPass[Any]]:
+    """The passes for a model with these attention modules and parts; without frozen maps, for its unfrozen twin.
+
+    Args:
+        fold: for a model whose input becomes pixels; None where it stays normalized.
+    """
     frozen = sum(module.frozen is not None for module in modules)
     plan: list[PlannedPass[Any]] = [
+        *([] if fold is None else [PlannedPass(fold, expected=1)]),
         *(PlannedPass(p, expected=None) for p in (StaticShapes(), GatherTokens(), WindowOrder(), MergeGathers())),
         PlannedPass(MergeReshapes(), expected=None),
         PlannedPass(AddPosition(), expected=parts.embeddings),

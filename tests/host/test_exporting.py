@@ -333,7 +333,7 @@ def test_a_graph_that_is_not_the_checkpoints_is_not_written(
 def test_every_frozen_head_is_accounted_for(
     eam_checkpoint: Path, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def plan_without_freezing(modules: list[AttentionModule], has: Parts) -> list[PlannedPass[Any]]:
+    def plan_without_freezing(modules: list[AttentionModule], has: Parts, _: None) -> list[PlannedPass[Any]]:
         return plan_passes([replace(module, frozen=None) for module in modules], has)
 
     monkeypatch.setattr(exporting, "plan_passes", plan_without_freezing)
