@@ -186,6 +186,7 @@ FROM_FREEZE, FROM_EXPORT = STAGES, STAGES[1:]
         ({"calibrate": {"images": 7}}, FROM_FREEZE),
         ({"export": {"batch": 1}}, FROM_EXPORT),
         ({"export": {"opset": 18}}, FROM_EXPORT),
+        ({"export": {"fold_preprocess": True}}, FROM_EXPORT),
         ({"evaluate": {"split": "all"}}, ["evaluate"]),
         ({"evaluate": {"images": 5}}, ["evaluate"]),
         ({"profile": {"min_runs": 3}}, ["profile"]),

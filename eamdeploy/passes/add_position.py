@@ -26,9 +26,10 @@ from eamdeploy.graph.writer import GraphWriter
 
 @dataclass(frozen=True, eq=False)
 class _Match:
-    """
+    """One sequence of patches and tokens of weights, named as in the module's docstring.
+
     Attributes:
-        patches: t.
+        patches: t, or the t that p is added to.
         before, after: how many tokens stand in front of the patches and behind them.
         embedding: e, float32 `[1, N, D]`.
         result: x.

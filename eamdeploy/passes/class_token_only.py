@@ -36,7 +36,8 @@ class _Choice:
 
 @dataclass(frozen=True, eq=False)
 class _Match:
-    """
+    """An attention of which few tokens are read.
+
     Attributes:
         nodes: what computes token by token between attention and the choices, the output projection first.
         joined: what those read besides, `[B, N, …]` each.
