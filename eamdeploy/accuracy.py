@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
@@ -12,10 +12,10 @@ from numpy.typing import NDArray
 from eamdeploy.artifact import Preprocessing, Record
 from eamdeploy.errors import ConfigError, EngineError, ParityError
 from eamdeploy.folder import ImageFolder
-from eamdeploy.images import ImageBatch, iter_batches, normalize
+from eamdeploy.images import ImageBatch, iter_batches, network_input
 
-Predict: TypeAlias = Callable[[NDArray[np.float32]], NDArray[np.float32]]
-"""Normalized images float32 [B, 3, H, W] to logits float32 [B, classes]."""
+Predict: TypeAlias = Callable[[NDArray[Any]], NDArray[np.float32]]
+"""Images [B, 3, H, W], normalized float32 or uint8 pixels as the model takes them, to logits float32 [B, classes]."""
 
 Logits: TypeAlias = NDArray[np.floating]
 _TOP = 5
@@ -55,15 +55,18 @@ def measure_accuracy(
     reference: Predict | None = None,
     fixed_batch: int | None = None,
     reference_fixed_batch: int | None = None,
+    takes_pixels: bool = False,
+    reference_takes_pixels: bool = False,
     skip_bad: bool = False,
     on_progress: Callable[[int, int], None] | None = None,
 ) -> Evaluation:
-    """The model's accuracy on the folder's images and its distance from `reference` on the same input.
+    """The model's accuracy on the folder's images and its distance from `reference` on the same images.
 
     Args:
         batch_size: images decoded and given to the models at a time.
         reference: a model of the same classes and preprocessing.
         fixed_batch, reference_fixed_batch: the one batch size that the model, or the reference, accepts.
+        takes_pixels, reference_takes_pixels: whether the model, or the reference, normalizes its input itself.
         skip_bad: leave out and name files that can't be decoded.
         on_progress: is called with the images done and the images of the folder, after each batch and at the end.
 
@@ -84,9 +87,13 @@ def measure_accuracy(
     measured: list[dict[str, NDArray[np.float64]]] = []
     n_images = num_classes = 0
     for batch in iter_batches(folder, how, batch_size, skip_bad, note_skip):
-        images = normalize(batch.pixels, how)
+        images = network_input(batch.pixels, how, takes_pixels=takes_pixels)
         logits = _logits("the model", predict, images, batch)
-        expected = None if reference is None else _logits("the reference model", reference, images, batch)
+        expected = None
+        if reference is not None:
+            if reference_takes_pixels != takes_pixels:
+                images = network_input(batch.pixels, how, takes_pixels=reference_takes_pixels)
+            expected = _logits("the reference model", reference, images, batch)
         num_classes = logits.shape[1]
         _check_classes(num_classes, expected, batch)
         measured.append(_measures(logits, expected, batch.labels))
@@ -122,7 +129,7 @@ def with_fixed_batch(predict: Predict, batch: int) -> Predict:
     if batch < 1:
         raise ConfigError("the fixed batch size can't be used", expected="at least 1", got=batch)
 
-    def predict_any(images: NDArray[np.float32]) -> NDArray[np.float32]:
+    def predict_any(images: NDArray[Any]) -> NDArray[np.float32]:
         parts = []
         for start in range(0, len(images), batch):
             part = images[start : start + batch]
@@ -174,7 +181,7 @@ def _log_softmax(logits: Logits) -> NDArray[np.float64]:
     return np.asarray(shifted - np.log(np.exp(shifted).sum(axis=1, keepdims=True)))
 
 
-def _logits(model: str, predict: Predict, images: NDArray[np.float32], batch: ImageBatch) -> NDArray[np.float32]:
+def _logits(model: str, predict: Predict, images: NDArray[Any], batch: ImageBatch) -> NDArray[np.float32]:
     logits = np.asarray(predict(images))
     if logits.ndim != 2 or len(logits) != len(images) or logits.shape[1] == 0:
         raise EngineError(

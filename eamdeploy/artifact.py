@@ -220,6 +220,8 @@ class ModelCard(Record):
         freezing: None for an unfrozen model.
         checkpoint_digest: SHA-256 of the EAM checkpoint this was exported from.
         rewrites: names of the passes applied, in order.
+        takes_pixels: the input is uint8 [B, 3, H, W], and the graph normalizes it as `preprocessing` says; otherwise
+            it is float32, normalized already.
     """
 
     timm_model: str
@@ -230,6 +232,7 @@ class ModelCard(Record):
     freezing: Freezing | None = None
     checkpoint_digest: str | None = None
     rewrites: list[str] = []
+    takes_pixels: bool = False
     exporter: str = ""
     versions: dict[str, str] = {}
 

@@ -253,6 +253,9 @@ def export(
     exporter: Annotated[
         Literal["auto", "dynamo", "torchscript"], typer.Option(help="Which of torch's exporters makes the stock graph.")
     ] = "auto",
+    fold_preprocess: Annotated[
+        bool, typer.Option("--fold-preprocess", help="Take pixels (uint8) as input: the graph normalizes them itself.")
+    ] = False,
     data: Annotated[
         Path | None, typer.Option(help="Folder of images for the parity reference; synthetic ones by default.")
     ] = None,
@@ -275,6 +278,7 @@ def export(
             batch=options.parse_batch(batch),
             opset=opset,
             exporter=exporter,
+            fold_preprocess=fold_preprocess,
             trt=options.parse_target(target, trt),
             images=None if data is None else ImageSource(data, split, images, skip_bad),
             measure=measure,
@@ -489,7 +493,7 @@ def profile(
     warmup_ms: Annotated[float, typer.Option(help="Warm-up of every engine in each sitting.")] = 200.0,
     min_seconds: Annotated[float, typer.Option(help="Time every engine for at least this long.")] = 3.0,
     min_runs: Annotated[int, typer.Option(help="… and at least this often.")] = 50,
-    sittings: Annotated[int, typer.Option(min=1, help="How often the engines are loaded anew for that.")] = 5,
+    sittings: Annotated[int, typer.Option(min=1, help="How often the engines are loaded anew for that.")] = 6,
     memory: Annotated[
         bool, typer.Option("--memory/--no-memory", help="Measure memory and cold start in a process of its own.")
     ] = True,

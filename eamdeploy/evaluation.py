@@ -46,6 +46,7 @@ class _Model:
     num_classes: int | None
     class_names: list[str] | None
     weights: str | None
+    takes_pixels: bool = False
 
 
 def evaluate(
@@ -89,6 +90,8 @@ def evaluate(
             reference=None if other is None else other.predict,
             fixed_batch=candidate.batch,
             reference_fixed_batch=None if other is None else other.batch,
+            takes_pixels=candidate.takes_pixels,
+            reference_takes_pixels=other is not None and other.takes_pixels,
             skip_bad=images.skip_bad,
             on_progress=lambda done, total: observer.progress("images", done, total),
         )
@@ -124,6 +127,7 @@ def _open(path: Path, threads: int | None, *, frozen: bool) -> Iterator[_Model]:
             runner.io.num_classes,
             None if card is None else card.class_names,
             None if card is None else card.weights,
+            runner.io.takes_pixels,
         )
 
 

@@ -8,6 +8,7 @@ import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,7 +18,16 @@ from eamdeploy.artifact import Preprocessing
 from eamdeploy.errors import ConfigError
 from eamdeploy.folder import ImageFolder, folder_digest, open_folder
 
-__all__ = ["ImageBatch", "ImageFolder", "folder_digest", "iter_batches", "normalize", "open_folder", "preprocess"]
+__all__ = [
+    "ImageBatch",
+    "ImageFolder",
+    "folder_digest",
+    "iter_batches",
+    "network_input",
+    "normalize",
+    "open_folder",
+    "preprocess",
+]
 
 _FILTERS = {
     "nearest": Image.Resampling.NEAREST,
@@ -105,11 +115,20 @@ def normalize(pixels: NDArray[np.uint8], how: Preprocessing) -> NDArray[np.float
 
     The same bits as torchvision's ToTensor and Normalize.
     """
-    images = np.ascontiguousarray(pixels.transpose(0, 3, 1, 2)).astype(np.float32)
+    images = _channels_first(pixels).astype(np.float32)
     images /= np.float32(255)
     images -= np.asarray(how.mean, np.float32).reshape(3, 1, 1)
     images /= np.asarray(how.std, np.float32).reshape(3, 1, 1)
     return images
+
+
+def network_input(pixels: NDArray[np.uint8], how: Preprocessing, *, takes_pixels: bool) -> NDArray[Any]:
+    """[B, 3, H, W] of uint8 [B, H, W, 3], as a model takes it: float32, or uint8 if it normalizes itself."""
+    return _channels_first(pixels) if takes_pixels else normalize(pixels, how)
+
+
+def _channels_first(pixels: NDArray[np.uint8]) -> NDArray[np.uint8]:
+    return np.ascontiguousarray(pixels.transpose(0, 3, 1, 2))
 
 
 def iter_batches(

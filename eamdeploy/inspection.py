@@ -106,7 +106,7 @@ def _onnx(path: Path) -> tuple[str, dict[str, JsonValue]]:
     with open_runner(path, threads=1) as runner:
         card, io = runner.card, runner.io
     details: dict[str, JsonValue] = {
-        "input": f"{io.input_name} {[size or 'batch' for size in io.input_shape]}",
+        "input": f"{io.input_name} {'uint8 ' if io.takes_pixels else ''}{[size or 'batch' for size in io.input_shape]}",
         "output": io.output_name,
         "classes": io.num_classes,
     }

@@ -93,6 +93,7 @@ class ExportConfig(Record):
     batch: _Batch = None
     opset: int = 17
     exporter: Literal["auto", "dynamo", "torchscript"] = "auto"
+    fold_preprocess: bool = False
 
 
 class ProfileConfig(Record):
@@ -103,7 +104,7 @@ class ProfileConfig(Record):
     warmup_ms: float = 200.0
     min_seconds: float = 3.0
     min_runs: int = 50
-    sittings: int = 5
+    sittings: int = 6
 
 
 class RunConfig(Record):
@@ -276,6 +277,7 @@ def _export_stage(config: RunConfig, observer: Observer) -> _Stage:
             batch=config.export.batch,
             opset=config.export.opset,
             exporter=config.export.exporter,
+            fold_preprocess=config.export.fold_preprocess,
             images=images,
             observer=observer,
         )

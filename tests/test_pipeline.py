@@ -202,6 +202,7 @@ FROM_FREEZE, FROM_EXPORT = STAGES[:-1], STAGES[1:-1]
         ({"calibrate": {"images": 7}}, FROM_FREEZE),
         ({"export": {"batch": 1}}, FROM_EXPORT),
         ({"export": {"opset": 18}}, FROM_EXPORT),
+        ({"export": {"fold_preprocess": True}}, FROM_EXPORT),
         ({"evaluate": {"split": "all"}}, ["evaluate"]),
         ({"evaluate": {"images": 5}}, ["evaluate"]),
         ({"profile": {"min_runs": 3}}, ["profile"]),
@@ -412,5 +413,5 @@ def test_defaults_are_those_of_the_commands(tmp_path: Path) -> None:
         "warmup_ms": 200.0,
         "min_seconds": 3.0,
         "min_runs": 50,
-        "sittings": 5,
+        "sittings": 6,
     }

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from types import MappingProxyType
 from typing import Any
@@ -137,6 +137,12 @@ def modules_of(variant: str, frozen: Mapping[int, IntegerMaps] | None = None) ->
         rows = model.get_submodule(site.path).qkv.weight.detach().numpy()
         modules.append(AttentionModule(site.path, rows[2 * len(rows) // 3 :], (frozen or {}).get(index)))
     return modules
+
+
+def planned_modules(variant: str, frozen: Mapping[int, IntegerMaps] | None = None) -> list[AttentionModule]:
+    """The same with what `plan_passes` wants to know of each: the tokens that the classifier reads."""
+    read = [site.read_tokens for site in sites_of(variant)]
+    return [replace(module, read_tokens=t) for module, t in zip(modules_of(variant, frozen), read, strict=True)]
 
 
 def tokens_of(variant: str) -> int:

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from datetime import datetime, timezone
 from pathlib import Path
 from types import TracebackType
-from typing import Literal, Protocol
+from typing import Any, Literal, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,7 +20,7 @@ from pydantic import Field
 from eamdeploy.accuracy import with_fixed_batch
 from eamdeploy.artifact import ModelCard, Record, atomic_output, digest_file
 from eamdeploy.errors import ConfigError, EngineError, ParityError
-from eamdeploy.images import normalize
+from eamdeploy.images import network_input
 from eamdeploy.parity import ParityReport, ReferenceSet, Tolerance, compare, require
 
 _GATE_BATCH = 4  # more than one image at a time, so that an engine that mixes them up fails
@@ -31,21 +31,28 @@ class EngineIO:
     """The engine's one input and one output.
 
     Attributes:
-        input_shape: [B, 3, H, W] of the float32 input; B is None when any batch size is accepted.
+        input_shape: [B, 3, H, W] of the input; B is None when any batch size is accepted.
         num_classes: width of the logits; None when the engine does not say.
+        takes_pixels: the input is uint8, normalized by the engine itself; otherwise float32, normalized already.
     """
 
     input_name: str
     input_shape: tuple[int | None, int, int, int]
     output_name: str
     num_classes: int | None
+    takes_pixels: bool = False
+
+    @property
+    def dtype(self) -> np.dtype[Any]:
+        """Of the input."""
+        return np.dtype(np.uint8 if self.takes_pixels else np.float32)
 
     @property
     def batch(self) -> int | None:
         """The only batch size accepted, or None for any."""
         return self.input_shape[0]
 
-    def check(self, images: NDArray[np.float32], engine: str) -> None:
+    def check(self, images: NDArray[Any], engine: str) -> None:
         """`images` can be given to the engine.
 
         Raises:
@@ -53,10 +60,10 @@ class EngineIO:
         """
         dims = zip(self.input_shape, images.shape, strict=False)
         fits = images.ndim == 4 and all(want in (None, got) for want, got in dims)
-        if images.dtype != np.float32 or not fits or len(images) == 0:
+        if images.dtype != self.dtype or not fits or len(images) == 0:
             raise ConfigError(
                 f"engine {engine} can't take this input",
-                expected=f"float32 {['B' if dim is None else dim for dim in self.input_shape]}",
+                expected=f"{self.dtype} {['B' if dim is None else dim for dim in self.input_shape]}",
                 got=f"{images.dtype} {list(images.shape)}",
             )
 
@@ -105,8 +112,8 @@ class Runner(Protocol):
         """What it needs on a GPU to run, besides its weights; None without a GPU."""
         ...
 
-    def infer(self, images: NDArray[np.float32]) -> NDArray[np.float32]:
-        """Logits float32 [B, classes] of normalized images float32 [B, 3, H, W], when they are all computed.
+    def infer(self, images: NDArray[Any]) -> NDArray[np.float32]:
+        """Logits float32 [B, classes] of images [B, 3, H, W] of the type that `io` says, when they are all computed.
 
         Raises:
             ConfigError: the input's dtype or shape does not fit.
@@ -114,7 +121,7 @@ class Runner(Protocol):
         """
         ...
 
-    def split(self, images: NDArray[np.float32], runs: int) -> LatencySplit | None:
+    def split(self, images: NDArray[Any], runs: int) -> LatencySplit | None:
         """Where the time of an inference of these images goes; None where nothing is copied to a device.
 
         Raises:
@@ -123,7 +130,7 @@ class Runner(Protocol):
         """
         ...
 
-    def layer_times(self, images: NDArray[np.float32], runs: int) -> dict[str, float]:
+    def layer_times(self, images: NDArray[Any], runs: int) -> dict[str, float]:
         """Mean milliseconds of every layer on these images, in the engine's order; measuring slows it a little.
 
         Raises:
@@ -310,7 +317,7 @@ def check_against_reference(runner: Runner, reference: ReferenceSet, tolerance: 
             expected=f"{runner.io.num_classes} classes",
             got=reference.logits.shape[1],
         )
-    images = normalize(reference.pixels, runner.card.preprocessing)
+    images = network_input(reference.pixels, runner.card.preprocessing, takes_pixels=runner.io.takes_pixels)
     predict = with_fixed_batch(runner.infer, runner.io.batch or min(_GATE_BATCH, len(images)))
     report = compare(reference.logits, predict(images), tolerance)
     require(report, what)

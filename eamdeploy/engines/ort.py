@@ -40,6 +40,8 @@ from eamdeploy.engines.provenance import machine_summary, package_versions
 from eamdeploy.errors import ConfigError, EngineError
 from eamdeploy.parity import TOLERANCES, ReferenceSet
 
+_PIXELS = "tensor(uint8)"
+_INPUT_TYPES = ("tensor(float)", _PIXELS)
 _LEVEL_KEY = "graph_optimization_level"
 _LEVELS: Mapping[str, Any] = MappingProxyType(
     {
@@ -122,8 +124,8 @@ class OrtRunner:
         self._session: Any = session
         self._source, self._threads, self._extra = source, threads, extra
 
-    def infer(self, images: NDArray[np.float32]) -> NDArray[np.float32]:
-        """Logits float32 [B, classes] of normalized images float32 [B, 3, H, W].
+    def infer(self, images: NDArray[Any]) -> NDArray[np.float32]:
+        """Logits float32 [B, classes] of images [B, 3, H, W] of the type that `io` says.
 
         Raises:
             ConfigError: the input's dtype or shape does not fit.
@@ -144,12 +146,12 @@ class OrtRunner:
             )
         return np.asarray(logits)
 
-    def split(self, images: NDArray[np.float32], runs: int) -> LatencySplit | None:
+    def split(self, images: NDArray[Any], runs: int) -> LatencySplit | None:
         """None: nothing is copied to a device."""
         self.io.check(images, self.name)
         return None
 
-    def layer_times(self, images: NDArray[np.float32], runs: int) -> dict[str, float]:
+    def layer_times(self, images: NDArray[Any], runs: int) -> dict[str, float]:
         """Mean milliseconds of every node, as ONNX Runtime's own profiler tells; in a session of its own.
 
         Raises:
@@ -219,7 +221,7 @@ def build(
         raise ConfigError(f"cannot read {model}: {err.strerror or err}") from err
     # from memory: nothing is on the disk before the gate, and data in a second file, which a copy loses, is refused
     with OrtRunner(data, threads=threads, settings=settings, name=str(model)) as runner:
-        runner.infer(np.zeros((runner.io.batch or 1, *runner.io.input_shape[1:]), np.float32))
+        runner.infer(np.zeros((runner.io.batch or 1, *runner.io.input_shape[1:]), runner.io.dtype))
         parity = None if reference is None else check_against_reference(runner, reference, TOLERANCES["f32-engine"])
         digest = digest_bytes(data)
         manifest = Manifest(
@@ -267,10 +269,10 @@ def _engine_io(session: Any, name: str) -> EngineIO:
             got=f"{len(inputs)} inputs and {len(outputs)} outputs",
         )
     shape = inputs[0].shape
-    if inputs[0].type != "tensor(float)" or len(shape) != 4 or not all(isinstance(dim, int) for dim in shape[1:]):
+    if inputs[0].type not in _INPUT_TYPES or len(shape) != 4 or not all(isinstance(dim, int) for dim in shape[1:]):
         raise EngineError(
             f"{name} has an input that can't be used",
-            expected="tensor(float) [B, 3, height, width], only B may vary",
+            expected=f"{' or '.join(_INPUT_TYPES)} [B, 3, height, width], only B may vary",
             got=f"{inputs[0].type} {shape}",
         )
     batch = shape[0] if isinstance(shape[0], int) else None
@@ -280,6 +282,7 @@ def _engine_io(session: Any, name: str) -> EngineIO:
         input_shape=(batch, shape[1], shape[2], shape[3]),
         output_name=outputs[0].name,
         num_classes=classes if isinstance(classes, int) else None,
+        takes_pixels=inputs[0].type == _PIXELS,
     )
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Literal
 
@@ -81,3 +83,15 @@ def open_runner(engine: Path, threads: int | None = None) -> Runner:
     from eamdeploy.engines.ort import OrtRunner
 
     return OrtRunner(engine, threads=threads, settings=manifest.settings if manifest else {})
+
+
+@contextmanager
+def open_runners(opening: Sequence[Callable[[], Runner]], order: Sequence[int]) -> Iterator[list[Runner]]:
+    """Runners opened in the order of the numbers given, listed in their own; all are closed when the block ends.
+
+    Args:
+        opening: what opens each.
+    """
+    with ExitStack() as stack:
+        opened = {index: stack.enter_context(opening[index]()) for index in order}
+        yield [opened[index] for index in range(len(opening))]

@@ -4,7 +4,8 @@
     x ──MatMul Wk──(+bk)──layout──[norm]──layout──(·s)──MatMul──(·s)──(+bias, mask)──Softmax──┐
     x ──MatMul Wv──(+bv)──layout────────────────────────────────────────────────────────────MatMul──layout──▶ merged
 
-and `merged` feeds a MatMul with the constant Wo. Wq, Wk and Wv may be one matrix. A layout is any chain of reshapes,
+and `merged` feeds a MatMul with the constant Wo. Wq, Wk and Wv may be one matrix; or Wq reads a Gather of some tokens
+of x, and only these have rows in the map. A layout is any chain of reshapes,
 transposes, splits, slices and gathers; what it permutes is read off by `layout.probe`, and so are bias and mask: both
 of torch's exporters, with a fixed or a dynamic batch, look the same. With windows, x holds W windows of each image as
 if they were images: `[B·W, N, D]`.
@@ -12,7 +13,7 @@ if they were images: `[B·W, N, D]`.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -31,6 +32,7 @@ from eamdeploy.graph.operand import (
 )
 from eamdeploy.graph.running import PROBE_BATCH, images_of
 from eamdeploy.graph.skip import Refused, Skip
+from eamdeploy.graph.tokens import token_gather
 
 
 @dataclass(frozen=True, eq=False)
@@ -55,7 +57,7 @@ class ScoreBias:
     """What is added to the scores before the softmax: a position bias, a mask, or both.
 
     Attributes:
-        values: float32 `[K, H, N, N]`, one for each kind of window.
+        values: float32 `[K, H, R, N]`, one for each kind of window; R is N, or the number of tokens with a query.
         kinds: which of the K each of an image's W windows uses.
     """
 
@@ -65,6 +67,10 @@ class ScoreBias:
     def take(self, heads: list[int]) -> ScoreBias:
         """The bias of `heads` alone, in that order."""
         return ScoreBias(self.values[:, heads], self.kinds)
+
+    def of_rows(self, rows: Sequence[int]) -> ScoreBias:
+        """The bias of these rows of the map alone, in that order."""
+        return ScoreBias(self.values[:, :, rows], self.kinds)
 
 
 @dataclass(frozen=True, eq=False)
@@ -79,7 +85,8 @@ class Attention:
         scale: what the scores are multiplied with before the softmax.
         bias: what is added to them after that, or None.
         heads, tokens, head_dim: H, N and d.
-        merged: the output `[B·W, N, H·d]`, heads side by side, in front of the output projection.
+        query_tokens: the R tokens that have a query, and so a row in the map and in the output; None for all N.
+        merged: the output `[B·W, R, H·d]`, heads side by side, in front of the output projection.
         projection: the MatMul of `merged` with the constant output projection `[H·d, D]`.
         softmax: the node that all this was found around.
         layout: operators between the linear layers and the products: those of queries, of keys, of values.
@@ -98,11 +105,17 @@ class Attention:
     heads: int
     tokens: int
     head_dim: int
+    query_tokens: tuple[int, ...] | None
     merged: gs.Tensor
     projection: gs.Node
     softmax: gs.Node
     layout: tuple[tuple[str, ...], tuple[str, ...], tuple[str, ...]]
     score_layout: tuple[str, ...]
+
+    @property
+    def rows(self) -> int:
+        """R, the rows of each map."""
+        return self.tokens if self.query_tokens is None else len(self.query_tokens)
 
 
 @dataclass(frozen=True, eq=False)
@@ -114,6 +127,7 @@ class _Candidate:
     query: Operand
     key: Operand
     value: Operand
+    query_tokens: tuple[int, ...] | None
     scale: float
     score_layout: tuple[str, ...]
     context: gs.Tensor
@@ -163,7 +177,9 @@ def _candidate(softmax: gs.Node) -> _Candidate:
     value = follow_operand(context_product.inputs[1], context_product)
     if value.norm is not None or value.scale != 1.0:
         raise Refused("values are normalized or scaled", softmax)
-    if not (query.linear.x is key.linear.x is value.linear.x):
+    x = key.linear.x
+    query_tokens = None if query.linear.x is x else _gathered_from(x, query.linear.x)
+    if value.linear.x is not x or (query.linear.x is not x and query_tokens is None):
         raise Refused("queries, keys and values have different inputs (cross-attention)", softmax)
     context = context_product.outputs[0]
     merged = context
@@ -175,7 +191,17 @@ def _candidate(softmax: gs.Node) -> _Candidate:
         raise Refused("heads are not merged behind the product with values", softmax)
     if node.op != "MatMul" or not is_matrix(node.inputs[1]):
         raise Refused(f"the merged heads feed {node.op}, not a constant output projection", softmax)
-    return _Candidate(softmax, product.outputs[0], query, key, value, scale, score_layout, context, merged, node)
+    return _Candidate(
+        softmax, product.outputs[0], query, key, value, query_tokens, scale, score_layout, context, merged, node
+    )
+
+
+def _gathered_from(x: gs.Tensor, some: gs.Tensor) -> tuple[int, ...] | None:
+    """Which tokens of `x` a Gather puts in `some`; None where there is no such Gather."""
+    gather = token_gather(some.inputs[0]) if len(some.inputs) == 1 else None
+    if gather is None or gather.node.inputs[0] is not x or (gather.indices < 0).any():
+        return None
+    return tuple(gather.indices.tolist())
 
 
 def _probe_all(graph: gs.Graph, candidates: list[_Candidate]) -> dict[str, Origin]:
@@ -204,19 +230,19 @@ def _attention(candidate: _Candidate, origins: dict[str, Origin], images: int) -
     value = _head_columns(candidate, candidate.value, origins, transposed=False)
     if not query.shape == key.shape == value.shape:
         raise Refused("queries, keys and values differ in heads or size", candidate.softmax)
-    batch, heads, tokens, head_dim = origins[candidate.query.tensor.name].row.shape
+    batch, heads, rows, head_dim = origins[candidate.query.tensor.name].row.shape
     if batch % images:
         raise Refused(f"{batch} maps of each head are no whole number of windows per image", candidate.softmax)
-    b, n, h, j = np.ogrid[:batch, :tokens, :heads, :head_dim]
+    b, n, h, j = np.ogrid[:batch, :rows, :heads, :head_dim]
     merged = origins[candidate.merged.name]
     row, column = (
-        np.broadcast_to(numbers, (batch, tokens, heads, head_dim)).reshape(batch, tokens, heads * head_dim)
-        for numbers in ((b * heads + h) * tokens + n, j)
+        np.broadcast_to(numbers, (batch, rows, heads, head_dim)).reshape(batch, rows, heads * head_dim)
+        for numbers in ((b * heads + h) * rows + n, j)
     )
     if not (np.array_equal(merged.row, row) and np.array_equal(merged.column, column)):
         raise Refused("heads are not merged side by side, token by token", candidate.softmax)
     return Attention(
-        x=candidate.query.linear.x,
+        x=candidate.key.linear.x,
         windows=batch // images,
         query=_project(candidate.query.linear, query),
         key=_project(candidate.key.linear, key),
@@ -226,8 +252,9 @@ def _attention(candidate: _Candidate, origins: dict[str, Origin], images: int) -
         scale=candidate.scale * candidate.query.scale * candidate.key.scale,
         bias=_score_bias(candidate, origins, images),
         heads=heads,
-        tokens=tokens,
+        tokens=origins[candidate.key.tensor.name].row.shape[-1],
         head_dim=head_dim,
+        query_tokens=candidate.query_tokens,
         merged=candidate.merged,
         projection=candidate.projection,
         softmax=candidate.softmax,

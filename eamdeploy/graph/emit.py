@@ -4,14 +4,15 @@
     x ──MatMul Wk──(Add)── k ─Reshape─Transpose─[norm]────────MatMul──(Add bias)──Softmax──┐
     x ──MatMul Wv──(Add)── v of live heads ─Reshape─Transpose────────────────────────────MatMul──────┐
     x ──MatMul Wv──(Add)── v of frozen heads ─Reshape─Transpose──┐                                  Concat ─┐
-    frozen maps (integers) ──DequantizeLinear──Reshape [M,F,N,N]──MatMul ────────────────────────────┘      │
-                                               merged [B·W, N, H·d] ◀──Reshape──Transpose───────────────────┘
+    frozen maps (integers) ──DequantizeLinear──Reshape [M,F,R,N]──MatMul ────────────────────────────┘      │
+                                               merged [B·W, R, H·d] ◀──Reshape──Transpose───────────────────┘
 
 Four dimensions at most where every window uses the same constants, one standard attention over the live heads, one
 batched product over the frozen ones (DESIGN §4, §5.7); heads of which only some rows or entries are frozen stand
 between them (`graph.emit_partial`). One linear layer for each of q, k and v: one for all three and a `Split` was 1 %
 slower on ONNX Runtime CPU. Batch and token dimensions are taken over by `Reshape`'s 0, so a dynamic batch needs no
-arithmetic. What is frozen needs no bias and no mask.
+arithmetic. What is frozen needs no bias and no mask. Where only some tokens have queries, a Gather of these stands in
+front of Wq, and R < N; keys and values are those of all tokens.
 """
 
 from __future__ import annotations
@@ -37,9 +38,12 @@ def is_canonical(attention: Attention) -> bool:
 
 
 def emit_attention(writer: GraphWriter, attention: Attention, frozen: IntegerMaps | None) -> gs.Tensor:
-    """The merged heads `[B·W, N, H·d]` of `attention` in canonical form, in the order of `head_groups`.
+    """The merged heads `[B·W, R, H·d]` of `attention` in canonical form, in the order of `head_groups`.
 
     Nothing of the original is removed or rewired: that is the caller's.
+
+    Args:
+        frozen: what is frozen of the rows that `attention` has, see `IntegerMaps.of_rows`.
     """
     groups = head_groups(attention.heads, frozen)
     contexts = []
@@ -63,27 +67,27 @@ def rewrite_attention(
 
 
 def _live_context(writer: GraphWriter, attention: Attention, live: Sequence[int]) -> gs.Variable:
-    """softmax(s·q·kᵀ + bias)·v of the live heads, `[B·W, L, N, d]`."""
+    """softmax(s·q·kᵀ + bias)·v of the live heads, `[B·W, L, R, d]`."""
     live_map = attention_map(writer, "", attention, live)
-    values = project(writer, "v", attention, attention.value, live)
-    return writer.node("context", "MatMul", [live_map, values], values.shape)
+    values = project(writer, "v", attention.x, attention.value, live)
+    return writer.node("context", "MatMul", [live_map, values], [*live_map.shape[:3], attention.head_dim])
 
 
 def _frozen_context(writer: GraphWriter, attention: Attention, frozen: IntegerMaps) -> gs.Variable:
-    """F·v of wholly frozen heads, `[B·W, F, N, d]`."""
-    values = project(writer, "v_frozen", attention, attention.value, frozen.heads)
+    """F·v of wholly frozen heads, `[B·W, F, R, d]`."""
+    values = project(writer, "v_frozen", attention.x, attention.value, frozen.heads)
     maps = emit_maps(writer, "map", frozen.integers, frozen.scales)
     return apply_maps(writer, "context_frozen", attention, maps, frozen.windows, values)
 
 
 def _merge_heads(writer: GraphWriter, attention: Attention, contexts: Sequence[gs.Variable]) -> gs.Tensor:
-    """`contexts`, `[B·W, some heads, N, d]` each, one behind the other as `[B·W, N, H·d]`."""
-    batch, tokens, head_dim = attention.x.shape[0], attention.tokens, attention.head_dim
+    """`contexts`, `[B·W, some heads, R, d]` each, one behind the other as `[B·W, R, H·d]`."""
+    batch, rows, head_dim = attention.x.shape[0], attention.rows, attention.head_dim
     context = contexts[0]
     if len(contexts) > 1:
-        context = writer.node("heads", "Concat", contexts, [batch, attention.heads, tokens, head_dim], axis=1)
-    by_token = [batch, tokens, attention.heads, head_dim]
+        context = writer.node("heads", "Concat", contexts, [batch, attention.heads, rows, head_dim], axis=1)
+    by_token = [batch, rows, attention.heads, head_dim]
     transposed = writer.node("tokens_first", "Transpose", [context], by_token, perm=[0, 2, 1, 3])
     width = attention.heads * head_dim
     shape = writer.integers("merged_shape", 0, 0, width)
-    return writer.node("merged", "Reshape", [transposed, shape], [batch, tokens, width])
+    return writer.node("merged", "Reshape", [transposed, shape], [batch, rows, width])

@@ -41,7 +41,7 @@ from eamdeploy.graph.writer import GraphWriter
 
 
 def entries_context(writer: GraphWriter, attention: Attention, frozen: IntegerMaps) -> gs.Variable:
-    """(mask·F + (1 − mask)·softmax(s·q·kᵀ + bias))·v, `[B·W, P, N, d]`."""
+    """(mask·F + (1 − mask)·softmax(s·q·kᵀ + bias))·v, `[B·W, P, R, d]`."""
     assert frozen.mask is not None and not frozen.by_row, "some entries are frozen"
     live = attention_map(writer, "_partial", attention, frozen.heads)
     maps = emit_maps(writer, "entries", frozen.integers, frozen.scales)
@@ -54,17 +54,17 @@ def entries_context(writer: GraphWriter, attention: Attention, frozen: IntegerMa
         return writer.node("mixed", "Add", [kept, constants], x.shape)
 
     mixed = in_windows(writer, "mixed", attention, live, len(set(frozen.windows)), mix)
-    values = project(writer, "v_partial", attention, attention.value, frozen.heads)
-    return writer.node("context_partial", "MatMul", [mixed, values], values.shape)
+    values = project(writer, "v_partial", attention.x, attention.value, frozen.heads)
+    return writer.node("context_partial", "MatMul", [mixed, values], [*live.shape[:3], attention.head_dim])
 
 
 def rows_context(writer: GraphWriter, attention: Attention, frozen: IntegerMaps) -> gs.Variable:
-    """The rows of softmax(s·q·kᵀ + bias)·v that are live and those of F·v that are frozen, `[B·W, P, N, d]`."""
+    """The rows of softmax(s·q·kᵀ + bias)·v that are live and those of F·v that are frozen, `[B·W, P, R, d]`."""
     assert frozen.mask is not None and frozen.by_row, "some rows are frozen"
-    heads, head_dim, tokens = frozen.heads, attention.head_dim, attention.tokens
+    heads, head_dim, rows = frozen.heads, attention.head_dim, attention.rows
     count = len(heads)
     live_rows, frozen_rows = padded(~frozen.mask), padded(frozen.mask)
-    values = project(writer, "v_partial", attention, attention.value, heads)
+    values = project(writer, "v_partial", attention.x, attention.value, heads)
 
     query = _row_queries(writer, attention, heads, live_rows)
     keys = transposed_keys(writer, "_partial", attention, heads)
@@ -84,17 +84,18 @@ def rows_context(writer: GraphWriter, attention: Attention, frozen: IntegerMaps)
     both = writer.node("rows_apart", "Concat", [live, constant], [batch, count, per_head, head_dim], axis=2)
     flat = writer.reshape("rows_flat", both, (-1, count * per_head, head_dim), batch)
     places = (_places(frozen.mask, live_rows.shape[1]) + per_head * np.arange(count)[:, None]).reshape(-1)
-    ordered = writer.gather("rows_in_order", flat, places, axis=1, shape=[batch, count * tokens, head_dim])
-    return writer.reshape("context_partial", ordered, (-1, count, tokens, head_dim), batch)
+    ordered = writer.gather("rows_in_order", flat, places, axis=1, shape=[batch, count * rows, head_dim])
+    return writer.reshape("context_partial", ordered, (-1, count, rows, head_dim), batch)
 
 
 def _row_queries(
     writer: GraphWriter, attention: Attention, heads: tuple[int, ...], rows: NDArray[np.int64]
 ) -> gs.Variable:
-    """Scaled queries `[B·W, P, R, d]` of the given rows `[P, R]` of each head."""
+    """Scaled queries `[B·W, P, L, d]` of the given L rows `[P, L]` of each head."""
     batch, channels = attention.x.shape[0], attention.query.weight.shape[0]
     chosen, size = attention.query.take(list(heads)), [batch, *rows.shape, attention.head_dim]
-    x = writer.gather("x_live_rows", attention.x, rows, axis=1, shape=[batch, *rows.shape, channels])
+    tokens = rows if attention.query_tokens is None else np.array(attention.query_tokens)[rows]
+    x = writer.gather("x_live_rows", attention.x, tokens, axis=1, shape=[batch, *rows.shape, channels])
     weight = writer.constant("q_partial_weight", chosen.weight.transpose(1, 0, 2))
     query = writer.node("q_partial", "MatMul", [x, weight], size)
     if chosen.bias is not None:
@@ -104,5 +105,5 @@ def _row_queries(
 
 
 def _places(mask: NDArray[np.bool_], live_rows: int) -> NDArray[np.int64]:
-    """Where each row `[P, N]` stands among the padded live rows of its head, followed by the padded frozen ones."""
+    """Where each row `[P, R]` stands among the padded live rows of its head, followed by the padded frozen ones."""
     return np.where(mask, live_rows + np.cumsum(mask, axis=1), np.cumsum(~mask, axis=1)) - 1

@@ -13,8 +13,12 @@ from eamdeploy.graph.writer import GraphWriter
 
 
 def attention_map(writer: GraphWriter, suffix: str, attention: Attention, heads: Sequence[int]) -> gs.Variable:
-    """softmax(s·q·kᵀ + bias) of `heads`, `[B·W, heads, N, N]`."""
-    query = scaled_query(writer, suffix, attention, project(writer, f"q{suffix}", attention, attention.query, heads))
+    """softmax(s·q·kᵀ + bias) of `heads`, `[B·W, heads, R, N]`."""
+    x = attention.x
+    if attention.query_tokens is not None:
+        shape, tokens = [x.shape[0], attention.rows, x.shape[2]], np.array(attention.query_tokens)
+        x = writer.gather(f"q{suffix}_tokens", x, tokens, axis=1, shape=shape)
+    query = scaled_query(writer, suffix, attention, project(writer, f"q{suffix}", x, attention.query, heads))
     keys = transposed_keys(writer, suffix, attention, heads)
     bias = None if attention.bias is None else attention.bias.values[:, list(heads)]
     return softmax_scores(writer, suffix, attention, query, keys, bias)
@@ -34,10 +38,9 @@ def transposed_keys(writer: GraphWriter, suffix: str, attention: Attention, head
     """Keys as `[B·W, heads, d, N]`; with a norm, which wants d last, one more transpose."""
     name = f"k{suffix}"
     if attention.key_norm is None:
-        return project(writer, name, attention, attention.key, heads, perm=(0, 2, 3, 1))
-    normed = writer.copy_norm(
-        f"{name}_norm", attention.key_norm, project(writer, name, attention, attention.key, heads)
-    )
+        return project(writer, name, attention.x, attention.key, heads, perm=(0, 2, 3, 1))
+    keys = project(writer, name, attention.x, attention.key, heads)
+    normed = writer.copy_norm(f"{name}_norm", attention.key_norm, keys)
     shape = [attention.x.shape[0], len(heads), attention.head_dim, attention.tokens]
     return writer.node(f"{name}_transposed_again", "Transpose", [normed], shape, perm=[0, 1, 3, 2])
 
@@ -118,21 +121,26 @@ def in_windows(
 def project(
     writer: GraphWriter,
     name: str,
-    attention: Attention,
+    x: gs.Tensor,
     projection: Projection,
     heads: Sequence[int],
     perm: tuple[int, ...] = (0, 2, 1, 3),
 ) -> gs.Variable:
-    """x·W + b of `heads` as `[B·W, heads, N, d]`, or in another order of the axes B·W, N, heads, d by `perm`."""
+    """x·W + b of `heads` as `[B·W, heads, N, d]`, or in another order of the axes B·W, N, heads, d by `perm`.
+
+    Args:
+        x: `[B·W, N, D]`; for queries perhaps of some tokens only.
+    """
     chosen = projection.take(list(heads))
-    width, head_dim = len(heads) * attention.head_dim, attention.head_dim
-    flat = [attention.x.shape[0], attention.tokens, width]
+    head_dim = chosen.weight.shape[2]
+    width = len(heads) * head_dim
+    flat = [*x.shape[:2], width]
     weight = writer.constant(f"{name}_weight", chosen.weight.reshape(-1, width))
-    result = writer.node(name, "MatMul", [attention.x, weight], flat)
+    result = writer.node(name, "MatMul", [x, weight], flat)
     if chosen.bias is not None:
         bias = writer.constant(f"{name}_bias", chosen.bias.reshape(width))
         result = writer.node(f"{name}_biased", "Add", [result, bias], flat)
-    split = [flat[0], attention.tokens, len(heads), head_dim]
+    split = [*x.shape[:2], len(heads), head_dim]
     shape = writer.integers(f"{name}_shape", 0, 0, len(heads), head_dim)
     by_token = writer.node(f"{name}_heads", "Reshape", [result, shape], split)
     return writer.node(f"{name}_transposed", "Transpose", [by_token], [split[axis] for axis in perm], perm=list(perm))

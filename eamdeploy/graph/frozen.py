@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -14,10 +15,10 @@ class IntegerMaps:
 
     Attributes:
         heads: which heads have something frozen, ascending.
-        integers: uint8 or uint16 `[F, M, N, N]`, 0 where nothing is frozen.
-        scales: float32 `[F, M, N]`, 0 in rows where nothing is frozen.
+        integers: uint8 or uint16 `[F, M, R, N]`, 0 where nothing is frozen; R is N but behind `of_rows`.
+        scales: float32 `[F, M, R]`, 0 in rows where nothing is frozen.
         windows: which of the M maps each of an image's W windows uses; `(0,)` without windows.
-        mask: what is frozen: None for whole heads, bool `[F, N]` for rows, bool `[F, N, N]` for entries.
+        mask: what is frozen: None for whole heads, bool `[F, R]` for rows, bool `[F, R, N]` for entries.
     """
 
     heads: tuple[int, ...]
@@ -41,6 +42,17 @@ class IntegerMaps:
         chosen = [self.heads.index(head) for head in heads]
         mask = None if self.mask is None else self.mask[chosen]
         return IntegerMaps(heads, self.integers[chosen], self.scales[chosen], self.windows, mask)
+
+    def of_rows(self, rows: Sequence[int] | None) -> IntegerMaps | None:
+        """What is frozen of these rows of the maps, in that order, or of all if None; None where nothing of them is."""
+        if rows is None:
+            return self
+        mask = None if self.mask is None else self.mask[:, rows]
+        cut = IntegerMaps(self.heads, self.integers[:, :, rows], self.scales[:, :, rows], self.windows, mask)
+        if mask is None:
+            return cut
+        some = tuple(head for head, chosen in zip(self.heads, mask, strict=True) if chosen.any())
+        return cut.take(some) if some else None
 
 
 @dataclass(frozen=True)

@@ -17,6 +17,7 @@ from torch import nn
 from eamdeploy.errors import UnsupportedGraph
 from eamdeploy.host import swin, vit
 from eamdeploy.host.sites import AttentionSite, refuse_unless
+from eamdeploy.passes.order import Parts
 
 _FAMILIES: tuple[ModuleType, ...] = (vit, swin)
 _BY_MODEL = {model: family for family in _FAMILIES for model in family.MODELS}
@@ -72,6 +73,12 @@ def steps(model: Any) -> list[tuple[str, nn.Module]]:
     The module `x.attn` is in the step `x`, wherever `model` has an attention site of that path.
     """
     found: list[tuple[str, nn.Module]] = _BY_MODEL[type(model)].steps(model)
+    return found
+
+
+def parts(model: Any) -> Parts:
+    """What `model` has besides attention that passes change."""
+    found: Parts = _BY_MODEL[type(model)].parts(model)
     return found
 
 

@@ -21,6 +21,7 @@ from eamdeploy.engines.trt_versions import TrtVersion, capabilities
 from eamdeploy.errors import ConfigError
 from eamdeploy.graph.frozen import IntegerMaps
 from eamdeploy.graph.model import to_graph, to_model, with_card
+from eamdeploy.host.attention import parts
 from eamdeploy.host.calibrate import predict
 from eamdeploy.host.export_record import Export, ExportedModel
 from eamdeploy.host.gain import measure_gain
@@ -31,8 +32,9 @@ from eamdeploy.images import normalize
 from eamdeploy.observer import SILENT, Observer
 from eamdeploy.parity import REFERENCE_IMAGES, TOLERANCES, ParityReport, ReferenceSet, reference_path
 from eamdeploy.passes.base import PassResult, run_passes
+from eamdeploy.passes.fold_preprocess import FoldPreprocess
 from eamdeploy.passes.freeze_heads import AttentionModule, check_accounted
-from eamdeploy.passes.order import plan_passes
+from eamdeploy.passes.order import Parts, plan_passes
 from eamdeploy.passes.requantize_maps import RequantizeMaps
 from eamdeploy.source import ImageSource
 from eamdeploy.trt_flavour import plan_trt
@@ -51,6 +53,7 @@ def export(
     batch: int | None = None,
     opset: int | None = None,
     exporter: Exporter = "auto",
+    fold_preprocess: bool = False,
     trt: TrtVersion | None = None,
     images: ImageSource | None = None,
     measure: bool = False,
@@ -65,6 +68,7 @@ def export(
         baseline: write the unfrozen twin here, through the same passes but the freezing.
         batch: fixed batch size, or None for a dynamic one.
         opset: by default 17, and 16 where TensorRT does not know LayerNormalization.
+        fold_preprocess: the input is pixels, uint8, and the patch embedding normalizes them; not for TensorRT.
         trt: the TensorRT that must take the graph; None for ONNX Runtime.
         images: where the reference images come from; seeded synthetic ones if None.
         measure: also time the model against its unfrozen twin on ONNX Runtime CPU, about 3 seconds.
@@ -79,6 +83,10 @@ def export(
         raise ConfigError(f"the baseline would replace the model {output}", hint="Give --baseline another file name.")
     for path in paths:
         require_output(path, checkpoint)
+    if fold_preprocess and trt is not None:
+        raise ConfigError(
+            "TensorRT is not given pixels", expected="a float32 input", got="uint8", hint="Leave --fold-preprocess out."
+        )
     opset = _choose_opset(opset, trt)
     loaded = checkpoints.load(checkpoint)
     header, requantized = loaded.header, 0
@@ -96,17 +104,19 @@ def export(
         class_names=header.class_names,
         preprocessing=header.preprocessing,
         checkpoint_digest=digest_file(checkpoint),
+        takes_pixels=fold_preprocess,
         exporter=stock.exporter,
         versions=package_versions(),
     )
     frozen = load_reference(loaded, frozen=True, where=str(checkpoint))
     changes = {"freezing": header.freezing, "rewrites": [RequantizeMaps.name] if requantized else []}
-    model = _rewrite(stock, modules, card.model_copy(update=changes), trt)
+    has = parts(live.model)
+    model = _rewrite(stock, modules, has, card.model_copy(update=changes), trt)
     drafts = [_prove(model, frozen, pixels, source)]
     if requantized:
         observer.note(f"{requantized} rows of frozen maps do not fit INT8 and are quantized anew")
     unfrozen = [replace(module, frozen=None) for module in modules]
-    twin = _rewrite(stock, unfrozen, card, trt) if baseline is not None or measure else None
+    twin = _rewrite(stock, unfrozen, has, card, trt) if baseline is not None or measure else None
     if twin is not None and baseline is not None:  # a twin that is only timed needs no proof
         drafts.append(_prove(twin, live, pixels, source))
     gain = measure_gain(model.data, twin.data, usable_cores()) if twin is not None and measure else None
@@ -156,7 +166,7 @@ def _attention_modules(checkpoint: Checkpoint, live: LoadedModel, opset: int) ->
         frozen = checkpoint.frozen.get(site.path)
         shape = checkpoint.header.attention[site.path]
         maps = None if frozen is None else _integer_maps(frozen, shape, checkpoint.header.freezing.quantizer, opset)
-        modules.append(AttentionModule(site.path, weight[2 * len(weight) // 3 :], maps))
+        modules.append(AttentionModule(site.path, weight[2 * len(weight) // 3 :], maps, site.read_tokens))
     return modules
 
 
@@ -179,10 +189,14 @@ def _integer_maps(frozen: FrozenMaps, shape: AttentionShape, quantizer: Quantize
     )
 
 
-def _rewrite(stock: StockExport, modules: list[AttentionModule], card: ModelCard, trt: TrtVersion | None) -> _Rewritten:
+def _rewrite(
+    stock: StockExport, modules: list[AttentionModule], has: Parts, card: ModelCard, trt: TrtVersion | None
+) -> _Rewritten:
     """`stock` after all passes, its card in its metadata."""
     graph = to_graph(stock.model)
-    results = run_passes(graph, plan_passes(modules))
+    how = card.preprocessing
+    fold = FoldPreprocess(how.mean, how.std) if card.takes_pixels else None
+    results = run_passes(graph, plan_passes(modules, has, fold))
     model = to_model(graph)
     check_accounted(model, modules)
     if trt is not None:

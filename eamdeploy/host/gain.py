@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
 
 from pydantic import Field
@@ -11,6 +11,7 @@ from pydantic import Field
 from eamdeploy.artifact import Record
 from eamdeploy.engines.ort import ENGINE_SETTINGS, OrtRunner
 from eamdeploy.engines.provenance import machine_summary
+from eamdeploy.engines.registry import open_runners
 from eamdeploy.profiling.inputs import random_images
 from eamdeploy.profiling.timing import Call, Schedule, SpeedUp, compare_interleaved
 
@@ -40,15 +41,15 @@ def measure_gain(frozen: bytes, twin: bytes, threads: int, schedule: Schedule = 
         EngineError: ONNX Runtime can't load or run one of them.
     """
     models = {"the unfrozen twin": twin, "the frozen model": frozen}
+    opening = [
+        partial(OrtRunner, model, threads=threads, settings=ENGINE_SETTINGS, name=name)
+        for name, model in models.items()
+    ]
 
     @contextmanager
-    def load() -> Iterator[list[Call]]:
-        with ExitStack() as stack:
-            runners = [
-                stack.enter_context(OrtRunner(model, threads=threads, settings=ENGINE_SETTINGS, name=name))
-                for name, model in models.items()
-            ]
+    def load(order: Sequence[int]) -> Iterator[list[Call]]:
+        with open_runners(opening, order) as runners:
             yield [partial(runner.infer, random_images(runner, runner.io.batch or 1)) for runner in runners]
 
-    (speed_up,) = compare_interleaved(load, batch=1, schedule=schedule).speed_ups
+    (speed_up,) = compare_interleaved(load, len(models), batch=1, schedule=schedule).speed_ups
     return Gain(speed_up=speed_up, threads=threads, machine=machine_summary())

@@ -26,12 +26,14 @@ class AttentionSite:
         tokens: N of a window, or of the image (with prefix tokens) where the model has no windows.
         classes: for every window of an image, row by row as timm partitions it, the class of its shift mask, numbered
             by first occurrence; None for a model without windows.
+        read_tokens: the tokens whose rows of the maps the classifier depends on, at most half of them; None for all.
     """
 
     path: str
     heads: int
     tokens: int
     classes: tuple[int, ...] | None = None
+    read_tokens: tuple[int, ...] | None = None
 
     @property
     def n_windows(self) -> int:

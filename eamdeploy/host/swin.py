@@ -10,6 +10,7 @@ from timm.models.swin_transformer import SwinTransformer, SwinTransformerBlock, 
 from torch import nn
 
 from eamdeploy.host.sites import AttentionSite, refuse_unless
+from eamdeploy.passes.order import Parts
 
 MODELS = (SwinTransformer,)
 ATTENTION = WindowAttention
@@ -29,6 +30,11 @@ def sites(model: Any) -> list[AttentionSite]:
         refuse_unless(type(block.attn) is WindowAttention, f"{path}.attn is a {type(block.attn).__name__}")
         found.append(AttentionSite(f"{path}.attn", block.attn.num_heads, block.window_area, _mask_classes(block)))
     return found
+
+
+def parts(model: Any) -> Parts:
+    """What `model` has besides attention that passes change: nothing; its tokens are patches, its positions biases."""
+    return Parts(embeddings=0, layer_scales=0)
 
 
 def attend(attention: Any, x: torch.Tensor, mask: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:

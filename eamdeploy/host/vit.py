@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
 from timm.models.deit import VisionTransformerDistilled
-from timm.models.vision_transformer import Attention, Block, VisionTransformer
+from timm.models.vision_transformer import Attention, Block, LayerScale, VisionTransformer
 from torch import nn
 
 from eamdeploy.host.sites import AttentionSite, refuse_unless
+from eamdeploy.passes.order import Parts
 
 MODELS = (VisionTransformer, VisionTransformerDistilled)
 ATTENTION = Attention
@@ -33,7 +35,27 @@ def sites(model: Any) -> list[AttentionSite]:
         refuse_unless(getattr(attention, "gate", None) is None, f"{where}.attn gates its output")
         norm = getattr(attention, "norm", nn.Identity())
         refuse_unless(isinstance(norm, nn.Identity), f"{where}.attn normalizes its output (scale_norm)")
-    return [AttentionSite(f"blocks.{i}.attn", block.attn.num_heads, tokens) for i, block in enumerate(model.blocks)]
+    found = [AttentionSite(f"blocks.{i}.attn", block.attn.num_heads, tokens) for i, block in enumerate(model.blocks)]
+    return [*found[:-1], *(replace(last, read_tokens=_read_tokens(model, tokens)) for last in found[-1:])]
+
+
+def _read_tokens(model: Any, tokens: int) -> tuple[int, ...] | None:
+    """The tokens that the classifier reads of the last block; None where they are more than half."""
+    if isinstance(model, VisionTransformerDistilled):
+        read: tuple[int, ...] = (0, 1)
+    elif model.global_pool == "token":
+        read = (0,)
+    else:
+        return None
+    return read if 2 * len(read) <= tokens else None
+
+
+def parts(model: Any) -> Parts:
+    """What `model` has besides attention that passes change."""
+    return Parts(
+        embeddings=int(model.num_prefix_tokens > 0 and model.pos_embed is not None),
+        layer_scales=sum(isinstance(module, LayerScale) for module in model.modules()),
+    )
 
 
 def attend(attention: Any, x: torch.Tensor, mask: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:

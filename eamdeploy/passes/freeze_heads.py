@@ -3,7 +3,8 @@
 Before:  o = concat_h softmax(s·q_h·k_hᵀ + b_h)·v_h ; y = o·Wo
 After:   o = concat(live heads as before, heads with frozen rows or entries, F_h·v_h of frozen heads)
          y = o·Wo with its rows in that order of heads
-Shapes:  q, k [B·W,L,N,d]  F [M,F,N,N] = scales·integers  v of frozen heads [B·W,F,N,d]  Wo [H·d,D]
+Shapes:  q [B·W,L,R,d]  k [B·W,L,N,d]  F [M,F,R,N] = scales·integers  v of frozen heads [B·W,F,N,d]  Wo [H·d,D];
+         R = N, or fewer where only some tokens have queries: the other rows of frozen maps are left out
 Needs:   the attention's value projection is the checkpoint's, head for head, with as many tokens and windows
 Exact:   against the reference forward of the checkpoint, up to float32 reassociation (tolerance f32-reassoc)
 Source:  DESIGN §4, §5.1; rows and entries in `graph.emit_partial`
@@ -35,11 +36,13 @@ class AttentionModule:
         path: its timm module path.
         value_weight: float32 `[H·d, D]`, the rows of the checkpoint that compute values: how the module is recognised.
         frozen: its frozen maps, or None.
+        read_tokens: the tokens whose rows anything reads, at most half of them; None for all.
     """
 
     path: str
     value_weight: NDArray[np.float32]
     frozen: IntegerMaps | None
+    read_tokens: tuple[int, ...] | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -86,8 +89,9 @@ class FreezeHeads:
 
     def rewrite(self, graph: gs.Graph, match: _Match) -> None:
         """The output projection reads live heads, then partly and wholly frozen ones; its rows follow that order."""
-        frozen, attention = match.module.frozen, match.attention
-        assert frozen is not None, "match only returns modules with frozen maps"
+        maps, attention = match.module.frozen, match.attention
+        assert maps is not None, "match only returns modules with frozen maps"
+        frozen = maps.of_rows(attention.query_tokens)
         writer = GraphWriter(graph, match.module.path)
         projection = attention.projection
         projection.inputs[0] = emit_attention(writer, attention, frozen)
@@ -125,6 +129,8 @@ def _form(windows: int, integers: list[int] | None, scales: list[int] | None, ma
 def check_accounted(model: onnx.ModelProto, modules: Sequence[AttentionModule]) -> None:
     """Nothing happens if every frozen map's integers stand in `model`, value for value, behind a DequantizeLinear.
 
+    Of a map of which only some rows are read, that is these rows.
+
     Raises:
         UnsupportedGraph: a module's maps are not there; its path and heads are named.
     """
@@ -132,7 +138,8 @@ def check_accounted(model: onnx.ModelProto, modules: Sequence[AttentionModule]) 
     dequantized = {node.input[0] for node in model.graph.node if node.op_type == "DequantizeLinear"}
     stored = [onnx.numpy_helper.to_array(constants[name]) for name in dequantized if name in constants]
     for module in modules:
-        for heads, wanted in _wanted(module.frozen) if module.frozen is not None else ():
+        frozen = None if module.frozen is None else module.frozen.of_rows(module.read_tokens)
+        for heads, wanted in _wanted(frozen) if frozen is not None else ():
             if not any(item.dtype == wanted.dtype and np.array_equal(item, wanted) for item in stored):
                 raise UnsupportedGraph(
                     f"frozen heads of {module.path} are not in the exported graph",

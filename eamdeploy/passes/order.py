@@ -3,16 +3,21 @@
 | pass                | depends on          | places                                     |
 |---------------------|---------------------|--------------------------------------------|
 | static_shapes       | -                   | wherever the exporter computed a shape     |
+| fold_preprocess     | -                   | the patch embedding, if asked for          |
 | gather_tokens       | static_shapes       | wherever the exporter spelled it so        |
 | window_order        | gather_tokens       | every block whose windows divide the image |
 | merge_gathers       | window_order        | most of those                              |
 | merge_reshapes      | -                   | wherever a pass left some                  |
+| add_position        | static_shapes       | one, where tokens stand beside the patches |
+| fold_layer_scale    | -                   | every LayerScale                           |
 | zero_mask           | -                   | every block with shifted windows           |
 | canonical_attention | zero_mask           | every attention module                     |
 | scale_into_query    | canonical_attention | every one without a norm of its queries    |
 | drop_key_bias       | canonical_attention | every one with biased keys and no norm     |
 | fold_value_bias     | canonical_attention | every one with biased values, but not      |
 |                     |                     | where entries are frozen                   |
+| class_token_only    | canonical_attention | the last module, where the classifier      |
+|                     |                     | reads at most half of the tokens           |
 | freeze_heads        | canonical_attention | every attention module with frozen maps    |
 | fusable_gelu        | -                   | wherever the exporter spelled it so        |
 
@@ -22,11 +27,16 @@ The last two columns of a model without windows are empty for the four about win
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
+from eamdeploy.passes.add_position import AddPosition
 from eamdeploy.passes.base import PlannedPass
 from eamdeploy.passes.canonical_attention import CanonicalAttention
+from eamdeploy.passes.class_token_only import ClassTokenOnly
 from eamdeploy.passes.drop_key_bias import DropKeyBias
+from eamdeploy.passes.fold_layer_scale import FoldLayerScale
+from eamdeploy.passes.fold_preprocess import FoldPreprocess
 from eamdeploy.passes.fold_value_bias import FoldValueBias
 from eamdeploy.passes.freeze_heads import AttentionModule, FreezeHeads
 from eamdeploy.passes.fusable_gelu import FusableGelu
@@ -39,12 +49,37 @@ from eamdeploy.passes.window_order import WindowOrder
 from eamdeploy.passes.zero_mask import ZeroMask
 
 
-def plan_passes(modules: Sequence[AttentionModule]) -> list[PlannedPass[Any]]:
-    """The passes for a model with these attention modules; without frozen maps, for its unfrozen twin."""
+@dataclass(frozen=True)
+class Parts:
+    """How often a model has what some passes change, attention aside; None where that is not known.
+
+    Attributes:
+        embeddings: places where tokens of weights are put beside the patches and positions are added.
+        layer_scales: learned factors of channels behind attention or MLP.
+    """
+
+    embeddings: int | None = None
+    layer_scales: int | None = None
+
+
+UNKNOWN = Parts()
+
+
+def plan_passes(
+    modules: Sequence[AttentionModule], parts: Parts = UNKNOWN, fold: FoldPreprocess | None = None
+) -> list[PlannedPass[Any]]:
+    """The passes for a model with these attention modules and parts; without frozen maps, for its unfrozen twin.
+
+    Args:
+        fold: for a model whose input becomes pixels; None where it stays normalized.
+    """
     frozen = sum(module.frozen is not None for module in modules)
     plan: list[PlannedPass[Any]] = [
+        *([] if fold is None else [PlannedPass(fold, expected=1)]),
         *(PlannedPass(p, expected=None) for p in (StaticShapes(), GatherTokens(), WindowOrder(), MergeGathers())),
         PlannedPass(MergeReshapes(), expected=None),
+        PlannedPass(AddPosition(), expected=parts.embeddings),
+        PlannedPass(FoldLayerScale(), expected=parts.layer_scales),
         PlannedPass(ZeroMask(), expected=None),
         PlannedPass(CanonicalAttention(), expected=len(modules)),
         PlannedPass(ScaleIntoQuery(), expected=None),
@@ -52,6 +87,8 @@ def plan_passes(modules: Sequence[AttentionModule]) -> list[PlannedPass[Any]]:
     ]
     if not any(module.frozen and module.frozen.mixes_rows for module in modules):
         plan.append(PlannedPass(FoldValueBias(), expected=None))
+    few = sum(module.read_tokens is not None for module in modules)
+    plan.append(PlannedPass(ClassTokenOnly(), expected=few))
     if frozen:
         plan.append(PlannedPass(FreezeHeads(modules), expected=frozen))
     plan.append(PlannedPass(FusableGelu(), expected=None))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 from numpy.typing import NDArray
 
@@ -11,8 +13,8 @@ from eamdeploy.errors import ConfigError
 _SEED = 0
 
 
-def random_images(runner: Runner, batch: int) -> NDArray[np.float32]:
-    """float32 [batch, 3, H, W] in the range of normalized images; the same values each time.
+def random_images(runner: Runner, batch: int) -> NDArray[Any]:
+    """[batch, 3, H, W] as the engine takes them, pixels or in the range of normalized ones; the same values each time.
 
     Raises:
         ConfigError: the engine does not take batches of this size.
@@ -26,4 +28,7 @@ def random_images(runner: Runner, batch: int) -> NDArray[np.float32]:
             hint=None if fixed is None else f"Measure with --batch {fixed}, or export with --batch dynamic.",
         )
     shape = (batch, *runner.io.input_shape[1:])
-    return np.random.default_rng(_SEED).uniform(-2, 2, shape).astype(np.float32)
+    rng = np.random.default_rng(_SEED)
+    if runner.io.takes_pixels:
+        return rng.integers(0, 256, shape, np.uint8)
+    return rng.uniform(-2, 2, shape).astype(np.float32)

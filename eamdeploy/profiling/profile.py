@@ -4,18 +4,16 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-
-import numpy as np
 
 from eamdeploy.artifact import ModelCard, Record, digest_file
 from eamdeploy.devices.base import Device, DeviceState
 from eamdeploy.devices.registry import find_device
 from eamdeploy.engines.base import LatencySplit, read_manifest
-from eamdeploy.engines.registry import backend_of, open_runner
+from eamdeploy.engines.registry import backend_of, open_runner, open_runners
 from eamdeploy.errors import ConfigError
 from eamdeploy.parity import ParityReport
 from eamdeploy.profiling.fresh_process import ColdStart, Memory, measure_fresh
@@ -23,7 +21,17 @@ from eamdeploy.profiling.inputs import random_images
 from eamdeploy.profiling.machine import Machine, describe_machine
 from eamdeploy.profiling.power import Power, measure_power
 from eamdeploy.profiling.streams import Throughput, measure_throughput
-from eamdeploy.profiling.timing import Call, Clock, Latency, Open, Schedule, SpeedUp, speed_up, summarize, time_sittings
+from eamdeploy.profiling.timing import (
+    Call,
+    Clock,
+    Latency,
+    Schedule,
+    SpeedUp,
+    runs_of,
+    speed_up,
+    summarize,
+    time_sittings,
+)
 
 _SPLIT_RUNS = 100
 _LAYER_RUNS = 50
@@ -155,20 +163,22 @@ def profile(
         raise ConfigError("there is nothing to profile", expected="at least 1 engine")
     paths = [*([baseline] if baseline is not None else []), *engines]
 
+    opening = [partial(open_runner, path, threads) for path in paths]
+
     @contextmanager
-    def load() -> Iterator[list[Call]]:
-        with ExitStack() as stack:
-            runners = [stack.enter_context(open_runner(path, threads)) for path in paths]
+    def load(order: Sequence[int]) -> Iterator[list[Call]]:
+        with open_runners(opening, order) as runners:
             yield [partial(runner.infer, random_images(runner, batch)) for runner in runners]
 
     device = device or find_device(gpu=any(backend_of(path) == "trt" for path in paths))
-    with load():
+    with load(range(len(paths))):
         pass  # what can't be loaded, or takes another batch, fails here and not after minutes of work
     before = device.state()
     fresh = [measure_fresh(path, threads=threads, batch=batch) for path in paths] if extras.fresh else []
-    times = time_sittings(load, schedule, clock)
-    latencies = [summarize(column, batch) for column in np.concatenate(times).T]
-    powers = _measure_power(device, load, batch, extras)
+    times = time_sittings(load, len(paths), schedule, clock)
+    latencies = [summarize(runs_of(times, index), batch) for index in range(len(paths))]
+    with load(range(len(paths))) as calls:
+        powers = _measure_power(device, calls, batch, extras)
     alone = [_run_alone(path, threads, batch, schedule.min_seconds, extras) for path in paths]
     profiles = [
         EngineProfile(
@@ -204,13 +214,10 @@ def profile(
     )
 
 
-def _measure_power(device: Device, load: Open, batch: int, extras: Extras) -> list[Power]:
+def _measure_power(device: Device, calls: Sequence[Call], batch: int, extras: Extras) -> list[Power]:
     """Power of every engine; empty where the device has no sensor, or that was not asked for."""
     sensor = device.sensor(_SENSOR_INTERVAL_S) if extras.power else None
-    if sensor is None:
-        return []
-    with load() as calls:
-        return measure_power(sensor, calls, batch, seconds=extras.power_seconds)
+    return [] if sensor is None else measure_power(sensor, calls, batch, seconds=extras.power_seconds)
 
 
 @dataclass(frozen=True)
@@ -228,8 +235,8 @@ class _Alone:
 def _run_alone(path: Path, threads: int, batch: int, seconds: float, extras: Extras) -> _Alone:
     throughput = None
     if extras.streams > 1:
-        with ExitStack() as stack:
-            runners = [stack.enter_context(open_runner(path, threads)) for _ in range(extras.streams)]
+        opening = [partial(open_runner, path, threads)] * extras.streams
+        with open_runners(opening, range(extras.streams)) as runners:
             calls = [partial(runner.infer, random_images(runner, batch)) for runner in runners]
             throughput = measure_throughput(calls, batch=batch, seconds=seconds)
     manifest = read_manifest(path)

@@ -1,16 +1,17 @@
 """Latency of synchronous calls, alone or against each other.
 
-A call is timed from its start to its return, with its input already in memory. Calls that are compared take turns in
-rounds, each round in a new random order, so that a machine that slows down slows all of them, and none always runs
-behind the same other one.
+A call is timed from its start to its return, with its input already in memory. Calls that are compared take turns, so
+that a machine that slows down slows all of them, in rounds of a random order and its mirror image, so that each runs
+first as often as last.
 
-    sitting 1                sitting 2 …            a sitting loads everything anew and warms it up
-      round 1   B A C          round 1   C B A      a round runs every call once
-      round 2   A C B          round 2   A B C      a ratio is of two times of one round
+    sitting 1                  sitting 2 …              a sitting loads everything anew and warms it up
+      round 1   B A C  C A B     round 1   C B A  A B C   a round runs every call twice
+      round 2   A C B  B C A     round 2   A B C  C B A   a ratio is of two calls' times in one round
 
 Where an engine's weights happen to lie in memory makes it a little faster or slower for as long as it is loaded, by
-more than the scatter of a few hundred rounds lets one think. Hence sittings, and an interval that follows from how much
-they differ.
+more than the scatter of a few hundred rounds lets one think: of one engine loaded twice, the second was 0.5 % faster
+again and again (DeiT-Tiny, ONNX Runtime 1.31 on x86). Hence sittings, every second one of which loads in the mirror
+image of the order before, and an interval that follows from how much they differ.
 """
 
 from __future__ import annotations
@@ -30,8 +31,9 @@ from eamdeploy.errors import ConfigError
 
 Call = Callable[[], object]
 Clock = Callable[[], int]  # monotonic, in nanoseconds
-Open = Callable[[], AbstractContextManager[Sequence[Call]]]  # loads what is to be timed
-Sittings: TypeAlias = Sequence[NDArray[np.int64]]  # nanoseconds [rounds, calls] of each sitting
+Open = Callable[[Sequence[int]], AbstractContextManager[Sequence[Call]]]
+"""Loads what is to be timed, in the order of the numbers given, and yields the calls in their own order."""
+Sittings: TypeAlias = Sequence[NDArray[np.int64]]  # nanoseconds [rounds, 2, calls] of each sitting
 Verdict = Literal["faster", "slower", "no difference"]
 
 _UNSTEADY_PERCENT = 5.0
@@ -55,7 +57,7 @@ class Schedule:
     warmup_ms: float = 200.0
     min_seconds: float = 3.0
     min_runs: int = 50
-    sittings: int = 5
+    sittings: int = 6
 
     def __post_init__(self) -> None:
         times = (self.warmup_ms, self.min_seconds)
@@ -94,7 +96,7 @@ class SpeedUp(Record):
     """Baseline's time ÷ candidate's time, round by round: over 1 means that the candidate is faster.
 
     Attributes:
-        rounds: pairs of runs in the same round; `sittings`: how often both were loaded anew.
+        rounds: how many ratios there are, each of four runs; `sittings`: how often both were loaded anew.
         low, high: 95 % confidence interval of the median; says whether there is a difference.
         p5, p25, p75, p95: the spread of the ratio over the rounds; says how noisy the machine is.
     """
@@ -129,42 +131,47 @@ class Comparison(Record):
 
 def measure(call: Call, *, batch: int, schedule: Schedule, clock: Clock = time.perf_counter_ns) -> Latency:
     """Latency of one call that nothing else takes turns with."""
-    return summarize(np.concatenate(time_sittings(lambda: nullcontext([call]), schedule, clock))[:, 0], batch)
+    return summarize(runs_of(time_sittings(lambda _: nullcontext([call]), 1, schedule, clock), 0), batch)
 
 
 def compare_interleaved(
-    load: Open, *, batch: int, schedule: Schedule, clock: Clock = time.perf_counter_ns
+    load: Open, n_calls: int, *, batch: int, schedule: Schedule, clock: Clock = time.perf_counter_ns
 ) -> Comparison:
     """Latencies of calls that take turns, and how much faster than the first each other one is.
 
     Args:
-        load: what opens the calls, in the same order each time.
+        load: opens the calls.
+        n_calls: how many there are.
 
     Raises:
         ConfigError: there are fewer than two calls.
     """
-    times = time_sittings(load, schedule, clock)
-    n_calls = times[0].shape[1]
     if n_calls < 2:
         raise ConfigError("there is nothing to compare", expected="at least 2 engines", got=n_calls)
+    times = time_sittings(load, n_calls, schedule, clock)
     return Comparison(
-        latencies=[summarize(column, batch) for column in np.concatenate(times).T],
+        latencies=[summarize(runs_of(times, index), batch) for index in range(n_calls)],
         speed_ups=[speed_up(times, 0, index) for index in range(1, n_calls)],
     )
 
 
-def time_sittings(load: Open, schedule: Schedule, clock: Clock = time.perf_counter_ns) -> list[NDArray[np.int64]]:
-    """Nanoseconds of each call in each round, int64 [rounds, calls] for each sitting; warm-ups are left out.
+def time_sittings(
+    load: Open, n_calls: int, schedule: Schedule, clock: Clock = time.perf_counter_ns
+) -> list[NDArray[np.int64]]:
+    """Nanoseconds of each call in each round, int64 [rounds, 2, calls] for each sitting; warm-ups are left out.
 
     Args:
-        load: opens the calls, in the same order each time; closed when the sitting is over.
+        load: opens the calls; closed when the sitting is over.
+        n_calls: how many there are.
     """
     rng = np.random.default_rng(_SEED)
     share_ns = schedule.min_seconds * 1e9 / schedule.sittings
-    min_rounds = -(-schedule.min_runs // schedule.sittings)
+    min_rounds = -(-schedule.min_runs // (2 * schedule.sittings))
     sittings = []
-    for _ in range(schedule.sittings):
-        with load() as calls:
+    order: list[int] = []
+    for number in range(schedule.sittings):
+        order = order[::-1] if number % 2 else rng.permutation(n_calls).tolist()
+        with load(order) as calls:
             _run_rounds(calls, clock, rng, min_ns=round(schedule.warmup_ms * 1e6), min_rounds=1)
             sittings.append(_run_rounds(calls, clock, rng, min_ns=round(share_ns), min_rounds=min_rounds))
     return sittings
@@ -173,18 +180,26 @@ def time_sittings(load: Open, schedule: Schedule, clock: Clock = time.perf_count
 def _run_rounds(
     calls: Sequence[Call], clock: Clock, rng: np.random.Generator, min_ns: int, min_rounds: int
 ) -> NDArray[np.int64]:
-    rounds: list[list[int]] = []
+    rounds: list[list[list[int]]] = []
     sums = [0] * len(calls)
     while len(rounds) < min_rounds or min(sums) < min_ns:
-        row = [0] * len(calls)
-        for index in rng.permutation(len(calls)):
-            call = calls[index]
-            start = clock()
-            call()
-            row[index] = clock() - start
-            sums[index] += row[index]
-        rounds.append(row)
+        order = rng.permutation(len(calls)).tolist()
+        times = [[0] * len(calls), [0] * len(calls)]
+        for half, indices in enumerate((order, order[::-1])):
+            for index in indices:
+                call = calls[index]
+                start = clock()
+                call()
+                elapsed = clock() - start
+                times[half][index] = elapsed
+                sums[index] += elapsed
+        rounds.append(times)
     return np.array(rounds, np.int64)
+
+
+def runs_of(times: Sittings, call: int) -> NDArray[np.int64]:
+    """Nanoseconds of all runs of one call, int64 [runs], in the order of time."""
+    return np.concatenate([rounds[:, :, call].reshape(-1) for rounds in times])
 
 
 def summarize(times_ns: NDArray[np.int64], batch: int) -> Latency:
@@ -209,7 +224,7 @@ def summarize(times_ns: NDArray[np.int64], batch: int) -> Latency:
 
 
 def speed_up(times: Sittings, baseline: int, candidate: int) -> SpeedUp:
-    """The ratio of two calls' times, round by round.
+    """The ratio of two calls' times, round by round: the geometric mean of those in the order and in its mirror image.
 
     The interval is that of a bootstrap in two stages: sittings are drawn with replacement, and in each its rounds. The
     standard deviation of the resampled medians, on a logarithmic scale, times Student's t for so few sittings.
@@ -220,7 +235,7 @@ def speed_up(times: Sittings, baseline: int, candidate: int) -> SpeedUp:
 
     Source: Davison and Hinkley, Bootstrap Methods and their Application (1997), section 3.8 on hierarchical data.
     """
-    logs = [np.log(rounds[:, baseline] / rounds[:, candidate]) for rounds in times]
+    logs = [np.log(rounds[:, :, baseline] / rounds[:, :, candidate]).mean(axis=1) for rounds in times]
     ratios = np.exp(np.concatenate(logs))
     p5, p25, median, p75, p95 = (float(p) for p in np.percentile(ratios, [5, 25, 50, 75, 95]))
     margin = _margin(logs)

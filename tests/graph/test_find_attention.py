@@ -144,6 +144,44 @@ def test_attentions_come_in_topological_order_with_the_skips_between_them() -> N
     assert [s.node for s in (first_skip, second_skip) if isinstance(s, Skip)] == softmaxes
 
 
+def of_two_queries(g: GraphBuilder, some: str) -> onnx.ModelProto:
+    """Attention of which only the tokens `some` [B,2,D] have queries."""
+    query = g.op("Reshape", g.linear(some, WEIGHTS.query), ints(B, 2, H, HEAD_DIM))
+    scores = g.op("Mul", g.op("MatMul", g.op("Transpose", query, perm=[0, 2, 1, 3]), g.keys()), scalar(SCALE))
+    scores = g.op("Add", scores, POSITION_BIAS[:, :2])
+    context = g.op("MatMul", g.op("Softmax", scores, axis=-1), g.values())
+    merged = g.op("Reshape", g.op("Transpose", context, perm=[0, 2, 1, 3]), ints(B, 2, C))
+    return g.classify(g.op("MatMul", merged, WEIGHTS.out))
+
+
+def test_queries_of_some_tokens_are_found() -> None:
+    g = GraphBuilder()
+    found = only_attention(of_two_queries(g, g.op("Gather", g.x, ints(4, 0), axis=1)))
+    assert (found.query_tokens, found.rows, found.tokens) == ((4, 0), 2, N)
+    assert found.x.name == g.x and found.scale == pytest.approx(SCALE, rel=1e-6)
+    for got, drawn in zip(
+        (found.query, found.key, found.value), (WEIGHTS.query, WEIGHTS.key, WEIGHTS.value), strict=True
+    ):
+        assert_projection(got, drawn)
+    assert found.bias is not None
+    np.testing.assert_array_equal(found.bias.values[0], POSITION_BIAS[:, :2])
+    np.testing.assert_array_equal(found.bias.of_rows([1]).values[0], POSITION_BIAS[:, 1:2])
+
+
+@pytest.mark.parametrize("kind", ["another tensor's", "counted from the end", "computed", "of images", "a slice"])
+def test_queries_of_other_tokens_are_cross_attention(kind: str) -> None:
+    g = GraphBuilder()
+    flat = g.op("Reshape", "image", ints(B, -1))
+    some = {
+        "another tensor's": lambda: g.op("Gather", g.op("Relu", g.x), ints(4, 0), axis=1),
+        "counted from the end": lambda: g.op("Gather", g.x, ints(-1, 0), axis=1),
+        "computed": lambda: g.op("Gather", g.x, g.op("ArgMax", flat, axis=1, keepdims=0), axis=1),
+        "of images": lambda: g.op("Gather", g.op("Slice", g.x, ints(0), ints(2), ints(1)), ints(1, 0), axis=0),
+        "a slice": lambda: g.op("Slice", g.x, ints(0), ints(2), ints(1)),
+    }[kind]()
+    assert "cross-attention" in only_skip(of_two_queries(g, some)).reason
+
+
 def test_graph_without_a_softmax_has_none() -> None:
     g = GraphBuilder()
     assert find(g.classify(g.x)) == []

@@ -59,8 +59,30 @@ def recorded_softmaxes(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[torch.T
 def test_every_attention_module_of_the_family_is_a_site(kind: str) -> None:
     model = make_member(kind)
     tokens = 16 + {"average pooling": 0, "registers": 5, "distilled": 2}.get(kind, 1)
-    assert attention_sites(model) == [AttentionSite(f"blocks.{layer}.attn", 3, tokens) for layer in range(2)]
+    read = {"average pooling": None, "distilled": (0, 1)}.get(kind, (0,))
+    assert attention_sites(model) == [
+        AttentionSite("blocks.0.attn", 3, tokens),
+        AttentionSite("blocks.1.attn", 3, tokens, read_tokens=read),
+    ]
     assert attention_sites(model)[0].entries_per_head == tokens**2
+
+
+@pytest.mark.parametrize(
+    ("name", "changes", "read"),
+    [
+        ("vit_tiny_patch16_224", {"global_pool": "avg"}, None),  # every patch, but not the class token
+        ("vit_tiny_patch16_224", {"img_size": 8}, (0,)),  # of two tokens
+        ("deit_tiny_distilled_patch16_224", {"img_size": 8}, None),  # two of three
+        (SWIN_NAME, dict(SWIN_KWARGS), None),
+    ],
+)
+def test_read_tokens_are_those_of_the_last_block_where_they_are_few(
+    name: str, changes: dict[str, Any], read: tuple[int, ...] | None
+) -> None:
+    *others, last = attention_sites(
+        timm.create_model(name, **{**(changes if "depths" in changes else KWARGS), **changes})
+    )
+    assert last.read_tokens == read and all(site.read_tokens is None for site in others)
 
 
 def make(name: str, **changes: object) -> Any:

@@ -40,6 +40,8 @@ TARGETS: tuple[tuple[Exporter, int | None], ...] = (
     ("dynamo", 4),
 )
 OTHERS = [kind for kind in SWIN_FAMILY if kind != "swin"]
+VITS = ("distilled", "registers", "average pooling", "deit-3", "pre-norm")
+"""Those of which other tokens are read, or embedded otherwise."""
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -75,7 +77,9 @@ def size_of(kind: str) -> tuple[int, int]:
 def kind_of(model: Any) -> str:
     """The kind whose weights `model` has."""
     weight = model.patch_embed.proj.weight
-    candidates = [kind for kind in ("swin", "vit", *OTHERS) if model_of(kind).patch_embed.proj.weight.equal(weight)]
+    candidates = [
+        kind for kind in ("swin", "vit", *OTHERS, *VITS) if model_of(kind).patch_embed.proj.weight.equal(weight)
+    ]
     size = model.patch_embed.img_size
     (found,) = [
         kind for kind in candidates if model_of(kind).patch_embed.img_size == size and str(model_of(kind)) == str(model)
@@ -144,7 +148,15 @@ def test_other_swins(kind: str, granularity: Any, pictures: Path, folder: Path, 
     check(kind, options, TARGETS[1:4:2], pictures, folder, tmp_path)
 
 
-@pytest.mark.parametrize("granularity", ["row", "entry"])
+@pytest.mark.parametrize("granularity", GRANULARITIES)
+@pytest.mark.parametrize("kind", VITS)
+def test_other_vits(kind: str, granularity: Any, pictures: Path, folder: Path, tmp_path: Path) -> None:
+    options = FreezeOptions(sparsity=0.5, granularity=granularity, score="random")
+    targets = TARGETS if granularity == "head" else TARGETS[1:4:2]
+    check(kind, options, targets, pictures, folder, tmp_path)
+
+
+@pytest.mark.parametrize("granularity", GRANULARITIES)
 @pytest.mark.parametrize("sparsity", SPARSITIES)
 def test_vit(granularity: Any, sparsity: float, pictures: Path, folder: Path, tmp_path: Path) -> None:
     options = FreezeOptions(sparsity=sparsity, granularity=granularity, score="random")

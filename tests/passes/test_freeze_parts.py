@@ -25,7 +25,7 @@ from attention_graphs import (
 )
 from numpy.typing import NDArray
 from rewriting import changed, initializers, ops, rewrite, same
-from timm_graphs import Export, images_of, modules_of, random_maps, sites_of, timm_model, torch_logits
+from timm_graphs import Export, images_of, modules_of, planned_modules, random_maps, sites_of, timm_model, torch_logits
 
 from eamdeploy.errors import UnsupportedGraph
 from eamdeploy.graph.frozen import IntegerMaps
@@ -120,7 +120,7 @@ def test_all_passes_together_compute_the_same_at_a_fixed_batch(
     variant: str, batch: int, granularity: Granularity
 ) -> None:
     maps = plan(variant, granularity, "class")
-    modules = modules_of(variant, maps)
+    modules = planned_modules(variant, maps)
     graph = to_graph(Export(variant, "torchscript", batch, 17).model())
     results = {result.name: result.rewritten for result in run_passes(graph, plan_passes(modules))}
     assert results["freeze_heads"] == len(maps)

@@ -8,7 +8,7 @@ import onnx
 import pytest
 from attention_graphs import Floats
 from rewriting import ops, same, serialized
-from timm_graphs import SWIN_EXPORTS, SWIN_VARIANTS, Export, images_of, modules_of, sites_of, torch_logits
+from timm_graphs import SWIN_EXPORTS, SWIN_VARIANTS, Export, images_of, planned_modules, sites_of, torch_logits
 
 from eamdeploy.graph.model import to_graph, to_model
 from eamdeploy.passes.base import PlannedPass, run_passes
@@ -43,7 +43,7 @@ def logits(variant: str) -> Floats:
 def rewritten(export: Export) -> tuple[onnx.ModelProto, dict[str, int]]:
     """The export after all passes, and how many places each changed."""
     graph = to_graph(export.model())
-    results = run_passes(graph, plan_passes(modules_of(export.variant)))
+    results = run_passes(graph, plan_passes(planned_modules(export.variant)))
     return to_model(graph), {result.name: result.rewritten for result in results}
 
 

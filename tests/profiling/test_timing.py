@@ -11,7 +11,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from eamdeploy.errors import ConfigError
-from eamdeploy.profiling.timing import Call, Schedule, compare_interleaved, measure, speed_up, summarize, time_sittings
+from eamdeploy.profiling.timing import (
+    Call,
+    Schedule,
+    compare_interleaved,
+    measure,
+    runs_of,
+    speed_up,
+    summarize,
+    time_sittings,
+)
 
 MS = 1_000_000
 
@@ -44,8 +53,8 @@ def bench() -> Bench:
 NO_WARMUP = Schedule(warmup_ms=0, min_seconds=0, min_runs=1, sittings=1)
 
 
-def loaded(*calls: Call) -> Callable[[], nullcontext[Sequence[Call]]]:
-    return lambda: nullcontext(calls)
+def loaded(*calls: Call) -> Callable[[Sequence[int]], nullcontext[Sequence[Call]]]:
+    return lambda order: nullcontext(calls)
 
 
 def test_figures_of_known_times() -> None:
@@ -71,7 +80,7 @@ def test_percentiles_are_in_order(times: list[int]) -> None:
 
 
 @pytest.mark.parametrize(
-    ("min_seconds", "min_runs", "runs"), [(3.0, 50, 300), (3.0, 500, 500), (0, 7, 7), (0.0101, 1, 2)]
+    ("min_seconds", "min_runs", "runs"), [(3.0, 50, 300), (3.0, 500, 500), (0, 7, 8), (0.0201, 1, 4)]
 )
 def test_it_measures_until_both_limits_hold(bench: Bench, min_seconds: float, min_runs: int, runs: int) -> None:
     schedule = Schedule(warmup_ms=0, min_seconds=min_seconds, min_runs=min_runs, sittings=1)
@@ -87,7 +96,7 @@ def test_warm_up_lasts_its_time_and_is_not_counted(bench: Bench) -> None:
 
 
 def test_default_schedule_is_the_documented_one() -> None:
-    assert Schedule() == Schedule(warmup_ms=200, min_seconds=3, min_runs=50, sittings=5)
+    assert Schedule() == Schedule(warmup_ms=200, min_seconds=3, min_runs=50, sittings=6)
 
 
 @pytest.mark.parametrize(
@@ -101,62 +110,65 @@ def test_schedule_that_never_ends_or_measures_nothing_is_refused(
         Schedule(warmup_ms, min_seconds, min_runs, sittings)
 
 
-def test_calls_take_turns_each_round_in_another_order(bench: Bench) -> None:
+def test_calls_take_turns_in_an_order_and_its_mirror_image(bench: Bench) -> None:
     calls = [bench.call(name, index + 1) for index, name in enumerate("abc")]
-    schedule = Schedule(warmup_ms=0, min_seconds=0, min_runs=30, sittings=1)
-    (times,) = time_sittings(loaded(*calls), schedule, bench.clock)
-    rounds = [bench.log[start : start + 3] for start in range(0, len(bench.log), 3)]
+    schedule = Schedule(warmup_ms=0, min_seconds=0, min_runs=60, sittings=1)
+    (times,) = time_sittings(loaded(*calls), 3, schedule, bench.clock)
+    rounds = [bench.log[start : start + 6] for start in range(0, len(bench.log), 6)]
     assert len(rounds) == 31  # one of warm-up
-    assert {"".join(sorted(each)) for each in rounds} == {"abc"} and len(set(rounds)) == 6
-    np.testing.assert_array_equal(times, np.tile([MS, 2 * MS, 3 * MS], (30, 1)))  # by call, not by turn
+    assert all(each[:3] == each[:2:-1] for each in rounds) and len({each[:3] for each in rounds}) == 6
+    np.testing.assert_array_equal(times, np.tile([MS, 2 * MS, 3 * MS], (30, 2, 1)))  # by call, not by turn
 
 
 def test_every_sitting_loads_anew_and_has_its_share(bench: Bench) -> None:
+    """Each second one in the opposite order."""
     events: list[str] = []
 
     @contextmanager
-    def load() -> Iterator[list[Call]]:
-        events.append("load")
-        yield [bench.call("a", 10)]
+    def load(order: Sequence[int]) -> Iterator[list[Call]]:
+        events.append("".join(map(str, order)))
+        yield [bench.call("a", 10), bench.call("b", 10)]
         events.append("close")
 
-    schedule = Schedule(warmup_ms=20, min_seconds=0.3, min_runs=7, sittings=3)
-    times = time_sittings(load, schedule, bench.clock)
-    assert events == ["load", "close"] * 3
-    assert [len(each) for each in times] == [10] * 3 and len(bench.log) == 36
+    schedule = Schedule(warmup_ms=20, min_seconds=0.4, min_runs=7, sittings=4)
+    times = time_sittings(load, 2, schedule, bench.clock)
+    assert events[1::2] == ["close"] * 4
+    first, second, third, fourth = events[::2]
+    assert (first, third) == (second[::-1], fourth[::-1]) and {first, second} == {"01", "10"}
+    assert [each.shape for each in times] == [(5, 2, 2)] * 4 and len(bench.log) == 4 * (20 + 4)
+    assert runs_of(times, 1).tolist() == [10 * MS] * 40
 
 
 def test_every_call_gets_its_time_also_the_fast_one(bench: Bench) -> None:
     calls = [bench.call("a", 10), bench.call("b", 1)]
     schedule = Schedule(warmup_ms=0, min_seconds=0.05, min_runs=1, sittings=1)
-    comparison = compare_interleaved(loaded(*calls), batch=1, schedule=schedule, clock=bench.clock)
+    comparison = compare_interleaved(loaded(*calls), len(calls), batch=1, schedule=schedule, clock=bench.clock)
     assert [latency.runs for latency in comparison.latencies] == [50, 50]
 
 
-def test_speed_up_is_baseline_over_candidate_pair_by_pair(bench: Bench) -> None:
+def test_speed_up_is_baseline_over_candidate_round_by_round(bench: Bench) -> None:
     # the machine slows down threefold on the way: the latencies vary, the ratio does not
     calls = [bench.call("a", 2, 4, 6), bench.call("b", 1, 2, 3), bench.call("c", 4, 8, 12)]
     schedule = Schedule(warmup_ms=0, min_seconds=0, min_runs=30, sittings=3)
-    comparison = compare_interleaved(loaded(*calls), batch=1, schedule=schedule, clock=bench.clock)
+    comparison = compare_interleaved(loaded(*calls), len(calls), batch=1, schedule=schedule, clock=bench.clock)
     faster, slower = comparison.speed_ups
-    assert (faster.rounds, faster.sittings, faster.verdict, slower.verdict) == (30, 3, "faster", "slower")
+    assert (faster.rounds, faster.sittings, faster.verdict, slower.verdict) == (15, 3, "faster", "slower")
     for ratio, wanted in ((faster, 2), (slower, 0.5)):
         assert [ratio.p5, ratio.low, ratio.median, ratio.high, ratio.p95] == pytest.approx([wanted] * 5)
     assert all(latency.warning for latency in comparison.latencies)
 
 
 def test_spread_of_the_ratio() -> None:
-    ratio = speed_up([np.stack([np.arange(101) + 100, np.full(101, 100)], axis=1)], 0, 1)
+    half = np.stack([np.arange(101) + 100, np.full(101, 100)], axis=1)
+    ratio = speed_up([np.stack([half, half], axis=1)], 0, 1)
     assert [ratio.p5, ratio.p25, ratio.median, ratio.p75, ratio.p95] == pytest.approx([1.05, 1.25, 1.5, 1.75, 1.95])
 
 
 def noisy(sittings: int, rounds: int, *, ratio: float, between: float, seed: int) -> list[Any]:
     """Times of two calls that differ by `ratio`, by the luck of a sitting, and by noise of 10 %."""
     rng = np.random.default_rng(seed)
-    return [
-        np.exp(rng.normal([[np.log(ratio) + rng.normal(0, between), 0]], 0.1, (rounds, 2))) * 1e7
-        for _ in range(sittings)
-    ]
+    means = [[np.log(ratio) + rng.normal(0, between), 0] for _ in range(sittings)]
+    return [np.exp(rng.normal([[mean]], 0.1, (rounds, 2, 2))) * 1e7 for mean in means]
 
 
 @pytest.mark.parametrize("between", [0.0, 0.03])
@@ -179,7 +191,7 @@ def test_interval_narrows_until_a_true_difference_is_seen() -> None:
 
 def test_one_call_is_no_comparison(bench: Bench) -> None:
     with pytest.raises(ConfigError, match="nothing to compare"):
-        compare_interleaved(loaded(bench.call("a", 1)), batch=1, schedule=NO_WARMUP, clock=bench.clock)
+        compare_interleaved(loaded(bench.call("a", 1)), 1, batch=1, schedule=NO_WARMUP, clock=bench.clock)
 
 
 def test_failure_of_a_call_gets_out(bench: Bench) -> None:
