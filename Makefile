@@ -4,7 +4,7 @@ VENV   ?= .venv
 BIN    := $(VENV)/bin
 READY  := $(VENV)/.ready
 
-.PHONY: install demo test lint bench trt-attributes clean
+.PHONY: install demo test lint bench trt-attributes image-models image-lint image-check image-check-arm64 clean
 
 install: $(READY)
 
@@ -33,6 +33,22 @@ bench: $(READY)
 trt-attributes: $(READY)
 	$(BIN)/python tests/real_tensorrt.py build/trt-attributes
 	$(BIN)/pytest tests/engines/test_trt_attributes.py
+
+# What the board's image holds; again after the exporter or the checkpoint changed
+image-models: $(READY)
+	$(BIN)/eamdeploy export models/digits_deit.eam.safetensors -o models/digits_deit.onnx \
+		--baseline models/digits_deit_baseline.onnx --opset 17 --data calib_data/digits/heldout --images 16 --no-measure
+
+image-lint: $(READY)
+	$(BIN)/hadolint Dockerfile
+
+# Needs root; installs podman, runc and mmdebstrap by apt where missing
+image-check: $(READY)
+	$(BIN)/python docker/check_image.py amd64
+
+# Under emulation: minutes
+image-check-arm64: $(READY)
+	$(BIN)/python docker/check_image.py arm64
 
 clean:
 	rm -rf $(VENV) demo_output build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache
