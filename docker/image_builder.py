@@ -194,7 +194,8 @@ def _require_tools(packages: dict[str, str]) -> None:
     if shutil.which("apt-get") is None:
         raise Unavailable(f"not installed, and there is no apt-get to install them with: {', '.join(missing)}")
     _call(["apt-get", "update", "--quiet"])
-    installed = _call(["apt-get", "install", "--yes", "--quiet", "--no-install-recommends", *missing])
+    how = ["--yes", "--quiet", "--no-install-recommends", "-o", "DPkg::Lock::Timeout=300"]  # others may be installing
+    installed = _call(["apt-get", "install", *how, *missing])
     if installed.returncode != 0:
         raise Unavailable(f"apt-get can't install {', '.join(missing)}: {_last_lines(installed.stderr)}")
 
