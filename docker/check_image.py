@@ -91,11 +91,13 @@ def python(podman: Podman, code: str, *options: str, read_only: bool = True) -> 
 
 
 def base(podman: Podman) -> str:
+    """The tools and a base image are there, and a container runs."""
     podman.require()
     return f"{podman.suite}, {podman.inspect(podman.base)['Size'] / 1e6:.0f} MB"
 
 
 def build(podman: Podman) -> str:
+    """The Dockerfile builds on that base."""
     podman.build()
     added = podman.inspect(podman.image)["Size"] - podman.inspect(podman.base)["Size"]
     return f"{added / 1e6:.0f} MB on top of the base"
@@ -129,6 +131,7 @@ def default_locked_down(podman: Podman) -> str:
 
 
 def health(podman: Podman) -> str:
+    """The command that the image's health check names, run by itself: podman would start it through systemd."""
     kind, *command = podman.inspect(podman.image)["Healthcheck"]["Test"]
     expect(kind == "CMD" and command[0] == "eamdeploy", f"health check is {kind} {command}")
     json.loads(finished(podman.run(command[1:])))
@@ -136,6 +139,7 @@ def health(podman: Podman) -> str:
 
 
 def version(podman: Podman) -> str:
+    """Any command of eamdeploy can be given; this one says which code is inside."""
     stated = re.search(r'^version = "(.+)"$', (REPOSITORY / "pyproject.toml").read_text(), re.MULTILINE)
     said = finished(podman.run(["--version"])).strip()
     expect(stated is not None and said == stated[1], f"eamdeploy --version says {said}")
@@ -143,6 +147,7 @@ def version(podman: Podman) -> str:
 
 
 def inspection(podman: Podman) -> str:
+    """The embedded model says what is frozen in it."""
     found = json.loads(finished(podman.run(["inspect", f"{SHARE}/digits_deit.onnx", "--json"])))
     heads = found["details"]["frozen heads"]
     expect(bool(heads), "no frozen heads in the embedded model")
@@ -150,6 +155,7 @@ def inspection(podman: Podman) -> str:
 
 
 def wrong_use(podman: Podman) -> str:
+    """eamdeploy's exit code is the container's."""
     outcome = podman.run(["profile", "missing.onnx"])
     expect(outcome.code == 2 and outcome.err.startswith("error: "), f"exit code {outcome.code}: {outcome.err}")
     return "exit code 2, one line"
@@ -167,6 +173,7 @@ def tensorrt_request(podman: Podman) -> str:
 
 
 def not_root(podman: Podman) -> str:
+    """Even with a writable root, the container's user can change nothing that it runs."""
     uid, *writable = python(podman, f"import os; print(os.getuid()){_WRITABLE}", read_only=False)
     expect(uid == str(USER), f"runs as user {uid}")
     expect(not writable, f"can write {writable}")
@@ -174,6 +181,7 @@ def not_root(podman: Podman) -> str:
 
 
 def nothing_needless(podman: Podman) -> str:
+    """Neither the host's packages nor what built the image are in it."""
     packages = [name for name in HOST_PACKAGES if name not in EXTRA_PACKAGES or "trt" not in podman.extras]
     prefix, *found = python(podman, _PRESENT.format(packages=packages, programs=COMPILERS))
     expect(prefix == "/opt/eamdeploy" and not found, f"in {prefix}: {' '.join(found)}")
@@ -188,6 +196,7 @@ def dependencies(podman: Podman) -> str:
 
 
 def no_network(podman: Podman) -> str:
+    """The other checks mean what they say about the network."""
     interfaces = python(podman, "import os; print(*os.listdir('/sys/class/net'))")
     expect(interfaces == ["lo"], f"interfaces {interfaces}")
     return "all of the above ran with the loopback interface alone"
@@ -246,7 +255,7 @@ def passes(name: str, step: Callable[[Podman], str], podman: Podman) -> bool:
         said, passed = step(podman), True
     except (CheckFailed, BuildFailed) as err:
         said, passed = str(err), False
-    except (OSError, ValueError, LookupError) as err:  # what a check reads is not there, or not as it must be
+    except (OSError, ValueError, LookupError, ImportError) as err:  # what a check reads or needs is not there
         said, passed = f"{type(err).__name__}: {err}", False
     print(f"{'ok  ' if passed else 'FAIL'}  {name} ({time.monotonic() - start:.1f} s): {said}", flush=True)
     return passed
