@@ -22,7 +22,7 @@ import onnx
 from PIL import Image
 from rich.console import Console
 
-from eamdeploy import build_ort, export, freeze, profile, show
+from eamdeploy import build_ort, export, freeze, profile, show_profile
 from eamdeploy.eam.selection import GRANULARITIES
 from eamdeploy.engines.provenance import usable_cores
 from eamdeploy.host.model import RANDOM, TIMM_PREPROCESSING, ModelSpec, load_model, preprocessing_of
@@ -30,6 +30,7 @@ from eamdeploy.host.options import FreezeOptions
 from eamdeploy.host.sites import WINDOW_MAPS
 from eamdeploy.host.stock_export import export_stock
 from eamdeploy.profiling.profile import Profile
+from eamdeploy.profiling.timing import Schedule
 from eamdeploy.source import ImageSource
 
 OPSET = 18  # the first that both of torch's exporters write for ViT and Swin
@@ -54,10 +55,10 @@ def main() -> None:
             stock[0],
             threads=arguments.threads,
             batch=arguments.batch,
-            min_seconds=arguments.seconds,
+            schedule=Schedule(min_seconds=arguments.seconds),
         )
         measured = _without_folder(measured, work)
-    Console(width=160).print(show.profile(measured))
+    Console(width=160).print(show_profile.profile(measured))
     if arguments.output:
         measured.write(arguments.output)
 

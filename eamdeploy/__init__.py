@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from eamdeploy.build import build_ort as build_ort
     from eamdeploy.build import build_trt as build_trt
+    from eamdeploy.diagnosis import doctor as doctor
     from eamdeploy.evaluation import evaluate as evaluate
     from eamdeploy.host.exporting import export as export
     from eamdeploy.host.freezing import analyze as analyze
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
     from eamdeploy.inspection import inspect as inspect
     from eamdeploy.pipeline import run as run
     from eamdeploy.profiling.profile import profile as profile
+    from eamdeploy.reporting.report import report as report
 
 __version__ = metadata.version("eamdeploy")
 
@@ -34,8 +36,10 @@ _STAGES = {
     "build_trt": "eamdeploy.build",
     "evaluate": "eamdeploy.evaluation",
     "profile": "eamdeploy.profiling.profile",
+    "report": "eamdeploy.reporting.report",
     "run": "eamdeploy.pipeline",
     "inspect": "eamdeploy.inspection",
+    "doctor": "eamdeploy.diagnosis",
 }
 
 __all__ = [*_STAGES, "__version__"]

@@ -235,3 +235,5 @@ class ModelCard(Record):
 
 
 CARD_KEY = "eamdeploy"
+
+RANDOM_WARNING = "The weights are random: latency and size mean something, accuracy and frozen heads do not."

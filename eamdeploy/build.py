@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from eamdeploy.artifact import require_output, write_bytes
 from eamdeploy.engines.base import Manifest
 from eamdeploy.engines.provenance import usable_cores
 from eamdeploy.engines.registry import load_backend
@@ -13,7 +15,8 @@ from eamdeploy.observer import SILENT, Observer
 from eamdeploy.parity import ReferenceSet, reference_path
 
 if TYPE_CHECKING:
-    from eamdeploy.engines.trt_request import BuilderRequest, TrtOptions
+    from eamdeploy.activation_ranges import Calibration
+    from eamdeploy.engines.trt_request import BuilderRequest, TrtModel, TrtOptions
     from eamdeploy.engines.trt_versions import TrtVersion
 
 _CONVERSION = ("converting a model for TensorRT", "Get it with: pip install onnx onnx-graphsurgeon")  # on a board too
@@ -49,7 +52,10 @@ def build_trt(
     *,
     reference: Path | None = None,
     check: bool = True,
+    min_agreement: float | None = None,
+    calibration: Calibration | None = None,
     baseline: Path | None = None,
+    onnx_output: Path | None = None,
     observer: Observer = SILENT,
 ) -> Manifest:
     """`output` is a TensorRT engine for this machine's GPU that passed the parity gate; its manifest lies beside it.
@@ -58,6 +64,10 @@ def build_trt(
 
     Args:
         reference, check: as for `build_ort`.
+        min_agreement: percent of the reference images that need the reference's first class, where the engine is not
+            held to FP32's tolerance; None for that of tolerance `reduced-engine`.
+        calibration: images for INT8; its ranges are kept beside the engine unless it names a cache.
+        onnx_output: where to write the model that TensorRT's parser gets; None for nowhere.
         baseline: engine of the unfrozen twin, whose size the manifest notes.
 
     Raises:
@@ -72,26 +82,37 @@ def build_trt(
     version, _ = trt.require_device()  # before anything else: without it there is nothing to do here
     trt.require_plan_output(output, model)
     references = _reference(model, reference) if check else None
-    with host_packages(*_CONVERSION):
-        from eamdeploy.trt_model import prepare
-    prepared = prepare(model, version, options)
+    if calibration is not None and calibration.cache is None:
+        calibration = replace(calibration, cache=output.with_name(f"{output.name}.ranges.json"))
+    prepared = _prepare(model, version, options, calibration, onnx_output, observer)
+    request = make_request(version, options, prepared.facts, list(prepared.changes))
     for change in prepared.changes:
         observer.note(f"for TensorRT {version}: {change}")
     return trt.build(
         prepared,
-        make_request(version, options, prepared.facts, list(prepared.changes)),
+        request,
         output,
         reference=references,
+        min_agreement=min_agreement,
         baseline=baseline,
         note=observer.note,
     )
 
 
-def plan_trt_build(model: Path, options: TrtOptions, version: TrtVersion | None = None) -> BuilderRequest:
+def plan_trt_build(
+    model: Path,
+    options: TrtOptions,
+    version: TrtVersion | None = None,
+    *,
+    calibration: Calibration | None = None,
+    onnx_output: Path | None = None,
+    observer: Observer = SILENT,
+) -> BuilderRequest:
     """What `build_trt` would ask of the builder; needs no GPU.
 
     Args:
         version: of TensorRT; the installed one if None.
+        calibration, onnx_output: as for `build_trt`; ranges are kept only where `calibration` names a cache.
 
     Raises:
         MissingDependency: no version is given and TensorRT is not installed, or a package for the conversion is not.
@@ -102,10 +123,30 @@ def plan_trt_build(model: Path, options: TrtOptions, version: TrtVersion | None 
     from eamdeploy.engines.trt_request import make_request
 
     wanted = version or trt.installed_version()
+    prepared = _prepare(model, wanted, options, calibration, onnx_output, observer)
+    return make_request(wanted, options, prepared.facts, list(prepared.changes))
+
+
+def _prepare(
+    model: Path,
+    version: TrtVersion,
+    options: TrtOptions,
+    calibration: Calibration | None,
+    onnx_output: Path | None,
+    observer: Observer,
+) -> TrtModel:
+    """The model as that TensorRT takes it, and written to `onnx_output` too."""
+    if calibration is not None and not options.int8:
+        raise ConfigError("calibration images are of use for INT8 alone", hint="Give --int8 too.")
+    for file in (onnx_output, calibration.cache if calibration else None):
+        if file is not None:
+            require_output(file, model)
     with host_packages(*_CONVERSION):
         from eamdeploy.trt_model import prepare
-    prepared = prepare(model, wanted, options)
-    return make_request(wanted, options, prepared.facts, list(prepared.changes))
+    prepared = prepare(model, version, options, calibration, observer)
+    if onnx_output is not None:
+        write_bytes(onnx_output, prepared.data)
+    return prepared
 
 
 def _reference(model: Path, reference: Path | None) -> ReferenceSet:

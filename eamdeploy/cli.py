@@ -11,7 +11,7 @@ import typer
 from rich.console import Console
 
 from eamdeploy import cli_options as options
-from eamdeploy import show
+from eamdeploy import show, show_profile
 from eamdeploy.artifact import require_output
 from eamdeploy.console import Terminal, print_result
 from eamdeploy.engines.trt_versions import TrtVersion
@@ -325,7 +325,22 @@ def build_trt(
     ] = None,
     fp16: Annotated[bool, typer.Option("--fp16", help="Compute in FP16 where that is faster.")] = False,
     bf16: Annotated[bool, typer.Option("--bf16", help="Compute in BF16 instead; TensorRT 10.")] = False,
-    int8: Annotated[bool, typer.Option("--int8", help="Run in INT8 what the model's Q/DQ nodes say.")] = False,
+    int8: Annotated[
+        bool, typer.Option("--int8", help="Linear layers and live attention in INT8, or what the model's own Q/DQ say.")
+    ] = False,
+    calib_data: Annotated[
+        Path | None, typer.Option(help="With --int8: folder of images that tell the ranges of activations.")
+    ] = None,
+    calib_images: Annotated[int, typer.Option(min=1, help="… at most that many of them.")] = 64,
+    calib_split: options.Split = "all",
+    calib_method: Annotated[
+        Literal["percentile", "minmax", "entropy"], typer.Option(help="… and how ranges follow from their values.")
+    ] = "percentile",
+    calib_cache: Annotated[
+        Path | None,
+        typer.Option(help="File that keeps the ranges for the next build.", show_default="ENGINE.ranges.json"),
+    ] = None,
+    skip_bad: options.SkipBad = False,
     keep_fp32: Annotated[
         Literal["norm-softmax", "norm", "none"], typer.Option(help="What stays FP32 with --fp16 or --bf16.")
     ] = "norm-softmax",
@@ -352,6 +367,13 @@ def build_trt(
         Path | None, typer.Option(help="Reference set of the parity gate; by default the one beside the model.")
     ] = None,
     check: Annotated[bool, typer.Option("--check/--no-check", help="Run the parity gate.")] = True,
+    min_agreement: Annotated[
+        float | None,
+        typer.Option(help="Percent of first classes that must be the reference's; not for FP32.", show_default="99"),
+    ] = None,
+    save_onnx: Annotated[
+        Path | None, typer.Option(help="Also write the ONNX model that TensorRT's parser gets.")
+    ] = None,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Show what the builder would be asked; needs no GPU.")
     ] = False,
@@ -361,6 +383,7 @@ def build_trt(
     as_json: options.AsJson = False,
 ) -> None:
     """Build a TensorRT engine for this machine's GPU and prove that it classifies like the model (exit 3 if not)."""
+    from eamdeploy.activation_ranges import Calibration
     from eamdeploy.build import build_trt as run_build
     from eamdeploy.build import plan_trt_build
     from eamdeploy.engines.trt_request import TrtOptions
@@ -381,14 +404,33 @@ def build_trt(
         layer_profile=layer_profile,
     )
     version = options.parse_dry_run(dry_run=dry_run, trt=trt)
+    calibration = None
+    if calib_data is not None:
+        calibration = Calibration(
+            ImageSource(calib_data, calib_split, calib_images, skip_bad), calib_method, calib_cache
+        )
     if dry_run:
-        request = plan_trt_build(model, asked, version)
+        with context.obj as terminal:
+            request = plan_trt_build(
+                model, asked, version, calibration=calibration, onnx_output=save_onnx, observer=terminal
+            )
         print_result(request, show.builder_request(request), as_json=as_json)
         return
     if output is None:
         raise ConfigError("build-trt needs a place for the engine", expected="--output FILE.plan, or --dry-run")
     with context.obj as terminal:
-        result = run_build(model, output, asked, reference=reference, check=check, baseline=baseline, observer=terminal)
+        result = run_build(
+            model,
+            output,
+            asked,
+            reference=reference,
+            check=check,
+            min_agreement=min_agreement,
+            calibration=calibration,
+            baseline=baseline,
+            onnx_output=save_onnx,
+            observer=terminal,
+        )
     print_result(result, show.manifest(result), as_json=as_json)
 
 
@@ -422,39 +464,112 @@ def evaluate(
 
 @app.command()
 def profile(
+    context: typer.Context,
     engines: Annotated[list[Path], typer.Argument(help="Engines, or any ONNX models.")],
     baseline: Annotated[
         Path | None, typer.Option(help="What the speed-ups are against; takes turns with the rest.")
     ] = None,
     output: Annotated[Path | None, typer.Option("--output", "-o", help="Also write the JSON here.")] = None,
+    device: Annotated[
+        list[str],
+        typer.Option(
+            help="What they run on: cpu, cuda, jetson, or other machines as ssh://[user@]host[:port], side by side.",
+            show_default="found out",
+        ),
+    ] = [],  # noqa: B006 (Typer copies it)
+    remote_command: Annotated[
+        str, typer.Option(help="What runs eamdeploy on the other machines, e.g. '~/venv/bin/eamdeploy'.")
+    ] = "eamdeploy",
+    ssh_config: Annotated[
+        Path | None, typer.Option(help="Configuration of ssh, in place of yours; as `ssh -F`.")
+    ] = None,
     threads: options.Threads = None,
     batch: Annotated[int, typer.Option(min=1, help="Images in one inference.")] = 1,
-    warmup_ms: Annotated[float, typer.Option(help="Warm-up of every engine.")] = 200.0,
+    streams: Annotated[int, typer.Option(min=1, help="Also measure throughput with that many inferences at once.")] = 1,
+    warmup_ms: Annotated[float, typer.Option(help="Warm-up of every engine in each sitting.")] = 200.0,
     min_seconds: Annotated[float, typer.Option(help="Time every engine for at least this long.")] = 3.0,
     min_runs: Annotated[int, typer.Option(help="… and at least this often.")] = 50,
+    sittings: Annotated[int, typer.Option(min=1, help="How often the engines are loaded anew for that.")] = 5,
     memory: Annotated[
-        bool, typer.Option("--memory/--no-memory", help="Measure memory in a process of its own.")
+        bool, typer.Option("--memory/--no-memory", help="Measure memory and cold start in a process of its own.")
     ] = True,
+    power: Annotated[
+        bool, typer.Option("--power/--no-power", help="Measure power and energy where the device has sensors.")
+    ] = True,
+    power_seconds: Annotated[float, typer.Option(help="… for twice this long with every engine.")] = 5.0,
+    layer_profile: Annotated[bool, typer.Option("--layer-profile", help="Also time every layer.")] = False,
     as_json: options.AsJson = False,
 ) -> None:
-    """Measure latency, throughput and memory on this machine's CPU; engines take turns, so ratios can be trusted."""
+    """Measure latency, throughput, memory and power here; engines take turns, so that ratios can be trusted."""
     from eamdeploy.engines.provenance import usable_cores
+    from eamdeploy.profiling.profile import Extras
     from eamdeploy.profiling.profile import profile as run_profile
+    from eamdeploy.profiling.timing import Schedule
 
     _require_outputs([output], engines)
+    local, machines = options.parse_devices(device)
+    schedule = Schedule(warmup_ms, min_seconds, min_runs, sittings)
+    extras = Extras(fresh=memory, streams=streams, layers=layer_profile, power=power, power_seconds=power_seconds)
+    if machines:
+        _profile_remote(context, machines, engines, baseline, remote_command, ssh_config, output, as_json=as_json)
+        return
     result = run_profile(
         engines,
         baseline,
         threads=threads or usable_cores(),
         batch=batch,
-        warmup_ms=warmup_ms,
-        min_seconds=min_seconds,
-        min_runs=min_runs,
-        with_memory=memory,
+        device=local,
+        schedule=schedule,
+        extras=extras,
     )
     if output is not None:
         result.write(output)
-    print_result(result, show.profile(result), as_json=as_json)
+    print_result(result, show_profile.profile(result), as_json=as_json)
+
+
+def _profile_remote(
+    context: typer.Context,
+    machines: list[str],
+    engines: list[Path],
+    baseline: Path | None,
+    remote_command: str,
+    ssh_config: Path | None,
+    output: Path | None,
+    *,
+    as_json: bool,
+) -> None:
+    """What the machines gave is written and shown, and then it is an error if one gave nothing."""
+    from eamdeploy.remote.profile import profile_remote
+
+    with context.obj as terminal:
+        result = profile_remote(
+            machines,
+            engines,
+            baseline,
+            options.profile_options(context),
+            remote_command=remote_command,
+            ssh_config=ssh_config,
+            observer=terminal,
+        )
+    if output is not None:
+        result.write(output)
+    print_result(result, show_profile.machines(result.profiles), as_json=as_json)
+    result.require_all()
+
+
+@app.command()
+def report(
+    files: Annotated[list[Path], typer.Argument(help="JSON of the other commands, run.json, EAM checkpoints.")],
+    output: Output,
+    markdown: Annotated[Path | None, typer.Option(help="Also write it as Markdown.")] = None,
+    title: Annotated[str | None, typer.Option(help="Of the page.", show_default="the models")] = None,
+    as_json: options.AsJson = False,
+) -> None:
+    """Show what was frozen, what it cost and what it gained, on one HTML page that needs no network."""
+    from eamdeploy.reporting.report import report as run_report
+
+    result = run_report(files, output, markdown=markdown, title=title)
+    print_result(result, show.report(result), as_json=as_json)
 
 
 @app.command()
@@ -484,6 +599,15 @@ def inspect(
 
     result = run_inspect(file)
     print_result(result, show.inspection(result), as_json=as_json)
+
+
+@app.command()
+def doctor(as_json: options.AsJson = False) -> None:
+    """Show what this machine has, and what is missing for what."""
+    from eamdeploy.diagnosis import doctor as run_doctor
+
+    result = run_doctor()
+    print_result(result, show.doctor(result), as_json=as_json)
 
 
 def _require_outputs(outputs: list[Path | None], inputs: list[Path]) -> None:
@@ -546,7 +670,7 @@ def _draw(
     title: str,
     path: Path,
 ) -> None:
-    from eamdeploy.report.heatmap import draw_heatmap
+    from eamdeploy.reporting.heatmap import draw_heatmap
 
     draw_heatmap(scores, score_name=score, frozen=frozen, shares=shares, title=title, path=path)
 

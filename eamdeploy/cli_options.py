@@ -9,6 +9,8 @@ from typing import Annotated, Any, Literal
 
 import typer
 
+from eamdeploy.devices.base import Device
+from eamdeploy.devices.registry import open_device
 from eamdeploy.eam import quantizers
 from eamdeploy.engines.trt_versions import TrtVersion
 from eamdeploy.errors import ConfigError
@@ -16,6 +18,7 @@ from eamdeploy.errors import ConfigError
 _DEFAULT_TRT = "8.6"  # its graphs suit 10.x and 11.x too
 _SIZE = re.compile(r"(\d{1,12})([KMG]?)(?:i?B)?", re.ASCII | re.IGNORECASE)
 _SHIFTS = {"": 0, "K": 10, "M": 20, "G": 30}
+_LOCAL_OPTIONS = {"engines", "baseline", "output", "device", "remote_command", "ssh_config", "as_json"}
 _ASSIGNMENT = re.compile(r"[A-Za-z_]\w*=")
 
 Model = Annotated[str, typer.Option("--model", help="timm architecture, e.g. deit_tiny_patch16_224.")]
@@ -155,3 +158,36 @@ def parse_target(target: Literal["ort", "trt"], trt: str | None) -> TrtVersion |
     if target == "ort" and trt is not None:
         raise ConfigError("--trt", expected="--target trt beside it", got=f"--target {target}")
     return None if target == "ort" else TrtVersion.parse(trt or _DEFAULT_TRT)
+
+
+def parse_devices(names: list[str]) -> tuple[Device | None, list[str]]:
+    """The device of this machine, None to find it out, and other machines in its place.
+
+    Raises:
+        ConfigError: there are two devices, or this machine's and others, or a name means neither.
+        DeviceError, MissingDependency: this machine has no such device, or it can't be asked.
+    """
+    machines = [name for name in names if name.startswith("ssh://")]
+    if len(machines) == len(names):
+        return None, machines
+    if len(names) > 1:
+        raise ConfigError(
+            "--device", expected="one of cpu, cuda, jetson, or any number of ssh://…", got=" ".join(names)
+        )
+    return open_device(names[0]), []
+
+
+def profile_options(context: typer.Context) -> list[str]:
+    """The options of `profile` that were given and mean something on another machine, as words."""
+    words: list[str] = []
+    for parameter in context.command.params:
+        name = parameter.name or ""
+        source = context.get_parameter_source(name)  # an enumeration of Click's, or of the copy in newer Typers
+        if source is None or source.name != "COMMANDLINE" or name in _LOCAL_OPTIONS:
+            continue
+        value = context.params[name]
+        if isinstance(value, bool):
+            words.append((parameter.opts if value else parameter.secondary_opts)[0])
+        else:
+            words += [parameter.opts[0], str(value)]
+    return words

@@ -2,26 +2,23 @@
 
 from __future__ import annotations
 
-import json
 from collections import Counter
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, Final
 
 import numpy as np
 from pydantic import JsonValue
 
 from eamdeploy.artifact import Freezing, ModelCard, Record, digest_file
+from eamdeploy.documents import read_document
 from eamdeploy.eam import checkpoint as checkpoints
 from eamdeploy.eam.packing import packed_size
 from eamdeploy.eam.records import AttentionShape, Checkpoint
-from eamdeploy.eam.selection import Granularity
+from eamdeploy.eam.selection import PLURALS
 from eamdeploy.engines.base import Manifest, read_manifest
 from eamdeploy.engines.registry import open_runner
-from eamdeploy.errors import CheckpointError, ConfigError
+from eamdeploy.errors import ConfigError
 from eamdeploy.parity import ReferenceSet
-
-PLURALS: Final[dict[Granularity, str]] = {"head": "heads", "row": "rows", "entry": "entries"}
 
 
 class Inspection(Record):
@@ -206,21 +203,8 @@ def _reference(path: Path) -> tuple[str, dict[str, JsonValue]]:
 
 
 def _json(path: Path) -> tuple[str, dict[str, JsonValue]]:
-    try:
-        document: Any = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as err:
-        raise CheckpointError(f"{path} is no JSON", got=str(err)) from err
-    if not isinstance(document, dict):
-        raise CheckpointError(f"{path} is none of our documents", expected="a JSON object")
-    kinds = {
-        "engine_digest": "engine manifest",
-        "engines": "profile",
-        "agreement": "evaluation",
-        "scores": "analysis",
-        "stages": "run",
-    }
-    kind = next((name for key, name in kinds.items() if key in document), "JSON document")
-    return kind, {key: value for key, value in document.items() if not isinstance(value, dict)}
+    kind, document = read_document(path)
+    return kind or "JSON document", {key: value for key, value in document.items() if not isinstance(value, dict)}
 
 
 _BY_SUFFIX: dict[str, Callable[[Path], tuple[str, dict[str, JsonValue]]]] = {

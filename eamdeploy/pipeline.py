@@ -1,8 +1,8 @@
 """All stages in order, from a configuration file, each run only when something it depends on has changed.
 
-    freeze ─▶ export ─▶ build ─▶ evaluate ─▶ profile
-    model,    ONNX and  engine   accuracy    latency,
-    images    its twin  and twin             memory
+    freeze ─▶ export ─▶ build ─▶ evaluate ─▶ profile ─▶ report
+    model,    ONNX and  engine   accuracy    latency,   one page
+    images    its twin  and twin             memory     of all
 
 `run.json` in the output folder remembers, for every stage, a digest of all that went into it and the digests of what
 came out. A stage whose inputs are the same and whose outputs are still there, untouched, is not run again.
@@ -32,6 +32,9 @@ from eamdeploy.folder import Split, folder_digest
 from eamdeploy.observer import SILENT, Observer
 from eamdeploy.parity import REFERENCE_IMAGES, reference_path
 from eamdeploy.profiling.profile import Profile, profile
+from eamdeploy.profiling.timing import Schedule
+from eamdeploy.reporting.report import report
+from eamdeploy.run_state import RUN_STATE, RunState, StageState
 from eamdeploy.source import ImageSource, read_class_names
 
 if sys.version_info >= (3, 11):
@@ -100,6 +103,7 @@ class ProfileConfig(Record):
     warmup_ms: float = 200.0
     min_seconds: float = 3.0
     min_runs: int = 50
+    sittings: int = 5
 
 
 class RunConfig(Record):
@@ -118,20 +122,6 @@ class RunConfig(Record):
     export: ExportConfig = ExportConfig()
     evaluate: ImagesConfig | None = None
     profile: ProfileConfig = ProfileConfig()
-
-
-class StageState(Record):
-    """What a finished stage depended on, and the digests of its outputs by file name."""
-
-    inputs: str
-    outputs: dict[str, str]
-
-
-class RunState(Record):
-    """`run.json`: the finished stages by name."""
-
-    format: Literal[1] = 1
-    stages: dict[str, StageState] = Field(default_factory=dict)
 
 
 class RunReport(Record):
@@ -161,7 +151,6 @@ class _Stage:
         action: writes them.
     """
 
-    name: str
     inputs: Mapping[str, object]
     outputs: list[Path]
     action: Callable[[], object]
@@ -186,7 +175,7 @@ def load_config(path: Path) -> RunConfig:
 
 
 def run(config: RunConfig, *, force: bool = False, observer: Observer = SILENT) -> RunReport:
-    """The output folder holds checkpoint, models, engines, evaluation and profile of `config`.
+    """The output folder holds checkpoint, models, engines, evaluation, profile and report of `config`.
 
     Args:
         force: run every stage again.
@@ -199,23 +188,24 @@ def run(config: RunConfig, *, force: bool = False, observer: Observer = SILENT) 
         config.output.mkdir(parents=True, exist_ok=True)
     except OSError as err:
         raise ConfigError(f"cannot make the folder {config.output}: {err.strerror}") from err
-    state_path = config.output / "run.json"
+    state_path = config.output / RUN_STATE
     state = RunState() if force else _read_state(state_path, observer)
     ran, reused, files = [], [], {}
-    for make_stage in (_freeze_stage, _export_stage, _build_stage, _evaluate_stage, _profile_stage):
+    for name, make_stage in _STAGES.items():
         stage = make_stage(config, observer)
         if stage is None:
+            state = _without(name, state, state_path)
             continue
         inputs = digest_bytes(json.dumps(stage.inputs, sort_keys=True, default=str).encode())
-        if _is_done(state.stages.get(stage.name), inputs, stage.outputs):
-            reused.append(stage.name)
+        if _is_done(state.stages.get(name), inputs, stage.outputs):
+            reused.append(name)
         else:
-            observer.note(f"{stage.name}: running")
+            observer.note(f"{name}: running")
             stage.action()
             finished = StageState(inputs=inputs, outputs={file.name: digest_file(file) for file in stage.outputs})
-            state = RunState(stages={**state.stages, stage.name: finished})
+            state = RunState(stages={**state.stages, name: finished})
             state.write(state_path)
-            ran.append(stage.name)
+            ran.append(name)
         files.update({file.name: str(file) for file in stage.outputs})
     evaluated = config.output / "evaluation.json"
     return RunReport(
@@ -241,7 +231,7 @@ def _freeze_stage(config: RunConfig, observer: Observer) -> _Stage:
             from eamdeploy.host.freezing import freeze, read_shares
             from eamdeploy.host.model import ModelSpec, PreprocessingOverrides
             from eamdeploy.host.options import FreezeOptions
-            from eamdeploy.report.heatmap import draw_heatmap
+            from eamdeploy.reporting.heatmap import draw_heatmap
         header = freeze(
             ModelSpec(model.name, model.weights, model.kwargs),
             images,
@@ -268,7 +258,7 @@ def _freeze_stage(config: RunConfig, observer: Observer) -> _Stage:
         "images": [images.root.name, images.skip_bad, folder_digest(images.open())],
         "versions": _versions("eamdeploy", "torch", "timm"),
     }
-    return _Stage("freeze", inputs, [output, heatmap], action)
+    return _Stage(inputs, [output, heatmap], action)
 
 
 def _export_stage(config: RunConfig, observer: Observer) -> _Stage:
@@ -297,7 +287,7 @@ def _export_stage(config: RunConfig, observer: Observer) -> _Stage:
         "versions": _versions("eamdeploy", "torch", "onnx", "onnxscript"),
     }
     outputs = [model, baseline, reference_path(model), reference_path(baseline)]
-    return _Stage("export", inputs, outputs, action)
+    return _Stage(inputs, outputs, action)
 
 
 def _build_stage(config: RunConfig, observer: Observer) -> _Stage:
@@ -313,7 +303,7 @@ def _build_stage(config: RunConfig, observer: Observer) -> _Stage:
         "threads": config.profile.threads,
         "versions": _versions("eamdeploy", "onnxruntime"),
     }
-    return _Stage("build", inputs, [*engines, *map(manifest_path, engines)], action)
+    return _Stage(inputs, [*engines, *map(manifest_path, engines)], action)
 
 
 def _evaluate_stage(config: RunConfig, observer: Observer) -> _Stage | None:
@@ -332,7 +322,7 @@ def _evaluate_stage(config: RunConfig, observer: Observer) -> _Stage | None:
         "images": folder_digest(folder, with_labels=True),
         "versions": _versions("eamdeploy", "onnxruntime"),
     }
-    return _Stage("evaluate", inputs, [output], action)
+    return _Stage(inputs, [output], action)
 
 
 def _profile_stage(config: RunConfig, observer: Observer) -> _Stage:
@@ -346,9 +336,7 @@ def _profile_stage(config: RunConfig, observer: Observer) -> _Stage:
             baseline,
             threads=options.threads or usable_cores(),
             batch=options.batch,
-            warmup_ms=options.warmup_ms,
-            min_seconds=options.min_seconds,
-            min_runs=options.min_runs,
+            schedule=Schedule(options.warmup_ms, options.min_seconds, options.min_runs, options.sittings),
         ).write(output)
 
     inputs = {
@@ -356,7 +344,32 @@ def _profile_stage(config: RunConfig, observer: Observer) -> _Stage:
         "engines": [digest_file(engine), digest_file(baseline)],
         "versions": _versions("eamdeploy", "onnxruntime"),
     }
-    return _Stage("profile", inputs, [output], action)
+    return _Stage(inputs, [output], action)
+
+
+def _report_stage(config: RunConfig, observer: Observer) -> _Stage:
+    output, state = config.output / "report.html", config.output / RUN_STATE
+    shown = ["model.eam.safetensors", "model.ort.onnx.json", "baseline.ort.onnx.json", "profile.json"]
+    shown += [] if config.evaluate is None else ["evaluation.json"]
+
+    def action() -> None:
+        report([state], output)
+
+    inputs = {
+        "files": [digest_file(config.output / name) for name in shown],
+        "versions": _versions("eamdeploy"),
+    }
+    return _Stage(inputs, [output], action)
+
+
+_STAGES: Mapping[str, Callable[[RunConfig, Observer], _Stage | None]] = {
+    "freeze": _freeze_stage,
+    "export": _export_stage,
+    "build": _build_stage,
+    "evaluate": _evaluate_stage,
+    "profile": _profile_stage,
+    "report": _report_stage,
+}
 
 
 # --- what they share -------------------------------------------------------------------------------------------------
@@ -368,6 +381,15 @@ def _is_done(state: StageState | None, inputs: str, outputs: list[Path]) -> bool
         and state.inputs == inputs
         and all(file.is_file() and state.outputs.get(file.name) == digest_file(file) for file in outputs)
     )
+
+
+def _without(name: str, state: RunState, path: Path) -> RunState:
+    """`state`, here and at `path`, without a stage that the configuration no longer has."""
+    if name not in state.stages:
+        return state
+    rest = RunState(stages={other: stage for other, stage in state.stages.items() if other != name})
+    rest.write(path)
+    return rest
 
 
 def _read_state(path: Path, observer: Observer) -> RunState:

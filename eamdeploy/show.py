@@ -9,23 +9,24 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from eamdeploy.artifact import Freezing
+from eamdeploy import show_profile
+from eamdeploy.artifact import RANDOM_WARNING, Freezing
 from eamdeploy.eam.records import AttentionShape, CheckpointHeader
+from eamdeploy.eam.selection import PLURALS
 from eamdeploy.engines.base import DeviceBuild, Manifest
 from eamdeploy.evaluation import EvaluationReport
-from eamdeploy.inspection import PLURALS, Inspection
+from eamdeploy.inspection import Inspection
 from eamdeploy.pipeline import RunReport
-from eamdeploy.profiling.profile import EngineProfile, Profile
+from eamdeploy.show_profile import SLOWEST
 
 if TYPE_CHECKING:
+    from eamdeploy.diagnosis import Diagnosis, Finding
+    from eamdeploy.eam.analysis import Analysis
     from eamdeploy.engines.trt_request import BuilderRequest
-    from eamdeploy.host.exporting import Export
-    from eamdeploy.host.freezing import Analysis
+    from eamdeploy.host.export_record import Export
     from eamdeploy.host.gain import Gain
     from eamdeploy.lint.linter import LintReport
-
-_SLOWEST = 10
-RANDOM_WARNING = "The weights are random: latency and size mean something, accuracy and frozen heads do not."
+    from eamdeploy.reporting.report import Report
 
 
 def fields(title: str, rows: Mapping[str, object]) -> RenderableType:
@@ -104,10 +105,10 @@ def export(result: Export) -> RenderableType:
 def _gain(gain: Gain) -> str:
     """What freezing gained, in the words of the measurement."""
     speed, threads = gain.speed_up, f"{gain.threads} thread" + "s" * (gain.threads > 1)
-    verdict = ("faster" if speed.median > 1 else "slower") if gain.steady else "no difference beyond the noise"
+    verdict = {"no difference": "no difference beyond the noise"}.get(speed.verdict, speed.verdict)
     return (
         f"{speed.median:.2f}× the speed of the unfrozen twin on ONNX Runtime CPU here, {threads}: {verdict} "
-        f"(p25–p75 {speed.p25:.2f}–{speed.p75:.2f}, {speed.rounds} rounds taking turns)"
+        f"(95 % interval {speed.low:.2f}–{speed.high:.2f}, {speed.rounds} rounds taking turns)"
     )
 
 
@@ -128,8 +129,10 @@ def lint(report: LintReport) -> RenderableType:
 def run(report: RunReport) -> RenderableType:
     """What was frozen, what it cost and gained, which stages ran, and where the files are."""
     ran, unchanged = ", ".join(report.ran) or "nothing", ", ".join(report.reused) or "nothing"
-    stages = fields("Stages", {"ran": ran, "unchanged": unchanged, "files": list(report.files.values())})
-    parts = [checkpoint(report.freezing), profile(report.profile), stages]
+    page = report.files["report.html"]
+    rows = {"ran": ran, "unchanged": unchanged, "files": list(report.files.values()), "open this": page}
+    stages = fields("Stages", rows)
+    parts = [checkpoint(report.freezing), show_profile.profile(report.profile), stages]
     if report.evaluation is not None:
         parts.insert(1, evaluation(report.evaluation))
     return Group(*(line for part in parts for line in (part, Text())))
@@ -171,7 +174,7 @@ def _device(built: DeviceBuild) -> dict[str, object]:
         twin = built.baseline
         rows["baseline"] = f"{twin.engine}: {twin.engine_bytes:,} bytes, {twin.layers} layers"
     if built.layer_ms is not None:
-        slowest = sorted(built.layer_ms.items(), key=lambda item: -item[1])[:_SLOWEST]
+        slowest = sorted(built.layer_ms.items(), key=lambda item: -item[1])[:SLOWEST]
         rows["slowest layers"] = [f"{ms:.4f} ms {name}" for name, ms in slowest]
     return rows
 
@@ -212,18 +215,10 @@ def evaluation(report: EvaluationReport) -> RenderableType:
     return _with_warning(Group(title, table), report.weights)
 
 
-def profile(measured: Profile) -> RenderableType:
-    """Latency, memory and size of every engine, with the caveats that belong to them."""
-    everyone = [*([measured.baseline] if measured.baseline else []), *measured.engines]
-    machine = measured.machine
-    title = f"{machine.cpu}, {measured.threads} threads, batch {measured.batch}"
-    table = Table(title=title, title_justify="left", box=None, padding=(0, 2, 0, 0))
-    columns = ("engine", "p50 ms", "mean", "p90", "p99", "images/s", "speed-up (p25–p75)", "memory MB", "file MB")
-    for name in columns:
-        table.add_column(name, justify="left" if name == "engine" else "right")
-    for item in everyone:
-        table.add_row(*_profile_row(item, item is measured.baseline))
-    return Group(table, *(Text(line, style="yellow") for line in _caveats(everyone)))
+def report(written: Report) -> RenderableType:
+    """Where the report is, what it is about, and the caveats that it carries."""
+    page = fields("Report", {"page": written.page, **({"Markdown": written.markdown} if written.markdown else {})})
+    return Group(page, *(Text(line, style="yellow") for line in written.caveats))
 
 
 def inspection(found: Inspection) -> RenderableType:
@@ -231,29 +226,53 @@ def inspection(found: Inspection) -> RenderableType:
     return fields(f"{found.file}: {found.kind}", {"bytes": f"{found.bytes:,}", "digest": found.digest, **found.details})
 
 
+def doctor(found: Diagnosis) -> RenderableType:
+    """What the machine has, and for everything that eamdeploy does what it lacks."""
+    machine = found.machine
+    clock = "" if machine.frequency_mhz is None else f", {machine.frequency_mhz:.0f} MHz now"
+    most = "" if machine.max_frequency_mhz is None else f", {machine.max_frequency_mhz:.0f} MHz at most"
+    governor = "" if machine.governor is None else f", governor {machine.governor}"
+    rows: dict[str, object] = {
+        "versions": ", ".join(f"{name} {version}" for name, version in machine.versions.items()),
+        "system": f"{machine.system}, {machine.architecture}",
+        "CPU": f"{machine.cpu}, {machine.usable_cores} of {machine.cores} cores usable{clock}{most}{governor}",
+        "memory": f"{found.memory_free_bytes / 1e9:.1f} of {machine.memory_bytes / 1e9:.1f} GB free",
+        "ONNX Runtime": _finding(found.onnxruntime),
+        "providers": ", ".join(found.providers) or "none",
+        "TensorRT": _finding(found.tensorrt),
+        "GPU": _finding(found.gpu),
+        **_device_rows(found),
+    }
+    table = Table(title="What can be done here", title_justify="left", box=None, padding=(0, 2, 0, 0))
+    table.add_column("what")
+    table.add_column("missing")
+    told = {item.missing for item in (found.onnxruntime, found.tensorrt, found.gpu)}
+    for item in found.capabilities:
+        lines = [f"{line.partition('. ')[0]} (see above)" if line in told else line for line in item.missing]
+        told.update(item.missing)
+        table.add_row(Text(item.name), Text("\n".join(lines) or "nothing", style="yellow" if lines else "green"))
+    return Group(fields("This machine", rows), Text(), table)
+
+
+def _finding(item: Finding) -> str:
+    return item.found or f"none: {item.missing}"
+
+
+def _device_rows(found: Diagnosis) -> dict[str, object]:
+    device = found.device
+    if device is None:
+        return {} if found.device_missing is None else {"device": f"none: {found.device_missing}"}
+    locked = {None: "", True: ", locked", False: ", not locked"}[device.clocks_locked]
+    rows: dict[str, object] = {
+        "device": ", ".join([f"{device.name} ({device.kind})", *map(" ".join, device.software.items())]),
+        "power mode": device.power_mode or "",
+        "clocks": ", ".join(f"{name} {mhz:.0f} MHz" for name, mhz in device.clocks_mhz.items()) + locked,
+        "temperatures": ", ".join(f"{name} {value:.0f} °C" for name, value in device.temperatures_c.items()),
+        "throttling": ", ".join(device.throttling),
+        "warnings": device.warnings,
+    }
+    return {name: value for name, value in rows.items() if value}
+
+
 def _with_warning(shown: RenderableType, weights: str | None) -> RenderableType:
     return Group(shown, Text(RANDOM_WARNING, style="yellow")) if weights == "random" else shown
-
-
-def _profile_row(item: EngineProfile, is_baseline: bool) -> list[str]:
-    latency, memory = item.latency, item.memory
-    figures = (latency.p50_ms, latency.mean_ms, latency.p90_ms, latency.p99_ms)
-    ratio = "baseline" if is_baseline else ""
-    if item.speed_up is not None:
-        ratio = f"{item.speed_up.median:.3f}× ({item.speed_up.p25:.3f}–{item.speed_up.p75:.3f})"
-    return [
-        item.engine,
-        *(f"{figure:.2f}" for figure in figures),
-        f"{latency.throughput_images_per_s:.1f}",
-        ratio,
-        "" if memory is None else f"{memory.peak_rss_bytes / 1e6:.0f}",
-        "" if memory is None else f"{memory.engine_bytes / 1e6:.2f}",
-    ]
-
-
-def _caveats(everyone: list[EngineProfile]) -> list[str]:
-    lines = [f"{item.engine}: {item.latency.warning}" for item in everyone if item.latency.warning]
-    lines += [f"{item.engine}: its parity was not checked" for item in everyone if item.parity is None]
-    if any(item.model is not None and item.model.weights == "random" for item in everyone):
-        lines.append(RANDOM_WARNING)
-    return lines

@@ -1,7 +1,8 @@
 """A model in mixed precision, for TensorRT from 11 on, where the types in the file decide.
 
 Before:  float32 tensors
-After:   float16 tensors, but float32 input, output, scales of Q/DQ, and the steps that `trt_precision` names
+After:   float16 tensors, but float32 input, output, scales of frozen maps, and the steps that `trt_precision` names
+         from opset 19 also float16 scales around INT8 products, so that no Cast stands between them and their Q/DQ
 Exact:   no: FP16's 11 bits; what stays float32 is computed in it without a detour through float16
 
 Made by ONNX Runtime's own converter, which comes in its package. NVIDIA's `modelopt.onnx.autocast` takes no graph with
@@ -10,12 +11,14 @@ DequantizeLinear and wants CUDA's packages; `onnxconverter-common` is what ONNX 
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Sequence
 
+import numpy as np
 import onnx
+from onnx import numpy_helper
 
 from eamdeploy.engines.trt_precision import Step, steps_to_keep
+from eamdeploy.ort_tools import import_tool
 
 _KINDS = {
     "LayerNormalization": "normalization",
@@ -31,7 +34,7 @@ _KINDS = {
     "Cast": "view",
     "Identity": "view",
 }
-_SCALED = ("DequantizeLinear", "QuantizeLinear")
+HALF_SCALES_OPSET = 19
 
 
 def to_half(model: onnx.ModelProto, kinds: Sequence[str]) -> onnx.ModelProto:
@@ -47,21 +50,45 @@ def to_half(model: onnx.ModelProto, kinds: Sequence[str]) -> onnx.ModelProto:
     steps = [
         Step(_KINDS.get(node.op_type, node.op_type), tuple(node.input), tuple(node.output)) for node in named.graph.node
     ]
-    search_path = list(sys.path)
-    from onnxruntime.transformers import float16
-
-    sys.path[:] = search_path  # that package adds its folder, whose modules have names like "benchmark" and "models"
+    float16 = import_tool("transformers.float16")
     half: onnx.ModelProto = float16.convert_float_to_float16(
         named,
         keep_io_types=True,
-        op_block_list=[*float16.DEFAULT_OP_BLOCK_LIST, *_SCALED],
-        node_block_list=[named.graph.node[index].name for index in steps_to_keep(steps, kinds)],
+        op_block_list=list(float16.DEFAULT_OP_BLOCK_LIST),
+        node_block_list=[
+            *(named.graph.node[index].name for index in steps_to_keep(steps, kinds)),
+            *_with_float_scales(named),
+        ],
     )
     nodes = _sorted(_without_detours(list(half.graph.node), {item.name for item in half.graph.output}))
     copies = [onnx.NodeProto.FromString(node.SerializeToString()) for node in nodes]
     del half.graph.node[:], half.graph.value_info[:]
     half.graph.node.extend(copies)
     return half
+
+
+def _with_float_scales(model: onnx.ModelProto) -> list[str]:
+    """Names of the QuantizeLinear and DequantizeLinear nodes whose scales stay float32.
+
+    Those of frozen maps do: a row of many codes has a scale that float16 would round too much. Those around an INT8
+    product don't, if float16 has the same numbers and the operator set has float16 scales.
+    """
+    graph = model.graph
+    opset = next(item.version for item in model.opset_import if item.domain in ("", "ai.onnx"))
+    constants = {item.name: item for item in graph.initializer}
+    quantized = {node.output[0] for node in graph.node if node.op_type == "QuantizeLinear"}
+    factors = {name for node in graph.node if node.op_type == "MatMul" for name in node.input}
+    kept = []
+    for node in graph.node:
+        if node.op_type not in ("QuantizeLinear", "DequantizeLinear"):
+            continue
+        around = node.op_type == "QuantizeLinear" or node.input[0] in quantized or node.output[0] in factors
+        scale = constants.get(node.input[1])
+        values = None if scale is None else numpy_helper.to_array(scale)
+        fits = values is not None and np.array_equal(values.astype(np.float16), values)
+        if opset < HALF_SCALES_OPSET or not around or not fits:
+            kept.append(node.name)
+    return kept
 
 
 def _without_detours(nodes: list[onnx.NodeProto], results: set[str]) -> list[onnx.NodeProto]:

@@ -9,14 +9,19 @@ from __future__ import annotations
 from pathlib import Path
 
 import onnx
+import onnx.version_converter
 
-from eamdeploy.artifact import digest_bytes
+from eamdeploy.activation_ranges import Calibration, measure_ranges
+from eamdeploy.artifact import ModelCard, digest_bytes
 from eamdeploy.engines.trt_request import FrozenMap, ModelFacts, TrtModel, TrtOptions, kept_kinds
 from eamdeploy.engines.trt_versions import TrtVersion, capabilities
-from eamdeploy.errors import ConfigError, EngineError
-from eamdeploy.graph.model import card_of
+from eamdeploy.errors import ConfigError, EngineError, UnsupportedGraph
+from eamdeploy.graph.model import card_of, to_graph, to_model, with_card
+from eamdeploy.observer import SILENT, Observer
+from eamdeploy.passes.base import PlannedPass, run_passes
+from eamdeploy.passes.quantize_products import QuantizeProducts, calibrated_tensors
 from eamdeploy.trt_flavour import to_trt
-from eamdeploy.trt_half import to_half
+from eamdeploy.trt_half import HALF_SCALES_OPSET, to_half
 
 _VIEWS = frozenset({"Reshape", "Cast", "Identity", "Transpose", "Unsqueeze", "Expand"})
 _TEXT = {
@@ -27,13 +32,23 @@ _TEXT = {
 }
 
 
-def prepare(path: Path, version: TrtVersion, options: TrtOptions) -> TrtModel:
-    """The model at `path` in the form that `version` takes, and in mixed precision where that decides the types.
+def prepare(
+    path: Path,
+    version: TrtVersion,
+    options: TrtOptions,
+    calibration: Calibration | None = None,
+    observer: Observer = SILENT,
+) -> TrtModel:
+    """The model at `path` in the form that `version` takes: in INT8 if asked, in mixed precision where types decide.
+
+    Args:
+        calibration: images that tell the ranges of activations, with `options.int8`; None for a model that is
+            quantized already.
 
     Raises:
-        ConfigError: the file can't be read, or the version is too old.
+        ConfigError: the file can't be read, the version is too old, or calibration is not what this model needs.
         CheckpointError: the card in its metadata is damaged.
-        EngineError: it is no ONNX model in one file, or no image classifier.
+        EngineError: it is no ONNX model in one file, or no image classifier; or calibration failed.
         UnsupportedGraph: the converted graph is not valid.
     """
     try:
@@ -47,8 +62,13 @@ def prepare(path: Path, version: TrtVersion, options: TrtOptions) -> TrtModel:
     changes = [_TEXT.get(name, name) for name in new]
     dequantizers = [(node.name, node.output[0]) for node in original.graph.node if node.op_type == "DequantizeLinear"]
     maps = tuple(found for names in dequantizers if (found := _map(model.graph, *names)) is not None)
+    if calibration is not None:
+        model, text = _quantize(model, card, calibration, path, observer)
+        changes.append(text)
     kept = kept_kinds(options)
     if options.precision == "fp16" and capabilities(version).strongly_typed == "always":
+        if options.int8:
+            model = _raise_opset(model)
         model = to_half(model, kept)
         changes.append(f"FP16 tensors, FP32 kept for input, output{''.join(f', {kind}' for kind in kept)}")
     requantized = tuple(_TEXT[name] for name in new if name == "requantize_maps")
@@ -60,6 +80,42 @@ def prepare(path: Path, version: TrtVersion, options: TrtOptions) -> TrtModel:
         facts=_facts(model, maps, path, requantized),
         changes=tuple(changes),
     )
+
+
+def _quantize(
+    model: onnx.ModelProto, card: ModelCard | None, calibration: Calibration, path: Path, observer: Observer
+) -> tuple[onnx.ModelProto, str]:
+    """`model` with its products in INT8, and that in words."""
+    if card is None:
+        raise ConfigError(
+            f"{path} carries no model card, so calibration images can't be preprocessed",
+            hint="Calibrate a model that eamdeploy exported, or quantize this one before.",
+        )
+    if any(node.op_type == "QuantizeLinear" for node in model.graph.node):
+        raise ConfigError(f"{path} is quantized already", hint="Leave the calibration images out.")
+    graph = to_graph(model)
+    ranges = measure_ranges(to_model(graph), calibrated_tensors(graph), card.preprocessing, calibration, observer)
+    (result,) = run_passes(graph, [PlannedPass(QuantizeProducts(ranges.ranges), expected=None)])
+    card = card.model_copy(update={"rewrites": [*card.rewrites, result.name]})
+    return with_card(to_model(graph), card), f"{result.rewritten} products in INT8, ranges: {ranges.in_words}"
+
+
+def _raise_opset(model: onnx.ModelProto) -> onnx.ModelProto:
+    """`model` in an operator set that has float16 scales, so that nothing stands between an INT8 product and its Q/DQ.
+
+    Raises:
+        UnsupportedGraph: onnx has no converter for one of its operators.
+    """
+    opset = next(item.version for item in model.opset_import if item.domain in ("", "ai.onnx"))
+    if opset >= HALF_SCALES_OPSET:
+        return model
+    try:
+        return onnx.version_converter.convert_version(model, HALF_SCALES_OPSET)
+    except RuntimeError as err:
+        raise UnsupportedGraph(
+            f"an INT8 model for this TensorRT needs operator set {HALF_SCALES_OPSET}: {str(err).strip()}",
+            hint=f"Export it with --opset {HALF_SCALES_OPSET}.",
+        ) from err
 
 
 def _load(data: bytes, path: Path) -> onnx.ModelProto:

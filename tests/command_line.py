@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 COMMANDS = (
     *("analyze", "freeze", "pack", "export", "lint", "build-ort", "build-trt", "evaluate"),
-    *("profile", "run", "inspect"),
+    *("profile", "report", "run", "inspect", "doctor"),
 )
 
 

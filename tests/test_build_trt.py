@@ -10,14 +10,17 @@ from pathlib import Path
 from typing import Any
 
 import fake_tensorrt
+import onnx
 import pytest
 from command_line import RunCli, only_error
 from fake_tensorrt import GENERATIONS, read_plan
+from lint_models import found
 
 from eamdeploy import cli_options as options
 from eamdeploy.build import plan_trt_build
 from eamdeploy.engines.base import Manifest, manifest_path
 from eamdeploy.engines.trt_request import BuilderRequest, TrtOptions
+from eamdeploy.engines.trt_versions import TrtVersion
 from eamdeploy.errors import ConfigError, DeviceError, MissingDependency
 from eamdeploy.parity import ReferenceSet, reference_path
 
@@ -25,8 +28,9 @@ from eamdeploy.parity import ReferenceSet, reference_path
 @pytest.fixture
 def model(eam_model: Path, tmp_path: Path) -> Path:
     """A copy of the exported model with its reference set."""
-    for file in (eam_model, reference_path(eam_model)):
+    for file in (eam_model, eam_model.with_name("base.onnx")):
         shutil.copy(file, tmp_path)
+        shutil.copy(reference_path(file), tmp_path)
     return tmp_path / eam_model.name
 
 
@@ -71,6 +75,78 @@ def test_engine_of_a_real_export_is_built_evaluated_and_profiled(
     (item,) = document(profiled.out)["engines"]
     assert (item["backend"], item["settings"]) == ("trt", manifest.settings)
     assert machine.cuda.memory == {}
+
+
+def test_int8_from_calibration_images(
+    machine: fake_tensorrt.Machine, model: Path, pictures: Path, run_cli: RunCli
+) -> None:
+    engine, given = model.with_suffix(".plan"), model.with_name("parsed.onnx")
+    asked = ["--fp16", "--int8", "--calib-data", pictures, "--calib-images", 8, "--min-agreement", 50]
+    built = run_cli("build-trt", model, "-o", engine, *asked, "--save-onnx", given, "--json")
+    assert built.code == 0, built.err
+    manifest = Manifest.parse(built.out, "stdout")
+    assert manifest.device is not None and manifest.device.int8
+    assert any(
+        "products in INT8, ranges: percentile of 8 images of pictures" in c for c in manifest.device.model_changes
+    )
+    assert manifest.parity is not None and manifest.parity.tolerance == "reduced-engine at 50 %"
+    assert len(manifest.device.engine_layers.frozen_maps) == 2  # type: ignore[union-attr]
+    parsed = onnx.load(given)
+    assert sum(node.op_type == "QuantizeLinear" for node in parsed.graph.node) > 10
+    version = TrtVersion.parse(manifest.device.runtime)
+    assert {finding.rule for finding in found(parsed, str(version))} <= {"attention-head-size"}
+    again = run_cli("build-trt", model, "-o", engine, *asked)
+    assert again.code == 0 and f"are taken from {engine}.ranges.json" in " ".join(again.err.split())
+
+
+def test_int8_without_a_gpu_is_asked_for_and_written(
+    no_tensorrt: None, model: Path, pictures: Path, run_cli: RunCli
+) -> None:
+    given, cache = model.with_name("parsed.onnx"), model.with_name("ranges.json")
+    asked = ["--int8", "--calib-data", pictures, "--calib-method", "minmax", "--calib-cache", cache]
+    shown = run_cli("build-trt", model, "--dry-run", "--trt", "10.3", *asked, "--save-onnx", given)
+    assert shown.code == 0, shown.err
+    assert "ranges: minmax of 24 images of pictures" in shown.out and cache.is_file()
+    evaluated = run_cli("evaluate", given, "--data", pictures, "--reference", model, "--json")
+    assert 50 <= document(evaluated.out)["agreement"] <= 100 and document(evaluated.out)["kl"] > 0
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--int8"], "--int8 needs a model that says what is INT8; expected QuantizeLinear"),
+        (["--calib-data", "PICTURES"], "calibration images are of use for INT8 alone"),
+        (["--int8", "--calib-data", "nowhere"], "cannot read images from nowhere"),
+        (["--int8", "--calib-data", "PICTURES", "--calib-cache", "MODEL"], "would replace the input"),
+    ],
+)
+def test_int8_asked_for_wrongly(
+    arguments: list[str], message: str, no_tensorrt: None, model: Path, pictures: Path, run_cli: RunCli
+) -> None:
+    named = {"PICTURES": pictures, "MODEL": model}
+    result = run_cli("build-trt", model, "--dry-run", "--trt", "8.6", *(named.get(each, each) for each in arguments))
+    assert message in only_error(result, 2)
+
+
+def test_a_model_that_is_quantized_already_is_not_quantized_again(
+    no_tensorrt: None, model: Path, pictures: Path, run_cli: RunCli
+) -> None:
+    given = model.with_name("parsed.onnx")
+    dry = ["--dry-run", "--trt", "8.6", "--int8", "--calib-data", pictures]
+    assert run_cli("build-trt", model, *dry, "--save-onnx", given).code == 0
+    assert "is quantized already" in only_error(run_cli("build-trt", given, *dry), 2)
+    assert run_cli("build-trt", given, *dry[:4]).code == 0
+
+
+def test_the_gate_of_an_fp32_engine_is_not_loosened(
+    model: Path, monkeypatch: pytest.MonkeyPatch, run_cli: RunCli
+) -> None:
+    fake_tensorrt.install(fake_tensorrt.make_machine(), monkeypatch)
+    twin = model.with_name("base.onnx")
+    refused = run_cli("build-trt", twin, "-o", twin.with_suffix(".plan"), "--min-agreement", 90)
+    assert "expected 0 to 100 %, and an engine in FP16, BF16 or INT8; got 90 % of an FP32 engine" in only_error(
+        refused, 2
+    )
 
 
 def test_memory_of_an_engine_is_that_of_a_process_of_its_own(

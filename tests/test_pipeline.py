@@ -16,18 +16,21 @@ from eamdeploy.engines.base import Manifest
 from eamdeploy.errors import ConfigError
 from eamdeploy.evaluation import EvaluationReport
 from eamdeploy.parity import ReferenceSet
-from eamdeploy.pipeline import RunConfig, RunReport, RunState, load_config
-from eamdeploy.profiling.profile import Profile, profile
-from eamdeploy.report import heatmap
+from eamdeploy.pipeline import RunConfig, RunReport, load_config
+from eamdeploy.profiling.profile import Extras, Profile, profile
+from eamdeploy.reporting import heatmap
+from eamdeploy.run_state import RunState
 
-STAGES = ["freeze", "export", "build", "evaluate", "profile"]
+STAGES = ["freeze", "export", "build", "evaluate", "profile", "report"]
 OUTPUTS = {
     "freeze": ["model.eam.safetensors", "heatmap.png"],
     "export": ["model.onnx", "baseline.onnx", "model.reference.npz", "baseline.reference.npz"],
     "build": ["model.ort.onnx", "baseline.ort.onnx", "model.ort.onnx.json", "baseline.ort.onnx.json"],
     "evaluate": ["evaluation.json"],
     "profile": ["profile.json"],
+    "report": ["report.html"],
 }
+SHOWN = ["model.eam.safetensors", "model.ort.onnx.json", "baseline.ort.onnx.json", "evaluation.json", "profile.json"]
 
 CONFIG = """
 output = "out"
@@ -54,6 +57,7 @@ threads = 1
 warmup_ms = 0.0
 min_seconds = 0.0
 min_runs = 2
+sittings = 1
 """
 
 
@@ -63,7 +67,7 @@ def make_cheap(patch: pytest.MonkeyPatch) -> None:
     def draw(scores: object, *, score_name: str, frozen: object, shares: object, title: str, path: Path) -> None:
         path.write_text(f"{title}, {score_name}: {frozen}, {shares}")
 
-    patch.setattr(pipeline, "profile", partial(profile, with_memory=False))
+    patch.setattr(pipeline, "profile", partial(profile, extras=Extras(fresh=False, power=False)))
     patch.setattr(heatmap, "draw_heatmap", draw)
 
 
@@ -105,6 +109,18 @@ def run_again(project: Path, changes: dict[str, dict[str, object]] | None = None
     for section, values in (changes or {}).items():
         document[section].update(values)
     return run(RunConfig.model_validate(document))
+
+
+def ran_before_the_report(project: Path, changes: dict[str, dict[str, object]] | None = None) -> list[str]:
+    """What runs again, but for the report, which must run exactly if a file that it shows is another than before."""
+
+    def shown() -> list[str]:
+        return [digest_file(file) if (file := project / "out" / name).exists() else "" for name in SHOWN]
+
+    before = shown()
+    ran = run_again(project, changes).ran
+    assert ("report" in ran) == (before != shown())
+    return [stage for stage in ran if stage != "report"]
 
 
 class Notes:
@@ -172,7 +188,7 @@ def test_force_runs_everything(project: Path) -> None:
 
 # --- what makes a stage run again ------------------------------------------------------------------------------------
 
-FROM_FREEZE, FROM_EXPORT = STAGES, STAGES[1:]
+FROM_FREEZE, FROM_EXPORT = STAGES[:-1], STAGES[1:-1]
 
 
 @pytest.mark.parametrize(
@@ -196,10 +212,9 @@ FROM_FREEZE, FROM_EXPORT = STAGES, STAGES[1:]
 def test_one_changed_option_runs_the_stages_that_depend_on_it(
     project: Path, changes: dict[str, dict[str, object]], ran: list[str]
 ) -> None:
+    assert ran_before_the_report(project, changes) == ran
     report = run_again(project, changes)
-    assert report.ran == ran
-    assert report.reused == [stage for stage in STAGES if stage not in ran]
-    assert run_again(project, changes).ran == []
+    assert (report.ran, report.reused) == ([], STAGES)
 
 
 def redraw(project: Path, index: int) -> None:
@@ -236,7 +251,7 @@ def test_changed_contents_run_the_stages_that_read_them(
     project: Path, change: Callable[[Path], None], ran: list[str]
 ) -> None:
     change(project)
-    assert run_again(project).ran == ran
+    assert ran_before_the_report(project) == ran
 
 
 def test_a_picture_that_only_export_reads_counts_too(project: Path) -> None:
@@ -256,6 +271,7 @@ def test_a_picture_that_only_export_reads_counts_too(project: Path) -> None:
         ("build", "changed"),
         ("evaluate", "changed"),
         ("profile", "deleted"),
+        ("report", "changed"),
     ],
 )
 def test_a_touched_output_runs_its_stage(project: Path, stage: str, how: str) -> None:
@@ -266,7 +282,8 @@ def test_a_touched_output_runs_its_stage(project: Path, stage: str, how: str) ->
         else:
             file.write_bytes(file.read_bytes() + b" ")
     # the stages are deterministic, so those after it find their input unchanged
-    assert run_again(project).ran == [stage]
+    report = run_again(project)
+    assert [name for name in report.ran if name in (stage, *FROM_FREEZE)] == [stage]
 
 
 @pytest.mark.parametrize("text", ["", '{"format": 2, "stages": {}}'])
@@ -293,9 +310,18 @@ def test_a_failed_stage_keeps_what_was_done_and_the_next_run_goes_on(project: Pa
 def test_without_pictures_to_measure_on_there_is_no_evaluation(project: Path) -> None:
     config = load_config(project / "run.toml").model_copy(update={"evaluate": None, "output": project / "new"})
     report = run(config)
-    assert report.ran == ["freeze", "export", "build", "profile"]
+    assert report.ran == ["freeze", "export", "build", "profile", "report"]
     assert report.evaluation is None
     assert not (project / "new" / "evaluation.json").exists()
+
+
+def test_a_stage_that_is_left_out_is_forgotten_and_leaves_the_report(project: Path) -> None:
+    page = project / "out" / "report.html"
+    assert "Accuracy and agreement" in page.read_text()
+    config = load_config(project / "run.toml").model_copy(update={"evaluate": None})
+    assert run(config).ran == ["report"]
+    assert "evaluate" not in RunState.read(project / "out" / "run.json").stages
+    assert "Accuracy and agreement" not in page.read_text()
 
 
 def test_class_folders_need_no_names_to_calibrate(project: Path) -> None:
@@ -306,7 +332,7 @@ def test_class_folders_need_no_names_to_calibrate(project: Path) -> None:
         folder.mkdir(exist_ok=True)
         file.rename(folder / file.name)
     config = load_config(project / "run.toml").model_copy(update={"evaluate": None})
-    assert run(config).ran == ["freeze", "export", "build", "profile"]
+    assert run(config).ran == ["freeze", "export", "build", "profile", "report"]
 
 
 def test_output_folder_that_cannot_be_made_is_an_error(project: Path) -> None:
@@ -386,4 +412,5 @@ def test_defaults_are_those_of_the_commands(tmp_path: Path) -> None:
         "warmup_ms": 200.0,
         "min_seconds": 3.0,
         "min_runs": 50,
+        "sittings": 5,
     }

@@ -7,9 +7,9 @@ from rich.console import Console, RenderableType
 
 from eamdeploy import show
 from eamdeploy.artifact import Freezing, Preprocessing
+from eamdeploy.eam.analysis import Analysis
 from eamdeploy.eam.records import AttentionShape, Calibration
 from eamdeploy.eam.selection import Granularity
-from eamdeploy.host.freezing import Analysis
 
 SHAPE = AttentionShape(heads=3, tokens=5)
 

@@ -6,7 +6,7 @@ import onnxruntime
 import pytest
 from engine_models import SIZE, make_frozen_model
 from numpy.typing import NDArray
-from onnx import TensorProto, helper
+from onnx import TensorProto, helper, numpy_helper
 from onnx.reference import ReferenceEvaluator
 
 from eamdeploy.trt_half import to_half
@@ -97,3 +97,66 @@ def test_maps_stay_integers_with_float32_scales_and_the_model_is_left_alone() ->
     got, want = np.asarray(session.run(None, {"image": images})[0]), make_frozen_model().forward(images)
     assert got.dtype == np.float32
     np.testing.assert_allclose(got, want, atol=0.01 * np.abs(want).max())
+
+
+def quantized_model(opset: int, weight_scale: float) -> onnx.ModelProto:
+    """logits = dq(q(image)) · dq(weight) over the last axis, then a frozen map's product behind a Reshape."""
+    initializers = {
+        "s": np.array(2.0**-6, np.float32),
+        "z": np.array(0, np.int8),
+        "w": np.random.default_rng(0).integers(-127, 128, (8, 8)).astype(np.int8),
+        "ws": np.full(8, weight_scale, np.float32),
+        "wz": np.zeros(8, np.int8),
+        "m": np.random.default_rng(1).integers(0, 50, (4, 4)).astype(np.int8),
+        "ms": np.full(4, 2.0**-7, np.float32),
+        "mz": np.zeros(4, np.int8),
+        "shape": np.array([1, 4, 4]),
+    }
+    nodes = [
+        helper.make_node("Relu", ["image"], ["x"], "stem"),
+        helper.make_node("QuantizeLinear", ["x", "s", "z"], ["q"], "quantize"),
+        helper.make_node("DequantizeLinear", ["q", "s", "z"], ["d"], "dequantize"),
+        helper.make_node("DequantizeLinear", ["w", "ws", "wz"], ["dw"], "weight", axis=1),
+        helper.make_node("MatMul", ["d", "dw"], ["y"], "product"),
+        helper.make_node("DequantizeLinear", ["m", "ms", "mz"], ["rows"], "rows", axis=0),
+        helper.make_node("Reshape", ["rows", "shape"], ["map"], "map"),
+        helper.make_node("MatMul", ["map", "y"], ["logits"], "frozen"),
+    ]
+    shape = ["B", 3, 4, 8]
+    graph = helper.make_graph(
+        nodes,
+        "quantized",
+        [helper.make_tensor_value_info("image", TensorProto.FLOAT, shape)],
+        [helper.make_tensor_value_info("logits", TensorProto.FLOAT, shape)],
+        [numpy_helper.from_array(values, name) for name, values in initializers.items()],
+    )
+    return helper.make_model(graph, opset_imports=[helper.make_opsetid("", opset)], ir_version=8)
+
+
+@pytest.mark.parametrize(
+    ("opset", "weight_scale", "halves"),
+    [
+        (19, 2.0**-8, {"s", "ws"}),  # no Cast between an INT8 product and its pairs
+        (19, 1 / 300, {"s"}),  # float16 has no such number
+        (17, 2.0**-8, set()),  # nor has this operator set float16 scales
+    ],
+)
+def test_scales_around_int8_products_are_float16_where_that_changes_nothing(
+    opset: int, weight_scale: float, halves: set[str]
+) -> None:
+    model = quantized_model(opset, weight_scale)
+    half = to_half(model, BOTH)
+    onnx.checker.check_model(half, full_check=True)
+    stored = {item.name: item for item in half.graph.initializer}
+    assert {name for name, item in stored.items() if item.data_type == TensorProto.FLOAT16} == halves
+    producers = {name: node.op_type for node in half.graph.node for name in node.output}
+    product = next(node for node in half.graph.node if node.name == "product")
+    wanted = ["DequantizeLinear" if name in halves else "Cast" for name in ("s", "ws")]
+    assert [producers[name] for name in product.input] == wanted
+    options = onnxruntime.SessionOptions()
+    options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
+    got, want = (
+        onnxruntime.InferenceSession(each.SerializeToString(), options).run(None, {"image": IMAGES[:, :3]})[0]
+        for each in (half, model)
+    )
+    np.testing.assert_allclose(got, want, atol=0.005 * np.abs(want).max())

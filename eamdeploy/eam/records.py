@@ -126,6 +126,12 @@ class FrozenMaps:
         return spread_mask(self.mask, (len(self.heads), keys, keys))
 
     @property
+    def shares(self) -> list[float]:
+        """For every head, the share of its entries that is frozen, in (0, 1]."""
+        shares: list[float] = self.frozen().reshape(len(self.heads), -1).mean(axis=1).tolist()
+        return shares
+
+    @property
     def frozen_entries(self) -> int:
         """Frozen entries of all heads in one window."""
         return int(np.count_nonzero(self.frozen()))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Final, Literal, get_args
 
 import numpy as np
 from numpy.typing import NDArray
@@ -15,6 +15,7 @@ from eamdeploy.errors import ConfigError
 Granularity = Literal["head", "row", "entry"]
 
 GRANULARITIES: tuple[Granularity, ...] = get_args(Granularity)
+PLURALS: Final[Mapping[Granularity, str]] = {"head": "heads", "row": "rows", "entry": "entries"}
 _SHARE_SLACK = 1e-9  # so that 0.3 of 10 heads is 3 although 0.3 * 10 may round below
 
 

@@ -61,6 +61,24 @@ class EngineIO:
             )
 
 
+class LatencySplit(Record):
+    """Where the time of one inference goes; medians over the runs.
+
+    Attributes:
+        copy_in_ms, compute_ms, copy_out_ms: on the GPU, between events.
+        enqueue_ms: of the processor, to queue all that.
+        cuda_graph: whether it was queued as one recorded graph; copies are then part of `compute_ms`.
+    """
+
+    runs: int
+    batch: int
+    copy_in_ms: float
+    compute_ms: float
+    copy_out_ms: float
+    enqueue_ms: float
+    cuda_graph: bool
+
+
 class Runner(Protocol):
     """An engine loaded and ready to run; closes itself as a context manager.
 
@@ -82,12 +100,35 @@ class Runner(Protocol):
     @property
     def settings(self) -> Mapping[str, str]: ...
 
+    @property
+    def device_memory_bytes(self) -> int | None:
+        """What it needs on a GPU to run, besides its weights; None without a GPU."""
+        ...
+
     def infer(self, images: NDArray[np.float32]) -> NDArray[np.float32]:
         """Logits float32 [B, classes] of normalized images float32 [B, 3, H, W], when they are all computed.
 
         Raises:
             ConfigError: the input's dtype or shape does not fit.
             EngineError: the backend failed.
+        """
+        ...
+
+    def split(self, images: NDArray[np.float32], runs: int) -> LatencySplit | None:
+        """Where the time of an inference of these images goes; None where nothing is copied to a device.
+
+        Raises:
+            ConfigError: the images don't fit, or are more than the engine takes at once.
+            EngineError: the backend failed.
+        """
+        ...
+
+    def layer_times(self, images: NDArray[np.float32], runs: int) -> dict[str, float]:
+        """Mean milliseconds of every layer on these images, in the engine's order; measuring slows it a little.
+
+        Raises:
+            ConfigError: the images don't fit.
+            EngineError: the backend failed, or can't tell.
         """
         ...
 
@@ -174,24 +215,6 @@ class DeviceBuild(Record):
     layer_ms: dict[str, float] | None = None
     baseline: EngineSize | None = None
     log: str
-
-
-class LatencySplit(Record):
-    """Where the time of one inference goes; medians over the runs.
-
-    Attributes:
-        copy_in_ms, compute_ms, copy_out_ms: on the GPU, between events.
-        enqueue_ms: of the processor, to queue all that.
-        cuda_graph: whether it was queued as one recorded graph; copies are then part of `compute_ms`.
-    """
-
-    runs: int
-    batch: int
-    copy_in_ms: float
-    compute_ms: float
-    copy_out_ms: float
-    enqueue_ms: float
-    cuda_graph: bool
 
 
 class Manifest(Record):

@@ -20,8 +20,10 @@ What the settings are, and why (ONNX Runtime 1.31 on x86; a DeiT-Tiny-shaped gra
 
 from __future__ import annotations
 
+import json
 import os
 import re
+import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from types import MappingProxyType, TracebackType
@@ -33,7 +35,7 @@ from numpy.typing import NDArray
 from onnxruntime.capi import onnxruntime_pybind11_state as state
 
 from eamdeploy.artifact import CARD_KEY, ModelCard, digest_bytes
-from eamdeploy.engines.base import EngineIO, Manifest, check_against_reference, publish, utc_now
+from eamdeploy.engines.base import EngineIO, LatencySplit, Manifest, check_against_reference, publish, utc_now
 from eamdeploy.engines.provenance import machine_summary, package_versions
 from eamdeploy.errors import ConfigError, EngineError
 from eamdeploy.parity import TOLERANCES, ReferenceSet
@@ -63,8 +65,10 @@ _NO_DATA_FILES: Mapping[str, str] = MappingProxyType(
     {"session.model_external_initializers_file_folder_path": os.devnull}
 )
 
+_KERNEL = "_kernel_time"  # what the profiler puts behind a node's name
+_PROFILE_WARMUP = 3
 _FATAL_ONLY = 4  # the exception says all; ONNX Runtime would log it to stderr as well
-_ORT_FAILURES: tuple[type[Exception], ...] = (
+ORT_FAILURES: tuple[type[Exception], ...] = (
     state.EPFail,
     state.Fail,
     state.InvalidArgument,
@@ -107,14 +111,16 @@ class OrtRunner:
         options = _session_options(threads, {**self.settings, **extra}, self.name)
         try:
             session = onnxruntime.InferenceSession(source, options, providers=["CPUExecutionProvider"])
-        except _ORT_FAILURES as err:
+        except ORT_FAILURES as err:
             raise EngineError(
                 f"ONNX Runtime can't load {self.name}: {_reason(err)}",
                 hint="It is damaged, no ONNX model, keeps data in a second file, or needs a newer ONNX Runtime.",
             ) from err
         self.io = _engine_io(session, self.name)
         self.card = _card(session, self.name)
+        self.device_memory_bytes: int | None = None
         self._session: Any = session
+        self._source, self._threads, self._extra = source, threads, extra
 
     def infer(self, images: NDArray[np.float32]) -> NDArray[np.float32]:
         """Logits float32 [B, classes] of normalized images float32 [B, 3, H, W].
@@ -128,7 +134,7 @@ class OrtRunner:
             raise EngineError(f"engine {self.name} is closed")
         try:
             (logits,) = self._session.run([self.io.output_name], {self.io.input_name: images})
-        except _ORT_FAILURES as err:
+        except ORT_FAILURES as err:
             raise EngineError(f"ONNX Runtime failed to run {self.name}: {_reason(err)}") from err
         if logits.dtype != np.float32 or logits.ndim != 2 or len(logits) != len(images):
             raise EngineError(
@@ -137,6 +143,36 @@ class OrtRunner:
                 got=f"{logits.dtype} {list(logits.shape)}",
             )
         return np.asarray(logits)
+
+    def split(self, images: NDArray[np.float32], runs: int) -> LatencySplit | None:
+        """None: nothing is copied to a device."""
+        self.io.check(images, self.name)
+        return None
+
+    def layer_times(self, images: NDArray[np.float32], runs: int) -> dict[str, float]:
+        """Mean milliseconds of every node, as ONNX Runtime's own profiler tells; in a session of its own.
+
+        Raises:
+            ConfigError: the input's dtype or shape does not fit.
+            EngineError: ONNX Runtime can't load or run the model.
+        """
+        self.io.check(images, self.name)
+        options = _session_options(self._threads, {**self.settings, **self._extra}, self.name)
+        options.enable_profiling = True
+        with tempfile.TemporaryDirectory() as folder:
+            options.profile_file_prefix = str(Path(folder) / "profile")
+            try:
+                session = onnxruntime.InferenceSession(self._source, options, providers=["CPUExecutionProvider"])
+                for _ in range(_PROFILE_WARMUP + runs):
+                    session.run([self.io.output_name], {self.io.input_name: images})
+                events = json.loads(Path(session.end_profiling()).read_text())
+            except ORT_FAILURES as err:
+                raise EngineError(f"ONNX Runtime failed to profile {self.name}: {_reason(err)}") from err
+        times: dict[str, list[float]] = {}
+        for event in events:
+            if event.get("cat") == "Node" and event["name"].endswith(_KERNEL):
+                times.setdefault(event["name"].removesuffix(_KERNEL), []).append(event["dur"] / 1e3)
+        return {name: float(np.mean(values[_PROFILE_WARMUP:])) for name, values in times.items()}
 
     def close(self) -> None:
         """The session and its memory are released; a second call does nothing."""

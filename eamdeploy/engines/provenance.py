@@ -5,7 +5,8 @@ from __future__ import annotations
 import os
 import platform
 from importlib import metadata
-from pathlib import Path
+
+from eamdeploy.devices.cpu import cpu_model
 
 _PACKAGES = (
     "eamdeploy",
@@ -31,15 +32,6 @@ def package_versions() -> dict[str, str]:
     return versions
 
 
-def cpu_model(cpuinfo: Path = Path("/proc/cpuinfo"), board: Path = Path("/proc/device-tree/model")) -> str:
-    """The processor's name, or on boards whose kernel does not tell it, the board's."""
-    for line in _text(cpuinfo).splitlines():
-        key, _, value = line.partition(":")
-        if key.strip() == "model name" and value.strip():
-            return value.strip()
-    return _text(board).strip("\0 \n") or platform.processor() or platform.machine()
-
-
 def usable_cores() -> int:
     """Cores that this process may run on; containers and taskset can make them fewer than the machine's."""
     if hasattr(os, "sched_getaffinity"):
@@ -51,10 +43,3 @@ def machine_summary() -> str:
     """One line: processor, cores, architecture and operating system."""
     system = f"{platform.system()} {platform.release()}"
     return f"{cpu_model()}, {usable_cores()} cores, {platform.machine()}, {system}"
-
-
-def _text(path: Path) -> str:
-    try:
-        return path.read_text(errors="replace")
-    except OSError:
-        return ""

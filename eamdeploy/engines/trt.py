@@ -10,6 +10,7 @@ GPU) is in the manifest beside it.
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +40,7 @@ from eamdeploy.engines.trt_request import BuilderRequest, ModelFacts, TrtModel
 from eamdeploy.engines.trt_run import TrtRunner
 from eamdeploy.engines.trt_versions import TrtVersion, capabilities
 from eamdeploy.errors import ConfigError, EngineError, MissingDependency
-from eamdeploy.parity import TOLERANCES, ReferenceSet
+from eamdeploy.parity import TOLERANCES, ReferenceSet, Tolerance
 
 SUFFIXES = (".plan", ".engine")
 
@@ -90,6 +91,7 @@ def build(
     output: Path,
     *,
     reference: ReferenceSet | None,
+    min_agreement: float | None = None,
     baseline: Path | None = None,
     note: Callable[[str], None],
 ) -> Manifest:
@@ -101,6 +103,7 @@ def build(
     Args:
         model: in the form that the installed version takes.
         reference: images and logits of the model; None leaves the engine unchecked, and its manifest says so.
+        min_agreement: percent of first classes that must be the reference's, in place of `reduced-engine`'s.
         baseline: engine of the unfrozen twin, whose size is noted.
         note: is told what a person should know.
 
@@ -111,6 +114,7 @@ def build(
         MissingDependency, DeviceError: TensorRT, a GPU or cuda-python is missing.
     """
     require_plan_output(output, model.path)
+    gate = _tolerance(request, model.facts, min_agreement)
     trt = import_tensorrt()
     version, gpu = require_device()
     cuda = import_cuda() if reference is not None or request.layer_profile else None
@@ -138,7 +142,7 @@ def build(
             device=_device(request, version, gpu, loaded, layers, twin, log_path),
         )
         if cuda is not None:
-            manifest = _run(loaded, cuda, manifest, request, model.facts, reference)
+            manifest = _run(loaded, cuda, manifest, request, reference, gate)
     finally:
         loaded.close()
     publish(output, plan, manifest)
@@ -187,7 +191,7 @@ def _device(
         precision=request.precision,
         int8=request.int8,
         model_changes=request.model_changes,
-        device_memory_bytes=loaded.device_memory_bytes(capabilities(version)),
+        device_memory_bytes=loaded.device_memory_bytes(),
         engine_layers=layers,
         baseline=baseline,
         log=log.name,
@@ -199,21 +203,38 @@ def _run(
     cuda: Any,
     manifest: Manifest,
     request: BuilderRequest,
-    facts: ModelFacts,
     reference: ReferenceSet | None,
+    gate: Tolerance,
 ) -> Manifest:
     """The manifest with the results of running the engine: the parity gate, and the layers' times."""
-    exact = request.precision == "fp32" and not request.int8 and not facts.requantized
     changes: dict[str, Any] = {}
     with TrtRunner(loaded, cuda, manifest) as runner:
         if reference is not None:
-            tolerance = TOLERANCES["f32-engine" if exact else "reduced-engine"]
-            changes["parity"] = check_against_reference(runner, reference, tolerance)
+            changes["parity"] = check_against_reference(runner, reference, gate)
         if request.layer_profile and manifest.device is not None:
             images = np.zeros((runner.opt_batch, *runner.io.input_shape[1:]), np.float32)
             times = runner.layer_times(images)
             changes["device"] = manifest.device.model_copy(update={"layer_ms": times})
     return manifest.model_copy(update=changes)
+
+
+def _tolerance(request: BuilderRequest, facts: ModelFacts, min_agreement: float | None) -> Tolerance:
+    """What the engine is held to.
+
+    Raises:
+        ConfigError: `min_agreement` is no percentage, or the engine is held to FP32's own noise.
+    """
+    exact = request.precision == "fp32" and not request.int8 and not facts.requantized
+    tolerance = TOLERANCES["f32-engine" if exact else "reduced-engine"]
+    if min_agreement is None:
+        return tolerance
+    if exact or not 0 <= min_agreement <= 100:
+        raise ConfigError(
+            "the agreement that the gate asks for can't be set so",
+            expected="0 to 100 %, and an engine in FP16, BF16 or INT8",
+            got=f"{min_agreement:g} % of an {request.precision.upper()} engine",
+        )
+    return replace(tolerance, name=f"{tolerance.name} at {min_agreement:g} %", top1_agreement=min_agreement)
 
 
 def open_plan(engine: Path, manifest: Manifest | None) -> TrtRunner:

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from eamdeploy.devices.jetpack import find_jetpack
 from eamdeploy.errors import DeviceError
 
 _DRIVER = "libcuda.so.1"
@@ -36,26 +37,6 @@ class Gpu:
 
     def __str__(self) -> str:
         return f"{self.name} (compute capability {self.compute_capability})"
-
-
-@dataclass(frozen=True)
-class JetPack:
-    """A release of NVIDIA's system for Jetson boards and the TensorRT in it."""
-
-    name: str
-    tensorrt: str
-    python: str
-
-
-# By L4T release, the first that begins the board's one. Source: FACTS §1.
-_JETPACKS: tuple[tuple[str, JetPack], ...] = (
-    ("32.", JetPack("JetPack 4.6", "8.2", "3.6")),
-    ("35.", JetPack("JetPack 5.1", "8.5.2", "3.8")),
-    ("36.3", JetPack("JetPack 6.0", "8.6.2", "3.10")),
-    ("36.", JetPack("JetPack 6.1/6.2", "10.3", "3.10")),
-    ("38.", JetPack("JetPack 7.0/7.1", "10.13", "3.12")),
-    ("39.", JetPack("JetPack 7.2", "10.16", "3.12")),
-)
 
 
 def require_gpu(root: Path = Path("/"), load: Callable[[str], Any] = ctypes.CDLL) -> Gpu:
@@ -96,19 +77,6 @@ def _no_gpu(root: Path, why: str) -> DeviceError:
     else:
         hint = "Build on the board or PC with the GPU that the engine is for"
     return DeviceError(f"no NVIDIA GPU can be used here: {why}", hint=f"{hint}; --dry-run and lint work without one.")
-
-
-def find_jetpack(root: Path = Path("/")) -> JetPack | None:
-    """The JetPack of this board; None on another machine, or for a release that is not known here."""
-    try:
-        text = (root / "etc/nv_tegra_release").read_text(errors="replace")
-    except OSError:
-        return None
-    found = re.search(r"R(\d+).*?REVISION:\s*([\d.]+)", text)
-    if found is None:
-        return None
-    release = f"{found[1]}.{found[2]}"
-    return next((jetpack for prefix, jetpack in _JETPACKS if release.startswith(prefix)), None)
 
 
 def how_to_get_tensorrt(root: Path = Path("/"), load: Callable[[str], Any] = ctypes.CDLL) -> str:

@@ -9,7 +9,7 @@ from typing import Any
 
 from eamdeploy.engines.base import EngineIO
 from eamdeploy.engines.trt_log import BuildLog, make_logger
-from eamdeploy.engines.trt_versions import Capabilities
+from eamdeploy.engines.trt_versions import TrtVersion, capabilities
 from eamdeploy.errors import EngineError
 
 
@@ -81,8 +81,9 @@ class LoadedEngine:
         low, best, high = (shape[0] for shape in self.engine.get_tensor_profile_shape(io.input_name, 0))
         return low, best, high
 
-    def device_memory_bytes(self, can: Capabilities) -> int:
+    def device_memory_bytes(self) -> int:
         """What running it needs on the GPU, besides its weights."""
+        can = capabilities(TrtVersion.parse(self.trt.__version__))
         return int(getattr(self.engine, can.device_memory))
 
     def context(self) -> Any:

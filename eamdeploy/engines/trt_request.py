@@ -40,7 +40,7 @@ class TrtOptions:
 
     Attributes:
         precision: the lowest floating-point type that layers may compute in.
-        int8: run in INT8 what the model's own QuantizeLinear/DequantizeLinear say.
+        int8: run in INT8 what QuantizeLinear/DequantizeLinear in the model say, its own or those of calibration.
         keep_fp32: what stays FP32 in an FP16 or BF16 engine.
         workspace_bytes: most memory that a layer may use while it runs; None for TensorRT's default, all of it.
         min_batch, opt_batch, max_batch: for a model with dynamic batch; None for the default.
@@ -194,7 +194,7 @@ def make_request(version: TrtVersion, options: TrtOptions, facts: ModelFacts, ch
             "--int8 needs a model that says what is INT8",
             expected="QuantizeLinear and DequantizeLinear around activations",
             got="none in the model",
-            hint="Quantize the model before; TensorRT's own calibrators are gone from version 11 and are not used.",
+            hint="Give --calib-data; TensorRT's own calibrators are gone from version 11 and are not used.",
         )
     batch = _batch_range(options, facts)
     return BuilderRequest(

@@ -35,6 +35,7 @@ class TrtRunner:
 
     Attributes:
         opt_batch: batch size that the engine's kernels were chosen for.
+        device_memory_bytes: what it needs on the GPU to run, besides its weights.
 
     Raises:
         EngineError: it is no image classifier, or there is too little memory to run it.
@@ -46,6 +47,7 @@ class TrtRunner:
         self.io = loaded.io()
         self.card: ModelCard | None = manifest.card if manifest else None
         self.settings: Mapping[str, str] = MappingProxyType(manifest.settings if manifest else {})
+        self.device_memory_bytes: int | None = loaded.device_memory_bytes()
         self._low, self.opt_batch, self._high = loaded.batch_range(self.io)
         if self.io.num_classes is None:
             raise EngineError(f"{self.name} does not say how many classes it has")

@@ -9,15 +9,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from eamdeploy.artifact import (
-    ModelCard,
-    Preprocessing,
-    Record,
-    atomic_output,
-    digest_bytes,
-    digest_file,
-    require_output,
-)
+from eamdeploy.artifact import ModelCard, Preprocessing, atomic_output, digest_bytes, digest_file, require_output
 from eamdeploy.eam import checkpoint as checkpoints
 from eamdeploy.eam.checkpoint import AttentionShape, Checkpoint, FrozenMaps
 from eamdeploy.eam.int8 import int8_checkpoint
@@ -30,7 +22,8 @@ from eamdeploy.errors import ConfigError
 from eamdeploy.graph.frozen import IntegerMaps
 from eamdeploy.graph.model import to_graph, to_model, with_card
 from eamdeploy.host.calibrate import predict
-from eamdeploy.host.gain import Gain, measure_gain
+from eamdeploy.host.export_record import Export, ExportedModel
+from eamdeploy.host.gain import measure_gain
 from eamdeploy.host.model import RANDOM
 from eamdeploy.host.reference import LoadedModel, load_reference
 from eamdeploy.host.stock_export import Exporter, StockExport, export_stock
@@ -48,39 +41,6 @@ DEFAULT_OPSET = 17
 _OPSET_WITHOUT_LAYER_NORMALIZATION = 16
 _SEED = 0
 _UINT16_OPSET = 21
-
-
-class ExportedModel(Record):
-    """One ONNX file that `export` wrote.
-
-    Attributes:
-        nodes_stock, nodes: nodes as torch exported it (constants folded), and after the passes.
-        parity: the graph on ONNX Runtime with its optimizer off, against the reference forward in torch.
-        reference: the file beside it with the images and logits of that comparison.
-    """
-
-    file: str
-    digest: str
-    bytes: int
-    nodes_stock: int
-    nodes: int
-    rewrites: list[str]
-    exporter: str
-    parity: ParityReport
-    reference: str
-
-
-class Export(Record):
-    """What `export` wrote.
-
-    Attributes:
-        baseline: the unfrozen twin, if asked for.
-        gain: the frozen model against its twin on this machine, if asked for.
-    """
-
-    frozen: ExportedModel
-    baseline: ExportedModel | None
-    gain: Gain | None = None
 
 
 def export(

@@ -10,13 +10,14 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from eamdeploy.artifact import Freezing, Preprocessing, Record, require_output
+from eamdeploy.artifact import Freezing, Preprocessing, require_output
 from eamdeploy.eam import checkpoint as checkpoints
 from eamdeploy.eam import scores as map_scores
+from eamdeploy.eam.analysis import Analysis
 from eamdeploy.eam.quantizers import Bits, Quantizer
 from eamdeploy.eam.records import AttentionShape, Calibration, Checkpoint, CheckpointHeader, FrozenMaps
-from eamdeploy.eam.selection import Granularity, Selection, select, sparsity_of
-from eamdeploy.eam.statistics import MapStatistics, Spacing
+from eamdeploy.eam.selection import Selection, select, sparsity_of
+from eamdeploy.eam.statistics import MapStatistics
 from eamdeploy.engines.provenance import package_versions
 from eamdeploy.errors import ConfigError
 from eamdeploy.folder import folder_digest
@@ -32,7 +33,7 @@ from eamdeploy.host.model import (
     preprocessing_of,
     to_numpy,
 )
-from eamdeploy.host.options import DEFAULT_OPTIONS, FreezeOptions, Score, check_options
+from eamdeploy.host.options import DEFAULT_OPTIONS, FreezeOptions, check_options
 from eamdeploy.host.scoring import score_pieces
 from eamdeploy.host.sites import AttentionSite, WindowMaps, window_maps
 from eamdeploy.observer import SILENT, Observer
@@ -40,35 +41,6 @@ from eamdeploy.source import ImageSource
 
 _BATCH = 16
 _FAST_SCORES: tuple[map_scores.Score, ...] = ("entropy", "row-entropy", "variance")
-
-
-class Analysis(Record):
-    """What the attention maps of a model look like over a set of images; the output of `analyze`.
-
-    Attributes:
-        granularity, window_maps: what would be frozen as one piece, and which windows would share a map (None: the
-            model has no windows).
-        scores: by score, by attention module path, one value per head; the mean over its pieces.
-        frozen: the heads of which `freeze` would take something at `sparsity_asked` by `score`.
-        shares: for each of these heads, which share of its entries would be frozen, in (0, 1].
-    """
-
-    timm_model: str
-    weights: str
-    preprocessing: Preprocessing
-    attention: dict[str, AttentionShape]
-    calibration: Calibration
-    granularity: Granularity
-    window_maps: WindowMaps | None
-    bins: int
-    spacing: Spacing
-    score: Score
-    scores: dict[str, dict[str, list[float]]]
-    sparsity_asked: float
-    sparsity: float
-    frozen: dict[str, list[int]]
-    shares: dict[str, list[float]]
-    versions: dict[str, str]
 
 
 @dataclass(frozen=True)
@@ -174,7 +146,7 @@ def read_shares(path: Path) -> dict[str, list[float]]:
     Raises:
         CheckpointError, ConfigError: as `checkpoint.load`.
     """
-    return {module: _shares(item.frozen()) for module, item in checkpoints.load(path).frozen.items()}
+    return {module: item.shares for module, item in checkpoints.load(path).frozen.items()}
 
 
 def pack(

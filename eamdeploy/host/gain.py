@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from functools import partial
 
-import numpy as np
 from pydantic import Field
 
 from eamdeploy.artifact import Record
 from eamdeploy.engines.ort import ENGINE_SETTINGS, OrtRunner
 from eamdeploy.engines.provenance import machine_summary
-from eamdeploy.profiling.timing import Schedule, SpeedUp, compare_interleaved
+from eamdeploy.profiling.inputs import random_images
+from eamdeploy.profiling.timing import Call, Schedule, SpeedUp, compare_interleaved
 
-_SCHEDULE = Schedule(min_seconds=1.0, min_runs=20)
+_SCHEDULE = Schedule(min_seconds=1.0, min_runs=20, sittings=4)
 
 
 class Gain(Record):
@@ -20,11 +22,9 @@ class Gain(Record):
 
     Attributes:
         speed_up: the twin's time ÷ the frozen model's, run by run, on ONNX Runtime CPU with one image.
-        steady: whether the middle half of the ratios lies on one side of 1, so that it is more than noise.
     """
 
     speed_up: SpeedUp
-    steady: bool
     threads: int = Field(ge=1)
     machine: str
 
@@ -39,13 +39,16 @@ def measure_gain(frozen: bytes, twin: bytes, threads: int, schedule: Schedule = 
     Raises:
         EngineError: ONNX Runtime can't load or run one of them.
     """
-    with (
-        OrtRunner(twin, threads=threads, settings=ENGINE_SETTINGS, name="the unfrozen twin") as baseline,
-        OrtRunner(frozen, threads=threads, settings=ENGINE_SETTINGS, name="the frozen model") as candidate,
-    ):
-        batch = candidate.io.batch or 1
-        images = np.random.default_rng(0).normal(size=(batch, *candidate.io.input_shape[1:])).astype(np.float32)
-        calls = [partial(runner.infer, images) for runner in (baseline, candidate)]
-        (speed_up,) = compare_interleaved(calls, batch=batch, schedule=schedule).speed_ups
-    steady = speed_up.p25 > 1 or speed_up.p75 < 1
-    return Gain(speed_up=speed_up, steady=steady, threads=threads, machine=machine_summary())
+    models = {"the unfrozen twin": twin, "the frozen model": frozen}
+
+    @contextmanager
+    def load() -> Iterator[list[Call]]:
+        with ExitStack() as stack:
+            runners = [
+                stack.enter_context(OrtRunner(model, threads=threads, settings=ENGINE_SETTINGS, name=name))
+                for name, model in models.items()
+            ]
+            yield [partial(runner.infer, random_images(runner, runner.io.batch or 1)) for runner in runners]
+
+    (speed_up,) = compare_interleaved(load, batch=1, schedule=schedule).speed_ups
+    return Gain(speed_up=speed_up, threads=threads, machine=machine_summary())

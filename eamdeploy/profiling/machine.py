@@ -9,8 +9,9 @@ from pathlib import Path
 import psutil
 
 from eamdeploy.artifact import Record
+from eamdeploy.devices.cpu import cpu_model
 from eamdeploy.engines.base import utc_now
-from eamdeploy.engines.provenance import cpu_model, package_versions, usable_cores
+from eamdeploy.engines.provenance import package_versions, usable_cores
 
 
 class Machine(Record):

@@ -3,20 +3,31 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
-from contextlib import ExitStack
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
+import numpy as np
+
 from eamdeploy.artifact import ModelCard, Record, digest_file
-from eamdeploy.engines.base import Runner, read_manifest
+from eamdeploy.devices.base import Device, DeviceState
+from eamdeploy.devices.registry import find_device
+from eamdeploy.engines.base import LatencySplit, read_manifest
 from eamdeploy.engines.registry import backend_of, open_runner
 from eamdeploy.errors import ConfigError
 from eamdeploy.parity import ParityReport
+from eamdeploy.profiling.fresh_process import ColdStart, Memory, measure_fresh
 from eamdeploy.profiling.inputs import random_images
 from eamdeploy.profiling.machine import Machine, describe_machine
-from eamdeploy.profiling.memory import Memory, measure_memory
-from eamdeploy.profiling.timing import Clock, Latency, Schedule, SpeedUp, speed_up, summarize, time_rounds
+from eamdeploy.profiling.power import Power, measure_power
+from eamdeploy.profiling.streams import Throughput, measure_throughput
+from eamdeploy.profiling.timing import Call, Clock, Latency, Open, Schedule, SpeedUp, speed_up, summarize, time_sittings
+
+_SPLIT_RUNS = 100
+_LAYER_RUNS = 50
+_SENSOR_INTERVAL_S = 0.1
 
 
 class ModelSummary(Record):
@@ -46,6 +57,11 @@ class EngineProfile(Record):
         model: None for a foreign model.
         settings: what the backend ran it with, beyond its defaults.
         parity: the gate at build time; None means not checked.
+        memory, cold_start: in a fresh process; None where that was not asked for.
+        split: where the time goes; None for an engine that copies nothing to a device.
+        throughput: with several inferences at once; None for one at a time, which `latency` tells.
+        layer_ms: time of every layer; None where that was not asked for.
+        power: while it ran alone; None where the device has no sensor, or that was not asked for.
         speed_up: against the baseline, from runs that took turns; None for the baseline itself or without one.
     """
 
@@ -57,6 +73,11 @@ class EngineProfile(Record):
     parity: ParityReport | None
     latency: Latency
     memory: Memory | None
+    cold_start: ColdStart | None
+    split: LatencySplit | None
+    throughput: Throughput | None
+    layer_ms: dict[str, float] | None
+    power: Power | None
     speed_up: SpeedUp | None
 
 
@@ -64,18 +85,44 @@ class Profile(Record):
     """Figures of engines that took turns on one machine.
 
     Attributes:
+        device_before, device_after: state of the device at the start and right after the last block.
         threads: threads of each inference.
         baseline: what the speed-ups are against.
     """
 
     machine: Machine
+    device_before: DeviceState
+    device_after: DeviceState
     threads: int
     batch: int
     warmup_ms: float
     min_seconds: float
     min_runs: int
+    sittings: int
     baseline: EngineProfile | None
     engines: list[EngineProfile]
+
+
+@dataclass(frozen=True)
+class Extras:
+    """What is measured besides latency.
+
+    Attributes:
+        fresh: memory and cold start, in a fresh process for each engine.
+        streams: inferences side by side for the throughput; with 1 there is nothing besides latency to measure.
+        layers: the time of every layer.
+        power: power and energy, for `power_seconds` in each of an engine's two blocks.
+    """
+
+    fresh: bool = True
+    streams: int = 1
+    layers: bool = False
+    power: bool = True
+    power_seconds: float = 5.0
+
+    def __post_init__(self) -> None:
+        if self.streams < 1:
+            raise ConfigError("the number of streams can't be used", expected="at least 1", got=self.streams)
 
 
 def profile(
@@ -84,58 +131,118 @@ def profile(
     *,
     threads: int,
     batch: int = 1,
-    warmup_ms: float = 200.0,
-    min_seconds: float = 3.0,
-    min_runs: int = 50,
-    with_memory: bool = True,
+    device: Device | None = None,
+    schedule: Schedule = Schedule(),  # noqa: B008 (frozen)
+    extras: Extras = Extras(),
     clock: Clock = time.perf_counter_ns,
 ) -> Profile:
-    """Latency and memory of every engine, all measured with the same input and number of threads.
+    """Figures of every engine, all measured with the same input and number of threads.
 
-    With more than one engine, the baseline among them, they are loaded together and take turns in the order given,
-    the baseline first. Memory is measured before, in a process for each engine.
+    In this order: memory and cold start, in a process for each engine; latency, with all engines loaded together and
+    taking turns in several sittings; power, if the device has a sensor; then engine by engine throughput, split and
+    layers.
+
+    Args:
+        device: what the engines run on; None finds it: a Jetson, else with a TensorRT engine a GPU, else the processor.
 
     Raises:
         ConfigError: no engine is given, one can't be read, or it does not take batches of this size.
         EngineError: an engine fails.
         MissingDependency: its backend is not installed here.
+        DeviceError: the device's sensors can't be read.
     """
     if not engines:
         raise ConfigError("there is nothing to profile", expected="at least 1 engine")
-    schedule = Schedule(warmup_ms, min_seconds, min_runs)
     paths = [*([baseline] if baseline is not None else []), *engines]
-    with ExitStack() as stack:
-        runners = [stack.enter_context(open_runner(path, threads)) for path in paths]
-        calls = [_call(runner, batch) for runner in runners]  # a wrong batch size fails here, before minutes of work
-        memories = [measure_memory(path, threads=threads, batch=batch) if with_memory else None for path in paths]
-        times = time_rounds(calls, schedule, clock)
-    profiles = []
-    for index, (path, runner, memory) in enumerate(zip(paths, runners, memories, strict=True)):
-        is_candidate = baseline is not None and index > 0
-        manifest = read_manifest(path)
-        profiles.append(
-            EngineProfile(
-                engine=str(path),
-                backend=backend_of(path),
-                digest=digest_file(path),
-                model=None if runner.card is None else summarize_card(runner.card),
-                settings=dict(runner.settings),
-                parity=manifest.parity if manifest else None,
-                latency=summarize(times[:, index], batch),
-                memory=memory,
-                speed_up=speed_up(times[:, 0], times[:, index]) if is_candidate else None,
-            )
+
+    @contextmanager
+    def load() -> Iterator[list[Call]]:
+        with ExitStack() as stack:
+            runners = [stack.enter_context(open_runner(path, threads)) for path in paths]
+            yield [partial(runner.infer, random_images(runner, batch)) for runner in runners]
+
+    device = device or find_device(gpu=any(backend_of(path) == "trt" for path in paths))
+    with load():
+        pass  # what can't be loaded, or takes another batch, fails here and not after minutes of work
+    before = device.state()
+    fresh = [measure_fresh(path, threads=threads, batch=batch) for path in paths] if extras.fresh else []
+    times = time_sittings(load, schedule, clock)
+    latencies = [summarize(column, batch) for column in np.concatenate(times).T]
+    powers = _measure_power(device, load, batch, extras)
+    alone = [_run_alone(path, threads, batch, schedule.min_seconds, extras) for path in paths]
+    profiles = [
+        EngineProfile(
+            engine=str(path),
+            backend=backend_of(path),
+            digest=digest_file(path),
+            model=None if single.card is None else summarize_card(single.card),
+            settings=single.settings,
+            parity=single.parity,
+            latency=latencies[index],
+            memory=fresh[index].memory if fresh else None,
+            cold_start=fresh[index].cold_start if fresh else None,
+            split=single.split,
+            throughput=single.throughput,
+            layer_ms=single.layer_ms,
+            power=powers[index] if powers else None,
+            speed_up=speed_up(times, 0, index) if baseline is not None and index > 0 else None,
         )
+        for index, (path, single) in enumerate(zip(paths, alone, strict=True))
+    ]
     return Profile(
         machine=describe_machine(),
+        device_before=before,
+        device_after=device.state(),
         threads=threads,
         batch=batch,
-        warmup_ms=warmup_ms,
-        min_seconds=min_seconds,
-        min_runs=min_runs,
+        warmup_ms=schedule.warmup_ms,
+        min_seconds=schedule.min_seconds,
+        min_runs=schedule.min_runs,
+        sittings=schedule.sittings,
         baseline=profiles[0] if baseline is not None else None,
         engines=profiles[1:] if baseline is not None else profiles,
     )
+
+
+def _measure_power(device: Device, load: Open, batch: int, extras: Extras) -> list[Power]:
+    """Power of every engine; empty where the device has no sensor, or that was not asked for."""
+    sensor = device.sensor(_SENSOR_INTERVAL_S) if extras.power else None
+    if sensor is None:
+        return []
+    with load() as calls:
+        return measure_power(sensor, calls, batch, seconds=extras.power_seconds)
+
+
+@dataclass(frozen=True)
+class _Alone:
+    """What is read off and measured while one engine alone is loaded."""
+
+    card: ModelCard | None
+    settings: dict[str, str]
+    parity: ParityReport | None
+    split: LatencySplit | None
+    throughput: Throughput | None
+    layer_ms: dict[str, float] | None
+
+
+def _run_alone(path: Path, threads: int, batch: int, seconds: float, extras: Extras) -> _Alone:
+    throughput = None
+    if extras.streams > 1:
+        with ExitStack() as stack:
+            runners = [stack.enter_context(open_runner(path, threads)) for _ in range(extras.streams)]
+            calls = [partial(runner.infer, random_images(runner, batch)) for runner in runners]
+            throughput = measure_throughput(calls, batch=batch, seconds=seconds)
+    manifest = read_manifest(path)
+    with open_runner(path, threads) as runner:
+        images = random_images(runner, batch)
+        return _Alone(
+            card=runner.card,
+            settings=dict(runner.settings),
+            parity=manifest.parity if manifest else None,
+            split=runner.split(images, _SPLIT_RUNS),
+            throughput=throughput,
+            layer_ms=runner.layer_times(images, _LAYER_RUNS) if extras.layers else None,
+        )
 
 
 def summarize_card(card: ModelCard) -> ModelSummary:
@@ -151,7 +258,3 @@ def summarize_card(card: ModelCard) -> ModelSummary:
         quantizer=freezing.quantizer if freezing else None,
         score=freezing.score if freezing else None,
     )
-
-
-def _call(runner: Runner, batch: int) -> Callable[[], object]:
-    return partial(runner.infer, random_images(runner, batch))

@@ -1,14 +1,26 @@
 """Latency of synchronous calls, alone or against each other.
 
-A call is timed from its start to its return, with its input already in memory. Calls that are compared take turns,
-A B C A B C …, always in the order given, so that a machine that slows down slows all of them.
+A call is timed from its start to its return, with its input already in memory. Calls that are compared take turns in
+rounds, each round in a new random order, so that a machine that slows down slows all of them, and none always runs
+behind the same other one.
+
+    sitting 1                sitting 2 …            a sitting loads everything anew and warms it up
+      round 1   B A C          round 1   C B A      a round runs every call once
+      round 2   A C B          round 2   A B C      a ratio is of two times of one round
+
+Where an engine's weights happen to lie in memory makes it a little faster or slower for as long as it is loaded, by
+more than the scatter of a few hundred rounds lets one think. Hence sittings, and an interval that follows from how much
+they differ.
 """
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from typing import Literal, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,8 +30,16 @@ from eamdeploy.errors import ConfigError
 
 Call = Callable[[], object]
 Clock = Callable[[], int]  # monotonic, in nanoseconds
+Open = Callable[[], AbstractContextManager[Sequence[Call]]]  # loads what is to be timed
+Sittings: TypeAlias = Sequence[NDArray[np.int64]]  # nanoseconds [rounds, calls] of each sitting
+Verdict = Literal["faster", "slower", "no difference"]
 
 _UNSTEADY_PERCENT = 5.0
+_SEED = 0
+_RESAMPLES = 1000
+# Student's t for an interval of 95 %, by degrees of freedom; the normal distribution's 1.96 beyond.
+_STUDENT = (12.71, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160, 2.145, 2.131)
+_NORMAL = 1.96
 
 
 @dataclass(frozen=True)
@@ -29,18 +49,21 @@ class Schedule:
     Attributes:
         warmup_ms: time that every call is run for before anything counts; each runs at least once.
         min_seconds, min_runs: every call is timed for at least this long in sum, and at least this often.
+        sittings: how often everything is loaded anew; each has its share of the time and the runs, and its warm-up.
     """
 
     warmup_ms: float = 200.0
     min_seconds: float = 3.0
     min_runs: int = 50
+    sittings: int = 5
 
     def __post_init__(self) -> None:
-        if not (0 <= self.warmup_ms < float("inf") and 0 <= self.min_seconds < float("inf") and self.min_runs >= 1):
+        times = (self.warmup_ms, self.min_seconds)
+        if not (all(0 <= time < float("inf") for time in times) and self.min_runs >= 1 and self.sittings >= 1):
             raise ConfigError(
                 "the measuring time can't be used",
-                expected="warmup_ms and min_seconds of 0 or more, min_runs of 1 or more",
-                got=f"{self.warmup_ms}, {self.min_seconds}, {self.min_runs}",
+                expected="warmup_ms and min_seconds of 0 or more, min_runs and sittings of 1 or more",
+                got=f"{self.warmup_ms}, {self.min_seconds}, {self.min_runs}, {self.sittings}",
             )
 
 
@@ -71,16 +94,25 @@ class SpeedUp(Record):
     """Baseline's time ÷ candidate's time, round by round: over 1 means that the candidate is faster.
 
     Attributes:
-        rounds: pairs of neighbouring runs.
-        p5, p25, p75, p95: the spread of the ratio over the rounds.
+        rounds: pairs of runs in the same round; `sittings`: how often both were loaded anew.
+        low, high: 95 % confidence interval of the median; says whether there is a difference.
+        p5, p25, p75, p95: the spread of the ratio over the rounds; says how noisy the machine is.
     """
 
     rounds: int
+    sittings: int
     median: float
+    low: float
+    high: float
     p5: float
     p25: float
     p75: float
     p95: float
+
+    @property
+    def verdict(self) -> Verdict:
+        """What may be said: a difference only where the interval excludes 1."""
+        return "faster" if self.low > 1 else "slower" if self.high < 1 else "no difference"
 
 
 class Comparison(Record):
@@ -97,43 +129,60 @@ class Comparison(Record):
 
 def measure(call: Call, *, batch: int, schedule: Schedule, clock: Clock = time.perf_counter_ns) -> Latency:
     """Latency of one call that nothing else takes turns with."""
-    return summarize(time_rounds([call], schedule, clock)[:, 0], batch)
+    return summarize(np.concatenate(time_sittings(lambda: nullcontext([call]), schedule, clock))[:, 0], batch)
 
 
 def compare_interleaved(
-    calls: Sequence[Call], *, batch: int, schedule: Schedule, clock: Clock = time.perf_counter_ns
+    load: Open, *, batch: int, schedule: Schedule, clock: Clock = time.perf_counter_ns
 ) -> Comparison:
     """Latencies of calls that take turns, and how much faster than the first each other one is.
+
+    Args:
+        load: what opens the calls, in the same order each time.
 
     Raises:
         ConfigError: there are fewer than two calls.
     """
-    if len(calls) < 2:
-        raise ConfigError("there is nothing to compare", expected="at least 2 engines", got=len(calls))
-    times = time_rounds(calls, schedule, clock)
+    times = time_sittings(load, schedule, clock)
+    n_calls = times[0].shape[1]
+    if n_calls < 2:
+        raise ConfigError("there is nothing to compare", expected="at least 2 engines", got=n_calls)
     return Comparison(
-        latencies=[summarize(column, batch) for column in times.T],
-        speed_ups=[speed_up(times[:, 0], column) for column in times.T[1:]],
+        latencies=[summarize(column, batch) for column in np.concatenate(times).T],
+        speed_ups=[speed_up(times, 0, index) for index in range(1, n_calls)],
     )
 
 
-def time_rounds(calls: Sequence[Call], schedule: Schedule, clock: Clock = time.perf_counter_ns) -> NDArray[np.int64]:
-    """Nanoseconds of each call in each round, int64 [rounds, calls]; a round runs every call once, in order."""
-    _run_rounds(calls, clock, min_ns=round(schedule.warmup_ms * 1e6), min_rounds=1)
-    return _run_rounds(calls, clock, min_ns=round(schedule.min_seconds * 1e9), min_rounds=schedule.min_runs)
+def time_sittings(load: Open, schedule: Schedule, clock: Clock = time.perf_counter_ns) -> list[NDArray[np.int64]]:
+    """Nanoseconds of each call in each round, int64 [rounds, calls] for each sitting; warm-ups are left out.
+
+    Args:
+        load: opens the calls, in the same order each time; closed when the sitting is over.
+    """
+    rng = np.random.default_rng(_SEED)
+    share_ns = schedule.min_seconds * 1e9 / schedule.sittings
+    min_rounds = -(-schedule.min_runs // schedule.sittings)
+    sittings = []
+    for _ in range(schedule.sittings):
+        with load() as calls:
+            _run_rounds(calls, clock, rng, min_ns=round(schedule.warmup_ms * 1e6), min_rounds=1)
+            sittings.append(_run_rounds(calls, clock, rng, min_ns=round(share_ns), min_rounds=min_rounds))
+    return sittings
 
 
-def _run_rounds(calls: Sequence[Call], clock: Clock, min_ns: int, min_rounds: int) -> NDArray[np.int64]:
+def _run_rounds(
+    calls: Sequence[Call], clock: Clock, rng: np.random.Generator, min_ns: int, min_rounds: int
+) -> NDArray[np.int64]:
     rounds: list[list[int]] = []
     sums = [0] * len(calls)
     while len(rounds) < min_rounds or min(sums) < min_ns:
-        row = []
-        for index, call in enumerate(calls):
+        row = [0] * len(calls)
+        for index in rng.permutation(len(calls)):
+            call = calls[index]
             start = clock()
             call()
-            elapsed = clock() - start
-            row.append(elapsed)
-            sums[index] += elapsed
+            row[index] = clock() - start
+            sums[index] += row[index]
         rounds.append(row)
     return np.array(rounds, np.int64)
 
@@ -159,11 +208,47 @@ def summarize(times_ns: NDArray[np.int64], batch: int) -> Latency:
     )
 
 
-def speed_up(baseline_ns: NDArray[np.int64], candidate_ns: NDArray[np.int64]) -> SpeedUp:
-    """The ratio of two calls' times, int64 [rounds] each, pair by pair."""
-    ratios = baseline_ns / candidate_ns
+def speed_up(times: Sittings, baseline: int, candidate: int) -> SpeedUp:
+    """The ratio of two calls' times, round by round.
+
+    The interval is that of a bootstrap in two stages: sittings are drawn with replacement, and in each its rounds. The
+    standard deviation of the resampled medians, on a logarithmic scale, times Student's t for so few sittings.
+
+    Args:
+        times: as `time_sittings` gives them.
+        baseline, candidate: numbers of the calls.
+
+    Source: Davison and Hinkley, Bootstrap Methods and their Application (1997), section 3.8 on hierarchical data.
+    """
+    logs = [np.log(rounds[:, baseline] / rounds[:, candidate]) for rounds in times]
+    ratios = np.exp(np.concatenate(logs))
     p5, p25, median, p75, p95 = (float(p) for p in np.percentile(ratios, [5, 25, 50, 75, 95]))
-    return SpeedUp(rounds=len(ratios), median=median, p5=p5, p25=p25, p75=p75, p95=p95)
+    margin = _margin(logs)
+    return SpeedUp(
+        rounds=len(ratios),
+        sittings=len(logs),
+        median=median,
+        low=median * float(np.exp(-margin)),
+        high=median * float(np.exp(margin)),
+        p5=p5,
+        p25=p25,
+        p75=p75,
+        p95=p95,
+    )
+
+
+def _margin(logs: Sequence[NDArray[np.float64]]) -> float:
+    """Half the width of the 95 % interval of the median of all values; they come in groups."""
+    rng = np.random.default_rng(_SEED)
+    medians = [
+        np.median(np.concatenate([rng.choice(logs[group], len(logs[group])) for group in drawn]))
+        for drawn in rng.integers(0, len(logs), (_RESAMPLES, len(logs)))
+    ]
+    if len(logs) == 1:  # what another sitting would give can't be told from one
+        return _NORMAL * float(np.std(medians))
+    freedom = len(logs) - 1
+    quantile = _STUDENT[freedom - 1] if freedom <= len(_STUDENT) else _NORMAL
+    return quantile * float(np.std(medians)) * math.sqrt(len(logs) / freedom)
 
 
 def _warning(variation_percent: float) -> str | None:

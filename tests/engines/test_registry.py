@@ -7,7 +7,7 @@ from pathlib import Path
 import fake_tensorrt
 import pytest
 
-from eamdeploy.engines.provenance import cpu_model, machine_summary, package_versions
+from eamdeploy.engines.provenance import machine_summary, package_versions
 from eamdeploy.engines.registry import backend_of, load_backend, open_runner
 from eamdeploy.errors import ConfigError, ExitCode, MissingDependency
 
@@ -54,16 +54,6 @@ def test_no_runtime_is_imported_before_an_engine_is_opened() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-
-
-def test_cpu_model_from_the_kernel_or_the_board(tmp_path: Path) -> None:
-    x86, arm, board, absent = (tmp_path / name for name in ("x86", "arm", "board", "absent"))
-    x86.write_text("processor\t: 0\nmodel name\t: Some CPU @ 2.0GHz\nprocessor\t: 1\nmodel name\t: Other\n")
-    arm.write_text("processor\t: 0\nCPU implementer\t: 0x41\n")
-    board.write_bytes(b"NVIDIA Jetson Orin Nano\0")
-    assert cpu_model(x86, board) == "Some CPU @ 2.0GHz"
-    assert cpu_model(arm, board) == "NVIDIA Jetson Orin Nano"
-    assert cpu_model(absent, absent)
 
 
 def test_versions_hold_what_is_installed_and_nothing_else() -> None:

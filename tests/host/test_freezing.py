@@ -27,6 +27,7 @@ from tiny_models import (
 
 from eamdeploy import analyze, freeze, pack
 from eamdeploy.eam import checkpoint as checkpoints
+from eamdeploy.eam.analysis import Analysis
 from eamdeploy.eam.quantizers import quantize_rows
 from eamdeploy.eam.records import FrozenMaps
 from eamdeploy.eam.scores import score_pieces
@@ -36,7 +37,7 @@ from eamdeploy.folder import folder_digest
 from eamdeploy.host.attention import attention_sites, tapped_maps
 from eamdeploy.host.calibrate import as_tensors, collect_statistics
 from eamdeploy.host.fisher import fisher_sensitivity
-from eamdeploy.host.freezing import Analysis, read_shares
+from eamdeploy.host.freezing import read_shares
 from eamdeploy.host.means import mean_maps as means_of
 from eamdeploy.host.model import ModelSpec, PreprocessingOverrides, load_model
 from eamdeploy.host.options import FreezeOptions

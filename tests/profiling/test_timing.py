@@ -1,7 +1,9 @@
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from itertools import cycle, pairwise
+from typing import Any
 
 import numpy as np
 import pytest
@@ -9,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from eamdeploy.errors import ConfigError
-from eamdeploy.profiling.timing import Schedule, compare_interleaved, measure, speed_up, summarize, time_rounds
+from eamdeploy.profiling.timing import Call, Schedule, compare_interleaved, measure, speed_up, summarize, time_sittings
 
 MS = 1_000_000
 
@@ -39,7 +41,11 @@ def bench() -> Bench:
     return Bench()
 
 
-NO_WARMUP = Schedule(warmup_ms=0, min_seconds=0, min_runs=1)
+NO_WARMUP = Schedule(warmup_ms=0, min_seconds=0, min_runs=1, sittings=1)
+
+
+def loaded(*calls: Call) -> Callable[[], nullcontext[Sequence[Call]]]:
+    return lambda: nullcontext(calls)
 
 
 def test_figures_of_known_times() -> None:
@@ -68,66 +74,112 @@ def test_percentiles_are_in_order(times: list[int]) -> None:
     ("min_seconds", "min_runs", "runs"), [(3.0, 50, 300), (3.0, 500, 500), (0, 7, 7), (0.0101, 1, 2)]
 )
 def test_it_measures_until_both_limits_hold(bench: Bench, min_seconds: float, min_runs: int, runs: int) -> None:
-    schedule = Schedule(warmup_ms=0, min_seconds=min_seconds, min_runs=min_runs)
+    schedule = Schedule(warmup_ms=0, min_seconds=min_seconds, min_runs=min_runs, sittings=1)
     assert measure(bench.call("a", 10), batch=1, schedule=schedule, clock=bench.clock).runs == runs
 
 
 def test_warm_up_lasts_its_time_and_is_not_counted(bench: Bench) -> None:
     slow_start = bench.call("a", *[50] * 4, *[1] * 10)
-    schedule = Schedule(warmup_ms=200, min_seconds=0, min_runs=10)
+    schedule = Schedule(warmup_ms=200, min_seconds=0, min_runs=10, sittings=1)
     latency = measure(slow_start, batch=1, schedule=schedule, clock=bench.clock)
     assert len(bench.log) == 14
     assert (latency.runs, latency.mean_ms) == (10, 1.0)
 
 
 def test_default_schedule_is_the_documented_one() -> None:
-    assert Schedule() == Schedule(warmup_ms=200, min_seconds=3, min_runs=50)
+    assert Schedule() == Schedule(warmup_ms=200, min_seconds=3, min_runs=50, sittings=5)
 
 
 @pytest.mark.parametrize(
-    ("warmup_ms", "min_seconds", "min_runs"),
-    [(-1, 3, 50), (200, -1, 50), (200, 3, 0), (float("nan"), 3, 50), (0, float("inf"), 1)],
+    ("warmup_ms", "min_seconds", "min_runs", "sittings"),
+    [(-1, 3, 50, 5), (200, -1, 50, 5), (200, 3, 0, 5), (float("nan"), 3, 50, 5), (0, float("inf"), 1, 5), (0, 3, 1, 0)],
 )
 def test_schedule_that_never_ends_or_measures_nothing_is_refused(
-    warmup_ms: float, min_seconds: float, min_runs: int
+    warmup_ms: float, min_seconds: float, min_runs: int, sittings: int
 ) -> None:
     with pytest.raises(ConfigError, match="measuring time"):
-        Schedule(warmup_ms, min_seconds, min_runs)
+        Schedule(warmup_ms, min_seconds, min_runs, sittings)
 
 
-def test_calls_take_turns_in_the_order_given(bench: Bench) -> None:
-    calls = [bench.call(name, 1) for name in "abc"]
-    times = time_rounds(calls, Schedule(warmup_ms=0, min_seconds=0, min_runs=3), bench.clock)
-    assert bench.log == "abc" * 4  # one round of warm-up
-    assert times.shape == (3, 3)
+def test_calls_take_turns_each_round_in_another_order(bench: Bench) -> None:
+    calls = [bench.call(name, index + 1) for index, name in enumerate("abc")]
+    schedule = Schedule(warmup_ms=0, min_seconds=0, min_runs=30, sittings=1)
+    (times,) = time_sittings(loaded(*calls), schedule, bench.clock)
+    rounds = [bench.log[start : start + 3] for start in range(0, len(bench.log), 3)]
+    assert len(rounds) == 31  # one of warm-up
+    assert {"".join(sorted(each)) for each in rounds} == {"abc"} and len(set(rounds)) == 6
+    np.testing.assert_array_equal(times, np.tile([MS, 2 * MS, 3 * MS], (30, 1)))  # by call, not by turn
+
+
+def test_every_sitting_loads_anew_and_has_its_share(bench: Bench) -> None:
+    events: list[str] = []
+
+    @contextmanager
+    def load() -> Iterator[list[Call]]:
+        events.append("load")
+        yield [bench.call("a", 10)]
+        events.append("close")
+
+    schedule = Schedule(warmup_ms=20, min_seconds=0.3, min_runs=7, sittings=3)
+    times = time_sittings(load, schedule, bench.clock)
+    assert events == ["load", "close"] * 3
+    assert [len(each) for each in times] == [10] * 3 and len(bench.log) == 36
 
 
 def test_every_call_gets_its_time_also_the_fast_one(bench: Bench) -> None:
     calls = [bench.call("a", 10), bench.call("b", 1)]
-    schedule = Schedule(warmup_ms=0, min_seconds=0.05, min_runs=1)
-    comparison = compare_interleaved(calls, batch=1, schedule=schedule, clock=bench.clock)
+    schedule = Schedule(warmup_ms=0, min_seconds=0.05, min_runs=1, sittings=1)
+    comparison = compare_interleaved(loaded(*calls), batch=1, schedule=schedule, clock=bench.clock)
     assert [latency.runs for latency in comparison.latencies] == [50, 50]
 
 
 def test_speed_up_is_baseline_over_candidate_pair_by_pair(bench: Bench) -> None:
     # the machine slows down threefold on the way: the latencies vary, the ratio does not
     calls = [bench.call("a", 2, 4, 6), bench.call("b", 1, 2, 3), bench.call("c", 4, 8, 12)]
-    schedule = Schedule(warmup_ms=0, min_seconds=0, min_runs=30)
-    comparison = compare_interleaved(calls, batch=1, schedule=schedule, clock=bench.clock)
+    schedule = Schedule(warmup_ms=0, min_seconds=0, min_runs=30, sittings=3)
+    comparison = compare_interleaved(loaded(*calls), batch=1, schedule=schedule, clock=bench.clock)
     faster, slower = comparison.speed_ups
-    assert (faster.p5, faster.median, faster.p95, faster.rounds) == (2, 2, 2, 30)
-    assert (slower.p5, slower.median, slower.p95) == (0.5, 0.5, 0.5)
+    assert (faster.rounds, faster.sittings, faster.verdict, slower.verdict) == (30, 3, "faster", "slower")
+    for ratio, wanted in ((faster, 2), (slower, 0.5)):
+        assert [ratio.p5, ratio.low, ratio.median, ratio.high, ratio.p95] == pytest.approx([wanted] * 5)
     assert all(latency.warning for latency in comparison.latencies)
 
 
 def test_spread_of_the_ratio() -> None:
-    ratio = speed_up(np.arange(101) + 100, np.full(101, 100))
+    ratio = speed_up([np.stack([np.arange(101) + 100, np.full(101, 100)], axis=1)], 0, 1)
     assert [ratio.p5, ratio.p25, ratio.median, ratio.p75, ratio.p95] == pytest.approx([1.05, 1.25, 1.5, 1.75, 1.95])
+
+
+def noisy(sittings: int, rounds: int, *, ratio: float, between: float, seed: int) -> list[Any]:
+    """Times of two calls that differ by `ratio`, by the luck of a sitting, and by noise of 10 %."""
+    rng = np.random.default_rng(seed)
+    return [
+        np.exp(rng.normal([[np.log(ratio) + rng.normal(0, between), 0]], 0.1, (rounds, 2))) * 1e7
+        for _ in range(sittings)
+    ]
+
+
+@pytest.mark.parametrize("between", [0.0, 0.03])
+def test_interval_of_equal_calls_holds_1_about_95_times_in_100(between: float) -> None:
+    """Also where a sitting's luck moves all of its rounds; that is what sittings are for."""
+    verdicts = [speed_up(noisy(5, 60, ratio=1, between=between, seed=seed), 0, 1).verdict for seed in range(100)]
+    assert verdicts.count("no difference") >= 91
+
+
+def test_one_long_sitting_would_be_fooled_by_its_luck() -> None:
+    verdicts = [speed_up(noisy(1, 300, ratio=1, between=0.03, seed=seed), 0, 1).verdict for seed in range(50)]
+    assert verdicts.count("no difference") < 40
+
+
+def test_interval_narrows_until_a_true_difference_is_seen() -> None:
+    few, many = (speed_up(noisy(5, n, ratio=1.03, between=0.002, seed=1), 0, 1) for n in (10, 1000))
+    assert many.high - many.low < few.high - few.low
+    assert many.verdict == "faster" and many.low < 1.03 < many.high
 
 
 def test_one_call_is_no_comparison(bench: Bench) -> None:
     with pytest.raises(ConfigError, match="nothing to compare"):
-        compare_interleaved([bench.call("a", 1)], batch=1, schedule=NO_WARMUP, clock=bench.clock)
+        compare_interleaved(loaded(bench.call("a", 1)), batch=1, schedule=NO_WARMUP, clock=bench.clock)
 
 
 def test_failure_of_a_call_gets_out(bench: Bench) -> None:
@@ -139,4 +191,4 @@ def test_failure_of_a_call_gets_out(bench: Bench) -> None:
 
 
 def test_real_clock_measures_something() -> None:
-    assert measure(lambda: sum(range(1000)), batch=1, schedule=Schedule(0, 0, 5)).min_ms > 0
+    assert measure(lambda: sum(range(1000)), batch=1, schedule=Schedule(0, 0, 5, 1)).min_ms > 0

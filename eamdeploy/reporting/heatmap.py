@@ -10,13 +10,13 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from statistics import median
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
 
 from eamdeploy.artifact import atomic_output
 from eamdeploy.errors import ConfigError, MissingDependency
+from eamdeploy.reporting.scale import ColourScale, colour_scale, exponent, layer_names, short_number, unit
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -27,13 +27,10 @@ if TYPE_CHECKING:
 _Colour: TypeAlias = tuple[float, float, float, float]
 
 _FORMATS = {".png": "png", ".svg": "svg"}
-_SCORE_UNITS = {"entropy": "nats", "row-entropy": "nats", "variance": "", "sensitivity": "nats", "random": ""}
 _COLORMAP = "viridis"  # even in lightness and safe for the common kinds of colour blindness
-_SKEWED_RATIO, _LOGARITHMIC_RANGE = 10.0, 1e4
 
 _INK, _MUTED, _ICE, _DEEP = "#16202c", "#5c6b7a", "#ffffff", "#0a2540"
 _PNG_DPI = 160
-_SUPERSCRIPTS = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
 # inches, the unit of everything placed below
 _GRID_WIDTH, _CELL_WIDTHS, _CELL_HEIGHTS = 6.0, (0.3, 1.15), (0.3, 0.44)
 _LABEL_MIN_WIDTH, _WIDE_WIDTH, _LABEL_MAX_CELLS = 0.45, 0.75, 256
@@ -192,8 +189,8 @@ def _compose(
 
     grid = _lay_out(scores)
     everything = [value for values in scores.values() for value in values]
-    scale, exponent = _colour_scale(everything), _exponent(max(map(abs, everything)))
-    cells = _cells(grid, scores, frozen, scale, exponent)
+    scale, power = _colours(colour_scale(everything)), exponent(max(map(abs, everything)))
+    cells = _cells(grid, scores, frozen, scale, power)
 
     left = 0.62 + _CHARACTER_WIDTH * max(len(layer) for layer in grid.layers)
     legend_width = left + _LEGEND_WIDTH if any(cell.partial for cell in cells) else 0
@@ -209,7 +206,7 @@ def _compose(
     for cell in cells:
         _draw_cell(axes, cell)
     bar_box = ((left + grid.width + 0.22) / width, _BOTTOM / height, 0.15 / width, grid.height / height)
-    _draw_colour_bar(figure.colorbar(scale, cax=figure.add_axes(bar_box)), score_name, exponent)
+    _draw_colour_bar(figure.colorbar(scale, cax=figure.add_axes(bar_box)), score_name, power)
 
     place = partial(figure.text, 0.2 / width, va="top")
     place(1 - 0.2 / height, "\n".join(title_lines), fontsize=13, fontweight="bold", linespacing=1.3)
@@ -221,8 +218,7 @@ def _compose(
 
 
 def _lay_out(scores: Mapping[str, Sequence[float]]) -> _Grid:
-    suffix = ".attn" if all(module.endswith(".attn") for module in scores) else ""
-    layers = tuple(module[: len(module) - len(suffix)] for module in scores)
+    layers = layer_names(scores)
     heads = max(len(values) for values in scores.values())
     cell_width = min(max(_GRID_WIDTH / heads, _CELL_WIDTHS[0]), _CELL_WIDTHS[1])
     labelled = cell_width >= _LABEL_MIN_WIDTH and heads * len(layers) <= _LABEL_MAX_CELLS
@@ -234,7 +230,7 @@ def _cells(
     scores: Mapping[str, Sequence[float]],
     frozen: Mapping[tuple[str, int], float],
     scale: ScalarMappable,
-    exponent: int,
+    power: int,
 ) -> list[_Cell]:
     lowest, highest = scale.get_clim()
     return [
@@ -245,7 +241,7 @@ def _cells(
             height=grid.cell_height - _GAP,
             # clipped because a logarithm has no colour for 0
             colour=tuple(scale.to_rgba(np.clip([value], lowest, highest))[0].tolist()),
-            text=_short_number(value / 10**exponent) if grid.labelled else "",
+            text=short_number(value / 10**power) if grid.labelled else "",
             gid=f"frozen:{module}:{head}",
             share=frozen.get((module, head), 0.0),
         )
@@ -254,33 +250,11 @@ def _cells(
     ]
 
 
-def _colour_scale(values: Sequence[float]) -> ScalarMappable:
+def _colours(scale: ColourScale) -> ScalarMappable:
     from matplotlib.cm import ScalarMappable
     from matplotlib.colors import LogNorm, Normalize
 
-    low, high = min(values), max(values)
-    if high > _SKEWED_RATIO * median(values) > 0:
-        return ScalarMappable(LogNorm(max(low, high / _LOGARITHMIC_RANGE), high), _COLORMAP)
-    margin = 0 if high > low else 0.5 * abs(high) or 0.5
-    return ScalarMappable(Normalize(low - margin, high + margin), _COLORMAP)
-
-
-def _exponent(largest: float) -> int:
-    """The power of ten, a multiple of 3, that brings `largest` into [1, 1000); 0 for ordinary numbers."""
-    if largest == 0 or 0.1 <= largest < 10_000:
-        return 0
-    return 3 * math.floor(math.log10(largest) / 3)
-
-
-def _short_number(value: float) -> str:
-    """Two significant digits, without an exponent."""
-    if value == 0:
-        return "0"
-    size = abs(value)
-    if size < 0.01:
-        return "<.01" if value > 0 else ">−.01"
-    digits = 0 if size >= 9.95 else 1 if size >= 0.995 else 2
-    return f"{value:.{digits}f}".replace("-", "−")
+    return ScalarMappable((LogNorm if scale.logarithmic else Normalize)(scale.low, scale.high), _COLORMAP)
 
 
 def _draw_axes(axes: Axes, grid: _Grid) -> None:
@@ -341,17 +315,16 @@ def _draw_snowflake(axes: Axes, x: float, y: float, radius: float, gid: str) -> 
     axes.add_patch(flake).set_clip_on(False)
 
 
-def _draw_colour_bar(bar: Colorbar, score_name: str, exponent: int) -> None:
+def _draw_colour_bar(bar: Colorbar, score_name: str, power: int) -> None:
     from matplotlib.ticker import FuncFormatter, NullFormatter
 
-    bar.ax.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value / 10**exponent:.4g}"))
+    bar.ax.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value / 10**power:.4g}"))
     bar.ax.yaxis.set_minor_formatter(NullFormatter())
     bar.ax.tick_params(labelsize=8.5, labelcolor=_INK, color=_MUTED)
     outline: Any = bar.outline  # older matplotlib annotates it as a dictionary's item
     outline.set_visible(False)
-    power = f"10{str(exponent).translate(_SUPERSCRIPTS)}" if exponent else ""
-    unit = f"{power} {_SCORE_UNITS.get(score_name, '')}".strip()
-    bar.set_label(f"{score_name} [{unit}]" if unit else score_name, fontsize=10, color=_MUTED)
+    in_units = unit(score_name, power)
+    bar.set_label(f"{score_name} [{in_units}]" if in_units else score_name, fontsize=10, color=_MUTED)
 
 
 def _draw_bar(axes: Axes, x: float, y: float, width: float, share: float, gid: str) -> None:

@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 
 from eamdeploy.errors import ConfigError, MissingDependency
-from eamdeploy.report.heatmap import _exponent, _short_number, draw_heatmap
+from eamdeploy.reporting.heatmap import draw_heatmap
 
 matplotlib = pytest.importorskip("matplotlib", reason="heat maps need the extra 'host'")
 
@@ -228,21 +228,3 @@ def test_missing_matplotlib_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyP
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     with pytest.raises(MissingDependency, match="matplotlib is not installed"):
         draw(tmp_path / "map.png")
-
-
-@pytest.mark.parametrize(
-    ("value", "text"),
-    [
-        *((0, "0"), (0.009, "<.01"), (-0.009, ">−.01"), (0.01, "0.01"), (0.994, "0.99"), (0.9951, "1.0")),
-        *((9.94, "9.9"), (9.96, "10"), (123.4, "123"), (-1.26, "−1.3")),
-    ],
-)
-def test_short_numbers(value: float, text: str) -> None:
-    assert _short_number(value) == text
-
-
-@pytest.mark.parametrize(
-    ("largest", "exponent"), [(0, 0), (0.1, 0), (0.099, -3), (0.001, -3), (0.00099, -6), (9999, 0), (10_000, 3)]
-)
-def test_exponents(largest: float, exponent: int) -> None:
-    assert _exponent(largest) == exponent

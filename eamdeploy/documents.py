@@ -1,0 +1,38 @@
+"""Which kind of document a JSON file of ours holds; told by the keys that only this kind has."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any, Final, Literal
+
+from eamdeploy.errors import CheckpointError, ConfigError
+
+DocumentKind = Literal["engine manifest", "profile", "evaluation", "analysis", "export", "run"]
+
+_KEYS: Final[dict[DocumentKind, frozenset[str]]] = {
+    "engine manifest": frozenset({"engine_digest"}),
+    "profile": frozenset({"engines"}),
+    "evaluation": frozenset({"agreement"}),
+    "analysis": frozenset({"scores"}),
+    "export": frozenset({"frozen", "baseline"}),
+    "run": frozenset({"stages"}),
+}
+
+
+def read_document(path: Path) -> tuple[DocumentKind | None, dict[str, Any]]:
+    """What the JSON file at `path` holds, by its kind; None for an object of another kind.
+
+    Raises:
+        ConfigError: the file can't be read.
+        CheckpointError: it holds no JSON, or no object.
+    """
+    try:
+        document: Any = json.loads(path.read_bytes())
+    except OSError as err:
+        raise ConfigError(f"cannot read {path}: {err.strerror or err}") from err
+    except (ValueError, RecursionError) as err:
+        raise CheckpointError(f"{path} is no JSON", got=str(err)) from err
+    if not isinstance(document, dict):
+        raise CheckpointError(f"{path} is none of our documents", expected="a JSON object")
+    return next((kind for kind, keys in _KEYS.items() if keys <= document.keys()), None), document

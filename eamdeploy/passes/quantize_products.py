@@ -1,0 +1,190 @@
+"""Compute linear layers and live attention in INT8: QuantizeLinear and DequantizeLinear around both operands.
+
+Before:  y = MatMul(a, W)                    y = MatMul(a, b)
+After:   y = MatMul(dq(q(a)), dq(integers))  y = MatMul(dq(q(a)), dq(q(b)))
+         with q(a) = round(a / s) in INT8 and dq(k) = s·k; one s for a tensor, one for a column of W
+
+             q ─Q─DQ─┐                                  v ─Q─DQ──┐
+             k ─Q─DQ─MatMul──(Add)──Softmax──Q─DQ────────────────MatMul──Q─DQ─┐
+             frozen heads: product in floating point ────────────────────────Concat──Q─DQ──MatMul Wo
+
+Shapes:  a [.., K]  W [K, N]  scales [] or [N]
+Needs:   every operand a constant matrix on the right, or a computed tensor whose range is known; no frozen map among
+         them; not the classifier
+Exact:   no: INT8's 8 bits, symmetric; checked by the gate of the built engine
+Source:  FACTS on fused attention: INT8 fuses with Q/DQ in front of the first product, behind the softmax and behind the
+         second product. Adds are left alone: INT8 residuals cost accuracy.
+
+Scales are max(|range|)/127, rounded up to numbers that float16 has too, so that a version which stores them so changes
+nothing. Readers of one tensor share its pair. Live attention next to frozen heads gets a pair right
+behind its second product as well, with the scale of the pair that follows the Concat, so that it changes no value.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import onnx_graphsurgeon as gs
+from numpy.typing import NDArray
+
+from eamdeploy.graph.layout import LAYOUT_OPS
+from eamdeploy.graph.skip import Refused, Skip
+from eamdeploy.graph.writer import GraphWriter
+
+_LARGEST = 127
+_SMALLEST_SCALE = 2.0**-23  # float16 has one below it, which ONNX Runtime's converter would raise
+_ON_THE_WAY = LAYOUT_OPS | {"Concat"}
+
+
+@dataclass(frozen=True, eq=False)
+class Product:
+    """A MatMul to compute in INT8.
+
+    Attributes:
+        limits: largest magnitude of each computed operand, by the tensor's name.
+        merged: for the second product of attention beside frozen heads, where its result is read; None otherwise.
+    """
+
+    node: gs.Node
+    limits: Mapping[str, float]
+    merged: gs.Tensor | None
+
+
+class QuantizeProducts:
+    """Both operands of products as INT8.
+
+    Args:
+        ranges: smallest and largest value of computed tensors, by name, from calibration.
+    """
+
+    name = "quantize_products"
+
+    def __init__(self, ranges: Mapping[str, tuple[float, float]]) -> None:
+        self._ranges = ranges
+
+    def match(self, graph: gs.Graph) -> list[Product | Skip]:
+        """Every MatMul."""
+        found: list[Product | Skip] = []
+        for node in graph.nodes:
+            if node.op == "MatMul":
+                try:
+                    found.append(self._product(graph, node))
+                except Refused as refused:
+                    found.append(refused.skip)
+        return found
+
+    def rewrite(self, graph: gs.Graph, match: Product) -> None:
+        """The product reads dequantized integers."""
+        node = match.node
+        for index, tensor in enumerate(list(node.inputs)):
+            if isinstance(tensor, gs.Constant):
+                node.inputs[index] = _dequantized_weight(GraphWriter(graph, f"{node.name}/int8"), tensor)
+            else:
+                node.inputs[index] = _pair(graph, tensor, match.limits[tensor.name], tensor.name)
+        if match.merged is not None:
+            result = node.outputs[0]
+            readers = list(result.outputs)
+            dequantized = _pair(graph, result, match.limits[match.merged.name], result.name)
+            for reader in readers:
+                reader.inputs = [dequantized if tensor is result else tensor for tensor in reader.inputs]
+
+    def _product(self, graph: gs.Graph, node: gs.Node) -> Product:
+        if _is_classifier(graph, node):
+            raise Refused("it is the classifier", node)
+        limits = {}
+        for index, tensor in enumerate(node.inputs):
+            if isinstance(tensor, gs.Constant):
+                if index != 1 or tensor.values.ndim != 2:
+                    raise Refused("a constant operand is no matrix on the right", node)
+            elif _reads_integers(tensor):
+                raise Refused("an operand is integers already", node)
+            else:
+                limits[tensor.name] = self._limit(tensor, node)
+        merged = _merged(node)
+        if merged is not None:
+            limits[merged.name] = self._limit(merged, node)
+        return Product(node, limits, merged)
+
+    def _limit(self, tensor: gs.Tensor, node: gs.Node) -> float:
+        if tensor.name not in self._ranges:
+            raise Refused(f"no range is known of {tensor.name}", node)
+        return max(map(abs, self._ranges[tensor.name]))
+
+
+def calibrated_tensors(graph: gs.Graph) -> list[str]:
+    """Names of the tensors whose ranges the pass asks for, each once, in topological order."""
+    names: dict[str, None] = {}
+    for node in graph.nodes:
+        if node.op == "MatMul" and not _is_classifier(graph, node) and not any(map(_reads_integers, node.inputs)):
+            names |= dict.fromkeys(tensor.name for tensor in node.inputs if not isinstance(tensor, gs.Constant))
+    return list(names)
+
+
+def _is_classifier(graph: gs.Graph, node: gs.Node) -> bool:
+    """Whether nothing but the addition of a bias lies between the product and the model's output."""
+    tensor = node.outputs[0]
+    while len(tensor.outputs) == 1 and tensor.outputs[0].op in ("Add", *LAYOUT_OPS):
+        tensor = tensor.outputs[0].outputs[0]
+    return any(tensor is output for output in graph.outputs)
+
+
+def _reads_integers(tensor: gs.Tensor) -> bool:
+    """Whether the tensor comes from a DequantizeLinear, through views: a frozen map, or what this pass has done."""
+    while tensor.inputs and tensor.inputs[0].op in (*LAYOUT_OPS, "Cast"):
+        tensor = tensor.inputs[0].inputs[0]
+    return bool(tensor.inputs) and tensor.inputs[0].op == "DequantizeLinear"
+
+
+def _merged(node: gs.Node) -> gs.Tensor | None:
+    """For a product of softmax and values whose heads meet others in a Concat: what the output projection reads."""
+    source = node.inputs[0]
+    if not source.inputs or source.inputs[0].op != "Softmax":
+        return None
+    path = list(_way_down(node.outputs[0]))
+    if not path or all(step.op != "Concat" for step in path):
+        return None
+    merged = path[-1].outputs[0]
+    return merged if any(reader.op == "MatMul" and reader.inputs[0] is merged for reader in merged.outputs) else None
+
+
+def _way_down(tensor: gs.Tensor) -> Iterator[gs.Node]:
+    """The layout nodes and Concats behind the tensor, as long as each has one reader."""
+    while len(tensor.outputs) == 1 and tensor.outputs[0].op in _ON_THE_WAY:
+        node = tensor.outputs[0]
+        yield node
+        tensor = node.outputs[0]
+
+
+def _pair(graph: gs.Graph, tensor: gs.Tensor, limit: float, name: str) -> gs.Tensor:
+    """`tensor` through QuantizeLinear and DequantizeLinear; the pair that it has already, if that has this scale."""
+    scale = _scales(np.array(limit))
+    for reader in tensor.outputs:
+        if reader.op == "QuantizeLinear" and reader.inputs[1].values == scale:
+            return reader.outputs[0].outputs[0].outputs[0]
+    writer = GraphWriter(graph, f"{name}/int8")
+    constants = [writer.constant("scale", scale), writer.constant("zero_point", np.array(0, np.int8))]
+    integers = writer.node("quantized", "QuantizeLinear", [tensor, *constants], tensor.shape)
+    integers.dtype = np.int8
+    return writer.node("dequantized", "DequantizeLinear", [integers, *constants], tensor.shape)
+
+
+def _dequantized_weight(writer: GraphWriter, weight: gs.Constant) -> gs.Tensor:
+    """The matrix as INT8 integers with one scale for each column, behind a DequantizeLinear."""
+    scales = _scales(np.abs(weight.values).max(axis=0))
+    integers: NDArray[np.int8] = np.clip(np.rint(weight.values / scales), -_LARGEST, _LARGEST).astype(np.int8)
+    inputs = [
+        writer.constant("integers", integers),
+        writer.constant("scales", scales),
+        writer.constant("zero_points", np.zeros(len(scales), np.int8)),
+    ]
+    return writer.node("weight", "DequantizeLinear", inputs, weight.values.shape, axis=1)
+
+
+def _scales(limits: NDArray[np.floating[Any]]) -> NDArray[np.float32]:
+    """The scales, float32 of the same shape, with which magnitudes up to `limits` fit INT8."""
+    exact = np.maximum(limits.astype(np.float64) / _LARGEST, _SMALLEST_SCALE)
+    near = exact.astype(np.float16)
+    return np.where(near.astype(np.float64) < exact, np.nextafter(near, np.float16(np.inf)), near).astype(np.float32)

@@ -1,0 +1,121 @@
+"""Engines with their manifests as one tar archive, for a board to unpack."""
+
+from __future__ import annotations
+
+import tarfile
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from eamdeploy.artifact import digest_file
+from eamdeploy.engines.base import manifest_path, read_manifest
+from eamdeploy.engines.registry import backend_of
+from eamdeploy.errors import ConfigError
+
+_BLOCK_BYTES = 512
+_READ_BYTES = 1 << 16
+
+
+@dataclass(frozen=True)
+class CargoFile:
+    """A file to be sent.
+
+    Attributes:
+        name: its path in the archive: the number of its engine, and its own name.
+    """
+
+    path: Path
+    name: str
+    size_bytes: int
+
+
+@dataclass(frozen=True)
+class Cargo:
+    """What is sent to a board.
+
+    Attributes:
+        engines: in the order in which they were given; `digests` are theirs.
+        files: engines and manifests.
+    """
+
+    engines: tuple[CargoFile, ...]
+    digests: tuple[str, ...]
+    files: tuple[CargoFile, ...]
+
+    @property
+    def engine_bytes(self) -> int:
+        return sum(file.size_bytes for file in self.engines)
+
+    @property
+    def archive_bytes(self) -> int:
+        blocks = sum(len(_header(file)) + _padded(file.size_bytes) for file in self.files)
+        return blocks + len(_folders(self.files)) + 2 * _BLOCK_BYTES
+
+    def archive(self) -> Iterator[bytes]:
+        """The archive's bytes, `archive_bytes` altogether.
+
+        Raises:
+            ConfigError: a file can't be read any more, or is shorter now.
+        """
+        yield _folders(self.files)
+        for file in self.files:
+            yield _header(file)
+            yield from _content(file)
+            yield bytes(_padded(file.size_bytes) - file.size_bytes)
+        yield bytes(2 * _BLOCK_BYTES)
+
+
+def pack_cargo(engines: Sequence[Path]) -> Cargo:
+    """The engines with their manifests, each engine in a numbered folder of its own, as two may have the same name.
+
+    Raises:
+        ConfigError: one can't be read, or is none by its name.
+        CheckpointError, EngineError: its manifest is damaged or describes another file.
+    """
+    packed, files = [], []
+    for index, path in enumerate(engines):
+        backend_of(path)
+        if not path.is_file():
+            raise ConfigError(f"cannot read {path}", expected="an engine file", got="no such file")
+        engine = _file(path, index)
+        packed.append(engine)
+        files.append(engine)
+        if read_manifest(path) is not None:
+            files.append(_file(manifest_path(path), index))
+    return Cargo(tuple(packed), tuple(digest_file(file.path) for file in packed), tuple(files))
+
+
+def _file(path: Path, index: int) -> CargoFile:
+    return CargoFile(path, f"{index}/{path.name}", path.stat().st_size)
+
+
+def _header(file: CargoFile) -> bytes:
+    info = tarfile.TarInfo(file.name)
+    info.size, info.mode = file.size_bytes, 0o600
+    return info.tobuf(tarfile.GNU_FORMAT)  # small systems' tar does not know the newer format
+
+
+def _folders(files: Sequence[CargoFile]) -> bytes:
+    headers = []
+    for name in dict.fromkeys(file.name.partition("/")[0] for file in files):
+        info = tarfile.TarInfo(name)
+        info.type, info.mode = tarfile.DIRTYPE, 0o700
+        headers.append(info.tobuf(tarfile.GNU_FORMAT))
+    return b"".join(headers)
+
+
+def _padded(size_bytes: int) -> int:
+    return -(-size_bytes // _BLOCK_BYTES) * _BLOCK_BYTES
+
+
+def _content(file: CargoFile) -> Iterator[bytes]:
+    left = file.size_bytes
+    try:
+        with file.path.open("rb") as stream:
+            while left and (data := stream.read(min(_READ_BYTES, left))):
+                left -= len(data)
+                yield data
+    except OSError as err:
+        raise ConfigError(f"cannot read {file.path}: {err.strerror or err}") from err
+    if left:
+        raise ConfigError(f"{file.path} became shorter while it was sent", hint="Wait until it is written, try again.")

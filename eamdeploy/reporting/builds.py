@@ -1,0 +1,105 @@
+"""Engines as their manifests describe them, as the plain figures that a report shows."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Final
+
+from eamdeploy.engines.base import DeviceBuild, Manifest
+from eamdeploy.reporting import numbers
+from eamdeploy.reporting.figures import RUNTIMES, Facts
+from eamdeploy.reporting.sources import Sources
+
+SLOWEST_LAYERS: Final = 15
+
+
+@dataclass(frozen=True)
+class Build:
+    """An engine as its manifest describes it.
+
+    Attributes:
+        layers: the slowest, by name, in milliseconds; empty where layers were not timed.
+        layers_total_ms, layers_timed: of all that were timed.
+        frozen_maps: each map's constant, the layer that holds it and the type it has there; None where it has none.
+    """
+
+    file: str
+    name: str
+    runtime: str
+    facts: Facts
+    layers: tuple[tuple[str, float], ...]
+    layers_total_ms: float
+    layers_timed: int
+    frozen_maps: tuple[tuple[str, str | None, str | None], ...]
+
+    @property
+    def layer_shares(self) -> list[float]:
+        """For each of the slowest layers its time as a share of the slowest one's."""
+        slowest = max((ms for _, ms in self.layers), default=0.0) or 1.0
+        return [ms / slowest for _, ms in self.layers]
+
+
+def builds(sources: Sources) -> list[Build]:
+    """One for each manifest."""
+    return [_build(item.file, item.record) for item in sources.of(Manifest)]
+
+
+def _build(file: str, manifest: Manifest) -> Build:
+    device = manifest.device
+    times = {} if device is None or device.layer_ms is None else device.layer_ms
+    maps = [] if device is None or device.engine_layers is None else device.engine_layers.frozen_maps
+    return Build(
+        file=file,
+        name=manifest.engine,
+        runtime=RUNTIMES[manifest.backend],
+        facts=_build_facts(manifest),
+        layers=tuple(sorted(times.items(), key=lambda item: -item[1])[:SLOWEST_LAYERS]),
+        layers_total_ms=sum(times.values()),
+        layers_timed=len(times),
+        frozen_maps=tuple((item.frozen_map, item.layer, item.type) for item in maps),
+    )
+
+
+def _build_facts(manifest: Manifest) -> Facts:
+    parity, card = manifest.parity, manifest.card
+    checked = "NOT CHECKED"
+    if parity is not None:
+        worst = "not finite" if parity.max_abs is None else f"max |Δ logit| {numbers.scientific(parity.max_abs)}"
+        checked = (
+            f"{worst}, first class equal for {parity.top1_agreement:.4g} % of {parity.n} images "
+            f"(tolerance {parity.tolerance})"
+        )
+    facts = {
+        "file": f"{numbers.size(manifest.engine_bytes)}, {numbers.digest(manifest.engine_digest)}",
+        "made of": f"ONNX model {numbers.digest(manifest.model_digest)}",
+        "batch": "dynamic" if manifest.batch is None else str(manifest.batch),
+        "parity": checked,
+        "rewrites": "" if card is None else ", ".join(card.rewrites),
+        "settings": ", ".join(f"{key}={value}" for key, value in manifest.settings.items()),
+        "built on": manifest.machine,
+        "built": manifest.created,
+        **({} if manifest.device is None else _device_facts(manifest.device)),
+    }
+    return tuple((name, value) for name, value in facts.items() if value)
+
+
+def _device_facts(device: DeviceBuild) -> dict[str, str]:
+    layers, twin = device.engine_layers, device.baseline
+    compatible = [
+        *(["newer TensorRT"] if device.version_compatible else []),
+        *(["any GPU from Ampere"] if device.hardware_compatible else []),
+    ]
+    return {
+        "TensorRT": device.runtime,
+        "GPU": f"{device.gpu}, compute capability {device.compute_capability}",
+        "precision": f"{device.precision.upper()}{', INT8' * device.int8}",
+        "also runs on": ", ".join(compatible),
+        "changed for it": "; ".join(device.model_changes) or "nothing",
+        "device memory": numbers.size(device.device_memory_bytes),
+        "layers": "" if layers is None else f"{layers.layers}, with fused attention: {len(layers.fused_attention)}",
+        "fused attention": "" if layers is None else ", ".join(layers.fused_attention),
+        "unfrozen twin": ""
+        if twin is None
+        else f"{twin.engine}: {numbers.size(twin.engine_bytes)}, {twin.layers or 'unknown'} layers",
+        "log": device.log,
+    }

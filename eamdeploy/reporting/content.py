@@ -1,0 +1,92 @@
+"""Everything that a report says, in the order in which it says it; the page and the Markdown are two forms of it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from eamdeploy.eam.analysis import Analysis
+from eamdeploy.engines.base import Manifest
+from eamdeploy.evaluation import EvaluationReport
+from eamdeploy.profiling.profile import Profile
+from eamdeploy.reporting import heat, tables
+from eamdeploy.reporting.builds import Build, builds
+from eamdeploy.reporting.caveats import caveats
+from eamdeploy.reporting.commands import Command, commands
+from eamdeploy.reporting.exports import exported
+from eamdeploy.reporting.figures import Measurement, measurements
+from eamdeploy.reporting.headline import Headline, headline
+from eamdeploy.reporting.heat import HeatMap
+from eamdeploy.reporting.names import engine_names
+from eamdeploy.reporting.sources import Sources
+from eamdeploy.reporting.subjects import subjects
+from eamdeploy.reporting.tables import Table
+
+_MOST_NAMES = 3  # of models in a title
+
+
+@dataclass(frozen=True)
+class Content:
+    """A report.
+
+    Attributes:
+        accuracy, exports: None where the records have nothing of it.
+        files: what it was made of, and what that is in words.
+    """
+
+    title: str
+    headlines: tuple[Headline, ...]
+    caveats: tuple[str, ...]
+    heat_maps: tuple[HeatMap, ...]
+    accuracy: Table | None
+    measurements: tuple[Measurement, ...]
+    builds: tuple[Build, ...]
+    exports: Table | None
+    versions: Table
+    commands: tuple[Command, ...]
+    files: tuple[tuple[str, str], ...]
+
+
+def gather(sources: Sources, title: str | None = None) -> Content:
+    """What the records say.
+
+    Args:
+        title: the models' names if None.
+    """
+    names = engine_names(sources)
+    measured, written = measurements(sources, names), exported(sources)
+    models = subjects(sources, measured, written, names)
+    evaluations = [item.record for item in sources.of(EvaluationReport)]
+    return Content(
+        title=_title([model.model for model in models]) if title is None else title,
+        headlines=tuple(headline(model, names) for model in models),
+        caveats=tuple(caveats(sources, names)),
+        heat_maps=(
+            *(model.heat for model in models if model.heat is not None),
+            *(drawn for item in sources.of(Analysis) for drawn in heat.of_analysis(item.record)),
+        ),
+        accuracy=tables.accuracy(evaluations, names) if evaluations else None,
+        measurements=tuple(measured),
+        builds=tuple(builds(sources)),
+        exports=tables.exports(written) if written else None,
+        versions=tables.versions(_versions(sources)),
+        commands=tuple(commands(sources)),
+        files=tuple((item.file, item.kind) for item in sources.items),
+    )
+
+
+def _title(models: Sequence[str]) -> str:
+    names = list(dict.fromkeys(models))
+    if not names:
+        return "eamdeploy"
+    return ", ".join(names) if len(names) <= _MOST_NAMES else f"{len(names)} models"
+
+
+def _versions(sources: Sources) -> dict[str, dict[str, str]]:
+    """Versions by the file that records them."""
+    return {
+        **{item.file: item.record.versions for item in sources.checkpoints},
+        **{item.file: item.record.versions for item in sources.of(Analysis)},
+        **{item.file: item.record.versions for item in sources.of(Manifest)},
+        **{item.file: item.record.machine.versions for item in sources.of(Profile)},
+    }

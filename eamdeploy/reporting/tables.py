@@ -1,0 +1,151 @@
+"""The tables of a report as text, the same on the page and in Markdown."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from eamdeploy.evaluation import EvaluationReport
+from eamdeploy.reporting import numbers
+from eamdeploy.reporting.builds import Build
+from eamdeploy.reporting.exports import Exported
+from eamdeploy.reporting.figures import Engine, Measurement
+
+_NONE = "–"
+
+
+@dataclass(frozen=True)
+class Table:
+    """Rows of text under column names; the first `texts` columns are words, the rest numbers."""
+
+    columns: tuple[str, ...]
+    rows: tuple[tuple[str, ...], ...]
+    texts: int = 1
+
+    def without_empty(self) -> Table:
+        """The same without columns of numbers in which nothing is recorded, or without rows if there is no other."""
+        kept = [
+            index
+            for index in range(len(self.columns))
+            if index < self.texts or any(row[index] != _NONE for row in self.rows)
+        ]
+        rows = tuple(tuple(row[index] for index in kept) for row in self.rows) if len(kept) > self.texts else ()
+        return Table(tuple(self.columns[index] for index in kept), rows, self.texts)
+
+
+def accuracy(reports: Sequence[EvaluationReport], names: Mapping[str, str]) -> Table:
+    """Every evaluation, the model beside its reference."""
+    columns = ("model", "reference", "images", "top-1", "reference", "change", "top-5", "reference")
+    rows = [
+        (
+            names[each.model],
+            _NONE if each.reference is None else names[each.reference],
+            f"{numbers.count(each.n_images)} of {each.images}",
+            *_pair(each.top1, each.reference_top1),
+            _NONE
+            if each.top1 is None or each.reference_top1 is None
+            else numbers.difference(each.top1, each.reference_top1),
+            *_pair(each.top5, each.reference_top5),
+            _percent(each.agreement),
+            _NONE if each.kl is None else numbers.significant(max(each.kl, 0.0)),
+            _NONE if each.max_abs_logit_diff is None else numbers.significant(each.max_abs_logit_diff),
+        )
+        for each in reports
+    ]
+    return Table((*columns, "agreement", "KL, nats", "max |Δ logit|"), tuple(rows), texts=3).without_empty()
+
+
+def latency(measurement: Measurement) -> Table:
+    """Milliseconds of every engine."""
+    columns = ("engine", "model", "runtime", "p50 ms", "mean", "fastest", "p90", "p95", "p99")
+    rows = [
+        (
+            each.name,
+            each.what,
+            each.runtime,
+            *(numbers.significant(ms) for ms in _marks(each)),
+            numbers.rate(each.times.images_per_s),
+            numbers.percent(each.times.variation_percent),
+            numbers.count(each.times.runs),
+        )
+        for each in measurement.engines
+    ]
+    return Table((*columns, "images/s", "variation", "runs"), tuple(rows), texts=3)
+
+
+def _marks(engine: Engine) -> tuple[float, ...]:
+    times = engine.times
+    return (times.p50_ms, times.mean_ms, times.min_ms, times.p90_ms, times.p95_ms, times.p99_ms)
+
+
+def speed_ups(measurement: Measurement) -> Table:
+    """How much faster than the baseline every engine is; no row without a baseline."""
+    rows = [
+        (
+            each.name,
+            each.speed_up.verdict,
+            numbers.ratio(each.speed_up.median),
+            f"{numbers.ratio(each.speed_up.low)} – {numbers.ratio(each.speed_up.high)}",
+            each.speed_up.interval,
+            f"{numbers.ratio(each.speed_up.p5)} – {numbers.ratio(each.speed_up.p95)}",
+        )
+        for each in measurement.engines
+        if each.speed_up is not None
+    ]
+    return Table(("engine", "beyond noise?", "speed-up", "interval", "which is the", "p5 – p95"), tuple(rows), texts=2)
+
+
+def room(measurement: Measurement) -> Table:
+    """Bytes of every engine; no row where none was recorded."""
+    columns = ("engine", "file", "peak memory", "of which the engine's", "PSS", "on the GPU")
+    rows = [
+        (each.name, *(map(_size, (each.room.file, each.room.peak, each.room.own, each.room.pss, each.room.device))))
+        for each in measurement.engines
+    ]
+    return Table(columns, tuple(rows)).without_empty()
+
+
+def layers(build: Build) -> Table:
+    """The slowest layers with their share of all that were timed."""
+    total = build.layers_total_ms
+    rows = [(name, numbers.milliseconds(ms), numbers.share(ms / total if total else 0)) for name, ms in build.layers]
+    return Table(("layer", "mean time", "share"), tuple(rows))
+
+
+def frozen_maps(build: Build) -> Table:
+    """What became of every frozen map."""
+    rows = [(name, layer or "in no layer of its own", kind or _NONE) for name, layer, kind in build.frozen_maps]
+    return Table(("frozen map", "layer", "type there"), tuple(rows), texts=3)
+
+
+def exports(exported: Sequence[Exported]) -> Table:
+    """Every ONNX model that was written."""
+    rows = []
+    for each in exported:
+        rows.append((each.model, each.graph, numbers.size(each.bytes)))
+        if each.twin is not None and each.twin_bytes is not None:
+            rows.append((each.twin, each.twin_graph or "", numbers.size(each.twin_bytes)))
+    return Table(("model", "graph", "file"), tuple(rows), texts=2)
+
+
+def versions(by_source: Mapping[str, Mapping[str, str]]) -> Table:
+    """Versions by package and by what they belong to; sources with the same ones share a column."""
+    same: dict[tuple[tuple[str, str], ...], list[str]] = {}
+    for source, found in by_source.items():
+        same.setdefault(tuple(sorted(found.items())), []).append(source)
+    packages = sorted({name for found in same for name, _ in found})
+    columns = tuple(", ".join(sources) for sources in same.values()) if len(same) > 1 else ("version",) * len(same)
+    rows = tuple((name, *(dict(found).get(name, _NONE) for found in same)) for name in packages)
+    return Table(("package", *columns), rows, texts=1 + len(columns))
+
+
+def _pair(model: float | None, reference: float | None) -> tuple[str, str]:
+    return _percent(model), _percent(reference)
+
+
+def _percent(value: float | None) -> str:
+    return _NONE if value is None else numbers.percent(value)
+
+
+def _size(n_bytes: int | None) -> str:
+    return _NONE if n_bytes is None else numbers.size(n_bytes)

@@ -1,0 +1,39 @@
+from __future__ import annotations
+
+import io
+import tarfile
+from pathlib import Path
+
+import pytest
+
+from eamdeploy.errors import ConfigError
+from eamdeploy.remote.cargo import pack_cargo
+
+
+def test_the_archive_holds_every_file_and_is_as_long_as_it_says(tmp_path: Path) -> None:
+    paths = [tmp_path / "a" / "x.onnx", tmp_path / "b" / "x.onnx", tmp_path / f"{'long ü' * 30}.onnx"]
+    for size, path in zip((0, 70_000, 512), paths, strict=True):
+        path.parent.mkdir(exist_ok=True)
+        path.write_bytes(b"x" * size)
+    cargo = pack_cargo(paths)
+    data = b"".join(cargo.archive())
+    assert len(data) == cargo.archive_bytes
+    assert cargo.engine_bytes == 70_512
+    with tarfile.open(fileobj=io.BytesIO(data)) as archive:
+        files = {info.name: info for info in archive if info.isfile()}
+        assert list(files) == ["0/x.onnx", "1/x.onnx", f"2/{paths[2].name}"]
+        for info, path in zip(files.values(), paths, strict=True):
+            content = archive.extractfile(info)
+            assert content is not None and content.read() == path.read_bytes()
+
+
+def test_a_file_that_shrinks_or_goes_while_it_is_sent(tmp_path: Path) -> None:
+    path = tmp_path / "x.onnx"
+    path.write_bytes(bytes(1000))
+    cargo = pack_cargo([path])
+    path.write_bytes(bytes(10))
+    with pytest.raises(ConfigError, match="became shorter"):
+        list(cargo.archive())
+    path.unlink()
+    with pytest.raises(ConfigError, match=r"cannot read .*x\.onnx"):
+        list(cargo.archive())

@@ -1,0 +1,103 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from report_records import (
+    PARITY,
+    analysis,
+    card,
+    digest,
+    engine,
+    evaluation,
+    freezing,
+    latency,
+    manifest,
+    profile,
+    write_all,
+)
+
+from eamdeploy.artifact import RANDOM_WARNING, Record
+from eamdeploy.reporting.caveats import caveats
+from eamdeploy.reporting.names import engine_names
+from eamdeploy.reporting.sources import Sources, read_sources
+
+FROZEN = card(freezing())
+RANDOM = card(freezing(), weights="random")
+
+
+def caveats_of(folder: Path, records: dict[str, Record]) -> list[str]:
+    sources = read_sources(write_all(folder, records))
+    return caveats(sources, engine_names(sources))
+
+
+def test_nothing_doubtful_gives_no_caveat(tmp_path: Path) -> None:
+    records: dict[str, Record] = {
+        "m.json": manifest("x.ort.onnx", FROZEN),
+        "p.json": profile([engine("x.ort.onnx", FROZEN, 2.0, 1.1)], engine("b.ort.onnx", card(), 3.0)),
+        "e.json": evaluation("x.ort.onnx", "b.ort.onnx"),
+        "a.json": analysis(),
+    }
+    assert caveats_of(tmp_path, records) == []
+
+
+@pytest.mark.parametrize(
+    ("record", "name"),
+    [
+        (manifest("x.ort.onnx", RANDOM), RANDOM.timm_model),
+        (profile([engine("x.ort.onnx", RANDOM, 2.0)]), RANDOM.timm_model),
+        (profile([engine("x.ort.onnx", None, 2.0)], engine("b.ort.onnx", RANDOM, 2.0)), RANDOM.timm_model),
+        (evaluation("x.ort.onnx", None, weights="random"), "x.ort.onnx"),
+        (analysis(weights="random"), RANDOM.timm_model),
+    ],
+)
+def test_random_weights_are_told_whichever_record_says_so(tmp_path: Path, record: Record, name: str) -> None:
+    assert caveats_of(tmp_path, {"x.json": record}) == [f"{name}: {RANDOM_WARNING}"]
+
+
+def test_parity_that_was_not_checked_or_failed_is_told_once_for_each_engine(tmp_path: Path) -> None:
+    failed = PARITY.model_copy(update={"passed": False, "reason": "max |Δ logit| 3 > 0.002"})
+    records: dict[str, Record] = {
+        "m.json": manifest("x.ort.onnx", FROZEN, parity=None),
+        "p.json": profile(
+            [engine("x.ort.onnx", FROZEN, 2.0, parity=None), engine("y.ort.onnx", FROZEN, 2.0, parity=failed)]
+        ),
+    }
+    assert caveats_of(tmp_path, records) == [
+        "x.ort.onnx: its parity was not checked",
+        "y.ort.onnx: its parity check failed: max |Δ logit| 3 > 0.002",
+    ]
+
+
+def test_unsteady_times_are_told_for_the_baseline_too_and_name_the_machine_if_there_are_two(tmp_path: Path) -> None:
+    shaky = profile([engine("x", FROZEN, 2.0)], engine("b", card(), 3.0, latency=latency(3.0, warning="shaky")))
+    assert caveats_of(tmp_path / "one", {"p.json": shaky}) == ["b: shaky"]
+    both = caveats_of(tmp_path / "two", {"p.json": shaky, "q.json": profile([engine("x", FROZEN, 2.0)])})
+    assert both == ["b on Made-up CPU: shaky"]
+
+
+def test_figures_of_another_build_are_told(tmp_path: Path) -> None:
+    old = manifest("x.ort.onnx", FROZEN, engine_digest=digest("older"))
+    path = str(tmp_path / "x.ort.onnx")
+    records: dict[str, Record] = {
+        "x.ort.onnx.json": old,
+        "p.json": profile([engine(path, FROZEN, 2.0)]),
+        "e.json": evaluation(path, None, model_digest=digest("oldest")),
+    }
+    assert caveats_of(tmp_path, records) == [
+        "x.ort.onnx: its manifest describes another build than the one that was measured",
+        "x.ort.onnx: its accuracy is that of another build than the one described or measured",
+    ]
+
+
+def test_builds_on_two_boards_are_no_contradiction(tmp_path: Path) -> None:
+    records: dict[str, Record] = {
+        f"{board}.json": profile([engine("x.plan", FROZEN, 2.0, digest=digest(board))]) for board in ("a", "b")
+    }
+    assert caveats_of(tmp_path, records) == []
+
+
+def test_a_file_that_changed_after_its_run_is_told(tmp_path: Path) -> None:
+    sources = read_sources(write_all(tmp_path, {"e.json": evaluation("x", None)}))
+    told = caveats(Sources(sources.items, ("out/profile.json",)), engine_names(sources))
+    assert told == ["out/profile.json: it is no longer what its run.json says was written; run again"]
