@@ -4,7 +4,7 @@ VENV   ?= .venv
 BIN    := $(VENV)/bin
 READY  := $(VENV)/.ready
 
-.PHONY: install demo test lint bench trt-attributes gpu-check clean
+.PHONY: install demo test lint bench trt-attributes gpu-check image-models image-lint image-check image-check-arm64 clean
 
 install: $(READY)
 
@@ -42,6 +42,22 @@ build/gpu-check/deit-stock.onnx: | $(READY)
 GPU_PYTHON ?= $(BIN)/python
 gpu-check: build/gpu-check/deit-stock.onnx
 	$(GPU_PYTHON) benchmarks/gpu_check.py build/gpu-check -o build/gpu-check/result.json
+
+# What the board's image holds; again after the exporter or the checkpoint changed
+image-models: $(READY)
+	$(BIN)/eamdeploy export models/digits_deit.eam.safetensors -o models/digits_deit.onnx \
+		--baseline models/digits_deit_baseline.onnx --opset 17 --data calib_data/digits/heldout --images 16 --no-measure
+
+image-lint: $(READY)
+	$(BIN)/hadolint Dockerfile
+
+# Needs root; installs podman, runc and mmdebstrap by apt where missing
+image-check: $(READY)
+	$(BIN)/python docker/check_image.py amd64
+
+# Under emulation: minutes
+image-check-arm64: $(READY)
+	$(BIN)/python docker/check_image.py arm64
 
 clean:
 	rm -rf $(VENV) demo_output build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache
