@@ -8,15 +8,19 @@ from typing import Any, Final, Literal
 
 from eamdeploy.errors import CheckpointError, ConfigError
 
-DocumentKind = Literal["engine manifest", "profile", "evaluation", "analysis", "export", "run"]
+DocumentKind = Literal[
+    "engine manifest", "profile", "profiles of machines", "evaluation", "analysis", "export", "run", "diagnosis"
+]
 
 _KEYS: Final[dict[DocumentKind, frozenset[str]]] = {
     "engine manifest": frozenset({"engine_digest"}),
     "profile": frozenset({"engines"}),
+    "profiles of machines": frozenset({"profiles", "failures"}),
     "evaluation": frozenset({"agreement"}),
     "analysis": frozenset({"scores"}),
     "export": frozenset({"frozen", "baseline"}),
     "run": frozenset({"stages"}),
+    "diagnosis": frozenset({"capabilities"}),
 }
 
 

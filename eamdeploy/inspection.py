@@ -10,7 +10,8 @@ import numpy as np
 from pydantic import JsonValue
 
 from eamdeploy.artifact import Freezing, ModelCard, Record, digest_file
-from eamdeploy.documents import read_document
+from eamdeploy.diagnosis import Diagnosis
+from eamdeploy.documents import DocumentKind, read_document
 from eamdeploy.eam import checkpoint as checkpoints
 from eamdeploy.eam.packing import packed_size
 from eamdeploy.eam.records import AttentionShape, Checkpoint
@@ -19,6 +20,8 @@ from eamdeploy.engines.base import Manifest, read_manifest
 from eamdeploy.engines.registry import open_runner
 from eamdeploy.errors import ConfigError
 from eamdeploy.parity import ReferenceSet
+from eamdeploy.profiling.profile import EngineProfile, Profile
+from eamdeploy.remote.profile import RemoteProfiles
 
 
 class Inspection(Record):
@@ -204,8 +207,59 @@ def _reference(path: Path) -> tuple[str, dict[str, JsonValue]]:
 
 def _json(path: Path) -> tuple[str, dict[str, JsonValue]]:
     kind, document = read_document(path)
-    return kind or "JSON document", {key: value for key, value in document.items() if not isinstance(value, dict)}
+    if kind is None or kind not in _BY_KIND:
+        shown = {key: value for key, value in document.items() if not isinstance(value, dict)}
+        return kind or "JSON document", shown
+    return kind, _BY_KIND[kind](path)
 
+
+def _profile(path: Path) -> dict[str, JsonValue]:
+    return _measured(Profile.read(path))
+
+
+def _measured(profile: Profile) -> dict[str, JsonValue]:
+    baseline = [] if profile.baseline is None else [f"{_engine(profile.baseline)}, the baseline"]
+    return {
+        "machine": f"{profile.device_before.name}, {profile.machine.system}",
+        "measured": profile.machine.measured_at,
+        "threads": profile.threads,
+        "batch": profile.batch,
+        "engines": [*baseline, *map(_engine, profile.engines)],
+    }
+
+
+def _engine(item: EngineProfile) -> str:
+    ratio = item.speed_up
+    against = "" if ratio is None else f", {ratio.median:.3f}× ({ratio.low:.3f}–{ratio.high:.3f}) {ratio.verdict}"
+    return f"{item.engine}: p50 {item.latency.p50_ms:.2f} ms{against}"
+
+
+def _profiles(path: Path) -> dict[str, JsonValue]:
+    """Every machine's figures under its address."""
+    found = RemoteProfiles.read(path)
+    profiles: dict[str, JsonValue] = {
+        f"{target} {name}": value
+        for target, profile in found.profiles.items()
+        for name, value in _measured(profile).items()
+    }
+    return profiles | {f"{target} failed": failure.message for target, failure in found.failures.items()}
+
+
+def _diagnosis(path: Path) -> dict[str, JsonValue]:
+    found = Diagnosis.read(path)
+    return {
+        "machine": f"{found.machine.cpu}, {found.machine.system}",
+        "diagnosed": found.machine.measured_at,
+        "can": [item.name for item in found.capabilities if not item.missing],
+        **{f"lacks for {item.name}": list(item.missing) for item in found.capabilities if item.missing},
+    }
+
+
+_BY_KIND: dict[DocumentKind, Callable[[Path], dict[str, JsonValue]]] = {
+    "profile": _profile,
+    "profiles of machines": _profiles,
+    "diagnosis": _diagnosis,
+}
 
 _BY_SUFFIX: dict[str, Callable[[Path], tuple[str, dict[str, JsonValue]]]] = {
     ".safetensors": _checkpoint,

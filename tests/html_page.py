@@ -5,7 +5,7 @@ from __future__ import annotations
 from html.parser import HTMLParser
 
 VOID = {"meta", "link", "br", "hr", "img", "input"}
-_SVG_LEAVES = {"path", "use", "rect", "line"}  # these close themselves with a slash
+_SVG_LEAVES = {"path", "use", "rect", "line", "circle"}  # these close themselves with a slash
 
 
 class Page(HTMLParser):

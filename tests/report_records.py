@@ -10,23 +10,27 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from eamdeploy.profiling.memory import Memory
-
 from eamdeploy.artifact import Freezing, ModelCard, Preprocessing, Record
+from eamdeploy.devices.base import DeviceState
 from eamdeploy.eam.analysis import Analysis
 from eamdeploy.eam.records import AttentionShape, Calibration
-from eamdeploy.engines.base import DeviceBuild, EngineLayers, EngineSize, FrozenMapLayer, Manifest
+from eamdeploy.engines.base import DeviceBuild, EngineLayers, EngineSize, FrozenMapLayer, LatencySplit, Manifest
 from eamdeploy.evaluation import EvaluationReport
 from eamdeploy.host.export_record import Export, ExportedModel
 from eamdeploy.host.gain import Gain
 from eamdeploy.parity import ParityReport
+from eamdeploy.profiling.fresh_process import ColdStart, Memory
 from eamdeploy.profiling.machine import Machine
+from eamdeploy.profiling.power import Power
 from eamdeploy.profiling.profile import EngineProfile, Profile, summarize_card
+from eamdeploy.profiling.streams import Throughput
 from eamdeploy.profiling.timing import Latency, SpeedUp
+from eamdeploy.remote.profile import RemoteFailure, RemoteProfiles
 
 MODEL = "deit_made_up_patch16_224"
 DEPTH, HEADS = 12, 6
 SETTINGS = {"graph_optimization_level": "all"}
+DRIFT = "power was 4000 mW in the first pass and 4780 mW in the second (over 5 % apart): made up"
 UNSTEADY = "run times vary by 9.7 % (over 5 %): made up"
 PARITY = ParityReport(
     passed=True,
@@ -135,7 +139,10 @@ def latency(p50_ms: float, *, warning: str | None = None) -> Latency:
         batch=1,
         min_ms=0.94 * p50_ms,
         mean_ms=1.02 * p50_ms,
+        p5_ms=0.95 * p50_ms,
+        p25_ms=0.98 * p50_ms,
         p50_ms=p50_ms,
+        p75_ms=1.04 * p50_ms,
         p90_ms=1.08 * p50_ms,
         p95_ms=1.15 * p50_ms,
         p99_ms=1.31 * p50_ms,
@@ -145,22 +152,55 @@ def latency(p50_ms: float, *, warning: str | None = None) -> Latency:
     )
 
 
-def speed_up(median: float, half: float = 0.01) -> SpeedUp:
-    """A speed-up whose middle half reaches `half` to both sides."""
+def speed_up(median: float, half: float = 0.01, sittings: int = 5) -> SpeedUp:
+    """A speed-up whose 95 % interval reaches `half` to both sides, and its rounds much further."""
     return SpeedUp(
-        rounds=1234, median=median, p5=median - 3 * half, p25=median - half, p75=median + half, p95=median + 3 * half
+        rounds=1234,
+        sittings=sittings,
+        median=median,
+        low=median - half,
+        high=median + half,
+        p5=median - 9 * half,
+        p25=median - 3 * half,
+        p75=median + 3 * half,
+        p95=median + 9 * half,
     )
 
 
-def memory(engine_bytes: int, own: int) -> Memory:
-    return Memory(
+def memory(engine_bytes: int, own: int, **changes: Any) -> Memory:
+    made = Memory(
         engine_bytes=engine_bytes,
         baseline_rss_bytes=86_000_000,
         peak_rss_bytes=86_000_000 + own,
         engine_peak_rss_bytes=own,
         rss_bytes=80_000_000 + own,
         pss_bytes=70_000_000 + own,
+        device_memory_bytes=None,
+        available_drop_bytes=None,
+        nvmap_bytes=None,
     )
+    return made.model_copy(update=changes)
+
+
+def power(mean_mw: float, p50_ms: float, **changes: Any) -> Power:
+    """What an engine drew that draws `mean_mw` and takes `p50_ms` for an image, on a board that idles at 4.4 W."""
+    made = Power(
+        source="tegrastats",
+        rails_mw={"VDD_IN": mean_mw, "VDD_CPU_GPU_CV": 0.52 * mean_mw, "VDD_SOC": 0.21 * mean_mw},
+        total_rails=["VDD_IN"],
+        idle_mw=4400.0,
+        mean_mw=mean_mw,
+        energy_mj_per_image=mean_mw * p50_ms / 1e3,
+        energy_above_idle_mj_per_image=(mean_mw - 4400.0) * p50_ms / 1e3,
+        samples=97,
+        skipped=2,
+        seconds=10.03,
+        images=round(10_030 / p50_ms),
+        images_per_s=1e3 / p50_ms,
+        memory_peak_bytes={"ram": 3_912_000_000, "nvmap": 612_000_000},
+        warnings=[],
+    )
+    return made.model_copy(update=changes)
 
 
 def engine(name: str, made_of: ModelCard | None, p50_ms: float, ratio: float | None = None, **changes: Any) -> Any:
@@ -174,9 +214,73 @@ def engine(name: str, made_of: ModelCard | None, p50_ms: float, ratio: float | N
         parity=PARITY,
         latency=latency(p50_ms),
         memory=memory(21_500_000 + 137_000 * len(name), 41_000_000),
+        cold_start=ColdStart(import_ms=312.0, load_ms=11.9 * p50_ms, first_inference_ms=1.9 * p50_ms),
+        split=None,
+        throughput=None,
+        layer_ms=None,
+        power=None,
         speed_up=None if ratio is None else speed_up(ratio),
     )
     return made.model_copy(update=changes)
+
+
+def on_jetson(name: str, made_of: ModelCard | None, p50_ms: float, mean_mw: float, ratio: float | None = None) -> Any:
+    """The profile of a TensorRT engine with everything that only a Jetson tells."""
+    n_bytes = 11_200_000 + 137_000 * len(name)
+    return engine(
+        name,
+        made_of,
+        p50_ms,
+        ratio,
+        memory=memory(
+            n_bytes,
+            512_000_000,
+            device_memory_bytes=9_437_184,
+            available_drop_bytes=-3_100_000 if ratio is None else 641_000_000,
+            nvmap_bytes=402_000_000,
+        ),
+        split=LatencySplit(
+            runs=100,
+            batch=1,
+            copy_in_ms=0.0 if ratio is None else 0.061,
+            compute_ms=p50_ms - 0.11,
+            copy_out_ms=0.0 if ratio is None else 0.0071,
+            enqueue_ms=0.213,
+            cuda_graph=ratio is None,
+        ),
+        throughput=Throughput(
+            streams=2,
+            images=4321,
+            seconds=3.004,
+            images_per_s=1690 / p50_ms,
+            latency_p50_ms=1.18 * p50_ms,
+            latency_p99_ms=1.57 * p50_ms,
+        ),
+        layer_ms={f"/blocks/{n}/attn/MatMul timed by profile": 0.01 + 0.004 * n for n in range(20)},
+        power=power(mean_mw, p50_ms),
+    )
+
+
+def device(**changes: Any) -> DeviceState:
+    """A processor that tells nothing of itself but its name."""
+    made = DeviceState(kind="cpu", name="Made-up CPU")
+    return made.model_copy(update=changes)
+
+
+def jetson(*, hot: bool, name: str = "NVIDIA Jetson Orin Nano (made up)") -> DeviceState:
+    """A board before or after work; afterwards it is hot and slows down."""
+    return DeviceState(
+        kind="jetson",
+        name=name,
+        software={"JetPack": "6.2", "L4T": "36.4.3"},
+        power_mode="15W",
+        power_mode_id=0,
+        clocks_locked=False,
+        clocks_mhz={**{f"CPU{core}": 1510.0 if hot or core else 729.0 for core in range(6)}, "GPU": 612.0},
+        temperatures_c={"cpu-thermal": 71.25 if hot else 48.5, "gpu-thermal": 73.0 if hot else 47.25},
+        throttling=["cpu-throttle-alert is at 1 of 1"] if hot else [],
+        warnings=["clocks are not locked, so that times vary with the load before. Lock them with: sudo jetson_clocks"],
+    )
 
 
 def machine(**changes: Any) -> Machine:
@@ -200,11 +304,14 @@ def machine(**changes: Any) -> Machine:
 def profile(engines: list[Any], baseline: Any = None, **changes: Any) -> Profile:
     made = Profile(
         machine=machine(),
+        device_before=device(),
+        device_after=device(),
         threads=4,
         batch=1,
         warmup_ms=200.0,
         min_seconds=3.0,
         min_runs=50,
+        sittings=5,
         baseline=baseline,
         engines=engines,
     )
@@ -274,7 +381,7 @@ def export() -> Export:
             reference=name.replace(".onnx", ".reference.npz"),
         )
 
-    gain = Gain(speed_up=speed_up(1.07), steady=True, threads=4, machine="Made-up CPU, 4 cores")
+    gain = Gain(speed_up=speed_up(1.07, sittings=4), threads=4, machine="Made-up CPU, 4 cores")
     return Export(frozen=written("model.onnx"), baseline=written("base.onnx"), gain=gain)
 
 
@@ -286,12 +393,10 @@ def write_all(folder: Path, records: Mapping[str, Record]) -> list[Path]:
     return [folder / name for name in records]
 
 
-def rich_records() -> dict[str, Record]:
-    """One of everything by file name; the profiles are of a PC and of a board."""
-    fifth, half = card(freezing()), card(freezing(0.5), "half.eam.safetensors")
-    twin = card()
+def board_profile(engines: list[Any], baseline: Any, name: str = "NVIDIA Jetson Orin Nano (made up)") -> Profile:
+    """Measured on a Jetson of that name."""
     board = machine(
-        cpu="NVIDIA Jetson Orin Nano (made up)",
+        cpu="ARMv8 Processor rev 1 (made up)",
         architecture="aarch64",
         usable_cores=6,
         cores=6,
@@ -301,11 +406,50 @@ def rich_records() -> dict[str, Record]:
         load_1min=None,
         versions={"python": "3.10.12", "tensorrt": "10.3.0"},
     )
+    return profile(
+        engines,
+        baseline,
+        machine=board,
+        device_before=jetson(hot=False, name=name),
+        device_after=jetson(hot=True, name=name),
+        threads=1,
+    )
+
+
+def remote_profiles() -> RemoteProfiles:
+    """Two boards that measured the same engines, and one that could not be reached."""
+    fifth, twin = card(freezing()), card()
+    boards = {
+        "ssh://nvidia@orin.lan": ("NVIDIA Jetson Orin Nano (made up)", 1.0),
+        "ssh://agx.lan:2222": ("NVIDIA Jetson AGX Orin (made up)", 0.4),
+    }
+    return RemoteProfiles(
+        profiles={
+            target: board_profile(
+                [on_jetson("out/model.plan", fifth, 2.31 * share, 8100, 1.18)],
+                on_jetson("out/base.plan", twin, 2.73 * share, 8600),
+                name,
+            )
+            for target, (name, share) in boards.items()
+        },
+        failures={"ssh://pi5": RemoteFailure(message="ssh://pi5 can't be reached: no route to host", exit_code=4)},
+    )
+
+
+def rich_records() -> dict[str, Record]:
+    """One of everything by file name; the profiles are of a PC and of a board."""
+    fifth, half = card(freezing()), card(freezing(0.5), "half.eam.safetensors")
+    twin = card()
     on_pc = [
         engine("out/model.ort.onnx", fifth, 13.7, 1.071),
         engine("out/half.ort.onnx", half, 12.9, 1.004, parity=None, latency=latency(12.9, warning=UNSTEADY)),
     ]
-    on_board = [engine("model.plan", fifth, 2.31, 1.18, memory=None), engine("half.plan", half, 2.9, 0.94, memory=None)]
+    on_board = [
+        on_jetson("model.plan", fifth, 2.31, 8100, 1.18),
+        on_jetson("half.plan", half, 2.9, 7900, 0.94).model_copy(
+            update={"power": power(4390, 2.9, warnings=[DRIFT], idle_mw=4400.0)}
+        ),
+    ]
     return {
         "analysis.json": analysis(),
         "export.json": export(),
@@ -321,5 +465,5 @@ def rich_records() -> dict[str, Record]:
         ),
         "plan.evaluation.json": evaluation("model.plan", "base.ort.onnx", None, weights="random"),
         "pc.json": profile(on_pc, engine("out/base.ort.onnx", twin, 14.7)),
-        "board.json": profile(on_board, engine("base.plan", twin, 2.73, memory=None), machine=board, threads=1),
+        "board.json": board_profile(on_board, on_jetson("base.plan", twin, 2.73, 8600)),
     }

@@ -13,10 +13,12 @@ from eamdeploy.errors import CheckpointError, ConfigError
     [
         ('{"engine_digest": 1}', "engine manifest"),
         ('{"engines": []}', "profile"),
+        ('{"profiles": {}, "failures": {}}', "profiles of machines"),
         ('{"agreement": null}', "evaluation"),
         ('{"scores": {}, "frozen": {}}', "analysis"),
         ('{"frozen": {}, "baseline": null}', "export"),
         ('{"stages": {}}', "run"),
+        ('{"capabilities": []}', "diagnosis"),
         ('{"frozen": {}}', None),
         ("{}", None),
     ],

@@ -9,11 +9,13 @@ from typing import Any
 import onnx
 import pytest
 from made_checkpoints import WindowMaps, make
+from report_records import engine, machine, profile, remote_profiles
 from safetensors.numpy import load_file
 from tiny_models import KWARGS, NAME
 
 from eamdeploy import evaluate, inspect
 from eamdeploy.artifact import digest_file
+from eamdeploy.diagnosis import Capability, Diagnosis, Finding
 from eamdeploy.eam import checkpoint as checkpoints
 from eamdeploy.eam.selection import Granularity
 from eamdeploy.engines.base import DeviceBuild, EngineLayers, FrozenMapLayer, Manifest, manifest_path
@@ -138,7 +140,6 @@ def test_every_document_is_told_apart(eam_engine: Path, pictures: Path, tiny_wei
     analyze(spec, ImageSource(pictures, limit=2), FreezeOptions(score="entropy")).write(tmp_path / "a.json")
     assert details_of(tmp_path / "a.json", "analysis")["bins"] == 16
     for name, document, kind in (
-        ("p.json", {"engines": [], "threads": 1}, "profile"),
         ("run.json", {"format": 1, "stages": {}}, "run"),
         ("other.json", {"a": 1}, "JSON document"),
     ):
@@ -146,11 +147,48 @@ def test_every_document_is_told_apart(eam_engine: Path, pictures: Path, tiny_wei
         details_of(tmp_path / name, kind)
 
 
+def test_profiles_say_how_fast_engines_are(tmp_path: Path) -> None:
+    profile([engine("x.onnx", None, 2.0, 1.18)], engine("b.onnx", None, 2.36)).write(tmp_path / "p.json")
+    details = details_of(tmp_path / "p.json", "profile")
+    assert details["engines"] == [
+        "b.onnx: p50 2.36 ms, the baseline",
+        "x.onnx: p50 2.00 ms, 1.180× (1.170–1.190) faster",
+    ]
+    assert (details["machine"], details["threads"], details["batch"]) == ("Made-up CPU, Linux 6.1", 4, 1)
+
+
+def test_profiles_of_machines_are_told_machine_by_machine(tmp_path: Path) -> None:
+    remote_profiles().write(tmp_path / "p.json")
+    details = details_of(tmp_path / "p.json", "profiles of machines")
+    assert details["ssh://agx.lan:2222 machine"] == "NVIDIA Jetson AGX Orin (made up), Linux 6.1"
+    assert details["ssh://nvidia@orin.lan engines"][0] == "out/base.plan: p50 2.73 ms, the baseline"
+    assert details["ssh://pi5 failed"] == "ssh://pi5 can't be reached: no route to host"
+
+
+def test_a_diagnosis_says_what_can_be_done_and_what_lacks(tmp_path: Path) -> None:
+    nothing = Finding(missing="not here")
+    Diagnosis(
+        machine=machine(),
+        memory_free_bytes=1,
+        onnxruntime=Finding(found="1.23.0"),
+        providers=["CPUExecutionProvider"],
+        tensorrt=nothing,
+        gpu=nothing,
+        cuda_python=nothing,
+        device=None,
+        device_missing=None,
+        capabilities=[Capability(name="run ONNX", missing=[]), Capability(name="build-trt", missing=["a GPU"])],
+    ).write(tmp_path / "d.json")
+    details = details_of(tmp_path / "d.json", "diagnosis")
+    assert (details["can"], details["lacks for build-trt"]) == (["run ONNX"], ["a GPU"])
+
+
 @pytest.mark.parametrize(
     ("name", "content", "kind", "message"),
     [
         ("x.json", None, ConfigError, r"cannot read \S*x\.json"),
         ("x.json", b"{", CheckpointError, r"x\.json is no JSON"),
+        ("x.json", b'{"engines": []}', CheckpointError, r"x\.json is not a valid Profile: machine"),
         ("x.json", b"\xff", CheckpointError, r"x\.json is no JSON"),
         ("x.json", b"[1]", CheckpointError, r"x\.json is none of our documents; expected a JSON object"),
         ("x.npz", b"PK", CheckpointError, r"x\.npz is not a reference set"),

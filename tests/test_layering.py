@@ -61,10 +61,12 @@ LAYERS: dict[str, set[str]] = {
     },
     "build": {"activation_ranges", "artifact", "engines", "errors", "observer", "parity", "trt_model"},
     "evaluation": {"accuracy", "artifact", "eam", "engines", "errors", "host", "observer", "source"},
-    "inspection": {"artifact", "documents", "eam", "engines", "errors", "parity"},
+    "inspection": {
+        *("artifact", "diagnosis", "documents", "eam", "engines", "errors", "parity", "profiling", "remote"),
+    },
     "reporting": {
         *("artifact", "documents", "eam", "engines", "errors", "evaluation", "host", "parity", "profiling"),
-        *("run_state",),
+        *("remote", "run_state"),
     },
     "pipeline": {
         *("artifact", "build", "eam", "engines", "errors", "evaluation", "folder", "host"),

@@ -83,7 +83,10 @@ class Latency(Record):
     batch: int
     min_ms: float
     mean_ms: float
+    p5_ms: float
+    p25_ms: float
     p50_ms: float
+    p75_ms: float
     p90_ms: float
     p95_ms: float
     p99_ms: float
@@ -205,7 +208,7 @@ def runs_of(times: Sittings, call: int) -> NDArray[np.int64]:
 def summarize(times_ns: NDArray[np.int64], batch: int) -> Latency:
     """Figures of int64 [runs] nanoseconds; percentiles are interpolated between runs."""
     times_ms = times_ns / 1e6
-    p50, p90, p95, p99 = (float(p) for p in np.percentile(times_ms, [50, 90, 95, 99]))
+    p5, p25, p50, p75, p90, p95, p99 = (float(p) for p in np.percentile(times_ms, [5, 25, 50, 75, 90, 95, 99]))
     mean = float(times_ms.mean())
     variation = 100 * float(times_ms.std()) / mean
     return Latency(
@@ -213,7 +216,10 @@ def summarize(times_ns: NDArray[np.int64], batch: int) -> Latency:
         batch=batch,
         min_ms=float(times_ms.min()),
         mean_ms=mean,
+        p5_ms=p5,
+        p25_ms=p25,
         p50_ms=p50,
+        p75_ms=p75,
         p90_ms=p90,
         p95_ms=p95,
         p99_ms=p99,

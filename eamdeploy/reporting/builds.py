@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Final
 
 from eamdeploy.engines.base import DeviceBuild, Manifest
 from eamdeploy.reporting import numbers
-from eamdeploy.reporting.figures import RUNTIMES, Facts
+from eamdeploy.reporting.figures import RUNTIMES
+from eamdeploy.reporting.layers import LayerTimes, layer_times
+from eamdeploy.reporting.machines import Facts
 from eamdeploy.reporting.sources import Sources
-
-SLOWEST_LAYERS: Final = 15
 
 
 @dataclass(frozen=True)
@@ -18,25 +17,18 @@ class Build:
     """An engine as its manifest describes it.
 
     Attributes:
-        layers: the slowest, by name, in milliseconds; empty where layers were not timed.
-        layers_total_ms, layers_timed: of all that were timed.
+        digest: SHA-256 of the engine.
+        layers: None where they were not timed.
         frozen_maps: each map's constant, the layer that holds it and the type it has there; None where it has none.
     """
 
     file: str
     name: str
+    digest: str
     runtime: str
     facts: Facts
-    layers: tuple[tuple[str, float], ...]
-    layers_total_ms: float
-    layers_timed: int
+    layers: LayerTimes | None
     frozen_maps: tuple[tuple[str, str | None, str | None], ...]
-
-    @property
-    def layer_shares(self) -> list[float]:
-        """For each of the slowest layers its time as a share of the slowest one's."""
-        slowest = max((ms for _, ms in self.layers), default=0.0) or 1.0
-        return [ms / slowest for _, ms in self.layers]
 
 
 def builds(sources: Sources) -> list[Build]:
@@ -45,17 +37,17 @@ def builds(sources: Sources) -> list[Build]:
 
 
 def _build(file: str, manifest: Manifest) -> Build:
-    device = manifest.device
-    times = {} if device is None or device.layer_ms is None else device.layer_ms
+    device, name, digest = manifest.device, manifest.engine, manifest.engine_digest
     maps = [] if device is None or device.engine_layers is None else device.engine_layers.frozen_maps
     return Build(
         file=file,
-        name=manifest.engine,
+        name=name,
+        digest=digest,
         runtime=RUNTIMES[manifest.backend],
         facts=_build_facts(manifest),
-        layers=tuple(sorted(times.items(), key=lambda item: -item[1])[:SLOWEST_LAYERS]),
-        layers_total_ms=sum(times.values()),
-        layers_timed=len(times),
+        layers=None
+        if device is None
+        else layer_times(name, digest, f"when it was built, on {device.gpu}", device.layer_ms),
         frozen_maps=tuple((item.frozen_map, item.layer, item.type) for item in maps),
     )
 

@@ -9,8 +9,9 @@ from eamdeploy.eam.analysis import Analysis
 from eamdeploy.engines.base import Manifest
 from eamdeploy.evaluation import EvaluationReport
 from eamdeploy.parity import ParityReport
-from eamdeploy.profiling.profile import EngineProfile, Profile
-from eamdeploy.reporting.sources import Sources
+from eamdeploy.profiling.profile import EngineProfile
+from eamdeploy.remote.profile import RemoteProfiles
+from eamdeploy.reporting.sources import ProfileSource, Sources
 
 
 def caveats(sources: Sources, names: Mapping[str, str]) -> list[str]:
@@ -22,9 +23,15 @@ def caveats(sources: Sources, names: Mapping[str, str]) -> list[str]:
     found = [
         *_random_weights(sources, names),
         *(f"{file}: it is no longer what its run.json says was written; run again" for file in sources.altered),
+        *(
+            f"{item.file}: a machine gave no figures: {failure.message}"
+            for item in sources.of(RemoteProfiles)
+            for failure in item.record.failures.values()
+        ),
         *_parity(sources, names),
         *_other_builds(sources, names),
         *_skipped(sources, names),
+        *_devices(sources),
         *_unsteady(sources, names),
     ]
     return list(dict.fromkeys(found))
@@ -82,16 +89,26 @@ def _skipped(sources: Sources, names: Mapping[str, str]) -> Iterator[str]:
             )
 
 
+def _devices(sources: Sources) -> Iterator[str]:
+    """What devices said of themselves, before and after."""
+    for source in sources.profiles:
+        name, before, after = source.short_name, source.record.device_before, source.record.device_after
+        for moment, state in (("at the start", before), ("at the end", after)):
+            yield from (f"{name}: slowed down {moment} of the measurement: {reason}" for reason in state.throttling)
+        yield from (f"{name}: {warning}" for warning in (*before.warnings, *after.warnings))
+
+
 def _unsteady(sources: Sources, names: Mapping[str, str]) -> Iterator[str]:
-    several = len(sources.of(Profile)) > 1
-    for profile, engine in _engines(sources):
+    several = len(sources.profiles) > 1
+    for source, engine in _engines(sources):
+        name = f"{names[engine.engine]} on {source.short_name}" if several else names[engine.engine]
         if engine.latency.warning:
-            where = f" on {profile.machine.cpu}" if several else ""
-            yield f"{names[engine.engine]}{where}: {engine.latency.warning}"
+            yield f"{name}: {engine.latency.warning}"
+        if engine.speed_up is not None and engine.speed_up.sittings == 1:
+            yield f"{name}: its speed-up rests on one sitting; the interval does not hold what another would give"
+        if engine.power is not None:
+            yield from (f"{name}: {warning}" for warning in engine.power.warnings)
 
 
-def _engines(sources: Sources) -> Iterator[tuple[Profile, EngineProfile]]:
-    for item in sources.of(Profile):
-        profile = item.record
-        for engine in [*([profile.baseline] if profile.baseline else []), *profile.engines]:
-            yield profile, engine
+def _engines(sources: Sources) -> Iterator[tuple[ProfileSource, EngineProfile]]:
+    return ((source, engine) for source in sources.profiles for engine in source.engines)

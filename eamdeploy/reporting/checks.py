@@ -11,6 +11,7 @@ from eamdeploy.eam.analysis import Analysis
 from eamdeploy.engines.base import Manifest
 from eamdeploy.errors import CheckpointError
 from eamdeploy.profiling.profile import Profile
+from eamdeploy.remote.profile import RemoteProfiles
 
 
 def check_record(record: Record, path: Path) -> None:
@@ -23,12 +24,22 @@ def check_record(record: Record, path: Path) -> None:
     for key, number in _numbers(record.model_dump()):
         if not math.isfinite(number):
             raise CheckpointError(f"{path}: {key}", expected="a finite number", got=number)
-    if isinstance(record, Profile) and not record.engines:
-        raise CheckpointError(f"{path}: engines", expected="at least 1 engine", got="none")
+    if isinstance(record, Profile):
+        _check_profile(record, f"{path}: engines")
+    if isinstance(record, RemoteProfiles):
+        if not record.profiles and not record.failures:
+            raise CheckpointError(f"{path}: profiles", expected="at least 1 machine", got="none")
+        for target, profile in record.profiles.items():
+            _check_profile(profile, f"{path}: profiles.{target}.engines")
     if isinstance(record, Analysis):
         _check_analysis(record, str(path))
     if isinstance(record, Manifest) and record.card is not None and record.card.freezing is not None:
         _check_freezing(record.card.freezing, str(path))
+
+
+def _check_profile(profile: Profile, where: str) -> None:
+    if not profile.engines:
+        raise CheckpointError(where, expected="at least 1 engine", got="none")
 
 
 def _numbers(value: object, key: str = "") -> Iterator[tuple[str, float]]:

@@ -9,7 +9,6 @@ from __future__ import annotations
 import re
 import shlex
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from eamdeploy.artifact import Preprocessing
@@ -18,6 +17,9 @@ from eamdeploy.eam.records import CheckpointHeader
 from eamdeploy.engines.base import DeviceBuild, Manifest
 from eamdeploy.evaluation import EvaluationReport
 from eamdeploy.profiling.profile import Profile
+from eamdeploy.remote.profile import RemoteProfiles
+from eamdeploy.reporting.command import Command, command_line
+from eamdeploy.reporting.profile_command import local_profile, remote_profiles
 from eamdeploy.reporting.sources import Sourced, Sources
 from eamdeploy.run_state import RunState
 
@@ -25,22 +27,8 @@ if TYPE_CHECKING:
     from eamdeploy.host.export_record import Export
 
 _IMAGES = re.compile(r"(.*) \((all|even|odd)(?:, at most (\d+))?\)", re.DOTALL)
+_CALIBRATED = re.compile(r"\d+ products in INT8, ranges: (\w+) of (\d+) images of (.+)", re.DOTALL)
 _LIVE = " with all attention live"
-
-
-@dataclass(frozen=True)
-class Command:
-    """A command line.
-
-    Attributes:
-        file: what it wrote.
-        text: ready for a shell, but for its words in capitals.
-        unknown: what the file does not tell; empty if it tells all that matters.
-    """
-
-    file: str
-    text: str
-    unknown: str
 
 
 def commands(sources: Sources) -> list[Command]:
@@ -55,7 +43,8 @@ def commands(sources: Sources) -> list[Command]:
         *(_export(item, sources) for item in sources.of(Export)),
         *(_build(item, models) for item in sources.of(Manifest)),
         *(_evaluate(item) for item in sources.of(EvaluationReport)),
-        *(_profile(item) for item in sources.of(Profile)),
+        *(local_profile(item) for item in sources.of(Profile)),
+        *(remote_profiles(item) for item in sources.of(RemoteProfiles)),
     ]
 
 
@@ -95,7 +84,9 @@ def _analyze(item: Sourced[Analysis]) -> Command:
         "-o": item.file,
     }
     unknown = "folders of images and weights, --model-kwargs, --split, --images, --bits, --quantizer, --seed"
-    return Command(item.file, _line("analyze", options), f"{unknown}; {record.calibration.n_images} images were used")
+    return Command(
+        item.file, command_line("analyze", options), f"{unknown}; {record.calibration.n_images} images were used"
+    )
 
 
 def _freeze(item: Sourced[CheckpointHeader]) -> Command:
@@ -104,13 +95,15 @@ def _freeze(item: Sourced[CheckpointHeader]) -> Command:
     model: dict[str, Any] = {
         "--model": header.timm_model,
         "--weights": header.weights,
-        "--model-kwargs": [f"{name}={value!r}" for name, value in header.timm_kwargs.items()],
+        "--model-kwargs": tuple(f"{name}={value!r}" for name, value in header.timm_kwargs.items()) or None,
         "--class-names": None if header.class_names is None else "CLASS_NAMES",
         **_preprocessing(header.preprocessing),
     }
     stored: dict[str, Any] = {"--bits": freezing.bits, "--quantizer": freezing.quantizer, "-o": item.file}
     if calibration is None:
-        return Command(item.file, _line("pack", {**model, "--maps": "MAPS", **stored}), "the maps, folder of weights")
+        return Command(
+            item.file, command_line("pack", {**model, "--maps": "MAPS", **stored}), "the maps, folder of weights"
+        )
     chosen = {
         "--data": calibration.source,
         "--sparsity": freezing.sparsity_asked,
@@ -119,7 +112,7 @@ def _freeze(item: Sourced[CheckpointHeader]) -> Command:
         "--score": freezing.score,
     }
     unknown = "folders of images and weights, --split, --images, --bins, --spacing, --seed, --score-images"
-    text = _line("freeze", {**model, **chosen, **stored})
+    text = command_line("freeze", {**model, **chosen, **stored})
     return Command(item.file, text, f"{unknown}; {calibration.n_images} images were used")
 
 
@@ -136,7 +129,7 @@ def _export(item: Sourced[Export], sources: Sources) -> Command:
     }
     unknown = "--batch, --opset, --target, --exporter, --data"
     missing = f"the checkpoint, {unknown}" if checkpoint == "CHECKPOINT" else unknown
-    return Command(item.file, f"{_line('export', options, checkpoint)} > {shlex.quote(item.file)}", missing)
+    return Command(item.file, f"{command_line('export', options, checkpoint)} > {shlex.quote(item.file)}", missing)
 
 
 def _build(item: Sourced[Manifest], models: Mapping[str, str]) -> Command:
@@ -151,7 +144,9 @@ def _build(item: Sourced[Manifest], models: Mapping[str, str]) -> Command:
     unknown = [] if model in models.values() else [f"the name of the model {manifest.model_digest}"]
     if manifest.device is not None:
         unknown.append("--keep-fp32, --timing-cache and batch sizes, but for what the settings say")
-    return Command(item.file, _line(f"build-{manifest.backend}", options, model), "; ".join(unknown))
+        if _calibration(manifest.device):
+            unknown.append("where the calibration images lie, --calib-split, --calib-cache")
+    return Command(item.file, command_line(f"build-{manifest.backend}", options, model), "; ".join(unknown))
 
 
 def _trt_options(device: DeviceBuild, settings: Mapping[str, str]) -> dict[str, Any]:
@@ -159,6 +154,7 @@ def _trt_options(device: DeviceBuild, settings: Mapping[str, str]) -> dict[str, 
         "--fp16": device.precision == "fp16",
         "--bf16": device.precision == "bf16",
         "--int8": device.int8,
+        **_calibration(device),
         "--workspace": settings.get("memory_pools.WORKSPACE"),
         "--builder-level": settings.get("builder_optimization_level"),
         "--version-compatible": device.version_compatible,
@@ -167,6 +163,15 @@ def _trt_options(device: DeviceBuild, settings: Mapping[str, str]) -> dict[str, 
         "--layer-profile": device.layer_ms is not None,
         "--baseline": None if device.baseline is None else device.baseline.engine,
     }
+
+
+def _calibration(device: DeviceBuild) -> dict[str, Any]:
+    """The images that told the ranges of activations; nothing for a model that was quantized already."""
+    for change in device.model_changes:
+        if found := _CALIBRATED.fullmatch(change):
+            method, count, folder = found.groups()
+            return {"--calib-data": folder, "--calib-images": count, "--calib-method": method}
+    return {}
 
 
 def _evaluate(item: Sourced[EvaluationReport]) -> Command:
@@ -182,22 +187,9 @@ def _evaluate(item: Sourced[EvaluationReport]) -> Command:
         "--skip-bad": record.n_skipped > 0,
         "-o": item.file,
     }
-    return Command(item.file, _line("evaluate", options, record.model), "where the folder of images lies, --threads")
-
-
-def _profile(item: Sourced[Profile]) -> Command:
-    record = item.record
-    options: dict[str, Any] = {
-        "--baseline": None if record.baseline is None else record.baseline.engine,
-        "--threads": record.threads,
-        "--batch": record.batch,
-        "--warmup-ms": record.warmup_ms,
-        "--min-seconds": record.min_seconds,
-        "--min-runs": record.min_runs,
-        "--no-memory": all(engine.memory is None for engine in record.engines),
-        "-o": item.file,
-    }
-    return Command(item.file, _line("profile", options, *(engine.engine for engine in record.engines)), "")
+    return Command(
+        item.file, command_line("evaluate", options, record.model), "where the folder of images lies, --threads"
+    )
 
 
 def _preprocessing(how: Preprocessing) -> dict[str, Any]:
@@ -207,17 +199,3 @@ def _preprocessing(how: Preprocessing) -> dict[str, Any]:
         "--crop-pct": how.crop_pct,
         "--interpolation": how.interpolation,
     }
-
-
-def _line(command: str, options: Mapping[str, Any], *arguments: str) -> str:
-    """The command with those options that are set: True stands for a switch, a tuple or list for several words."""
-    words = ["eamdeploy", command, *arguments]
-    for name, value in options.items():
-        if value is None or value is False or value == []:
-            continue
-        words.append(name)
-        if isinstance(value, list | tuple):
-            words += map(str, value)
-        elif value is not True:
-            words.append(str(value))
-    return shlex.join(words)

@@ -2,21 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from eamdeploy.eam.analysis import Analysis
 from eamdeploy.engines.base import Manifest
 from eamdeploy.evaluation import EvaluationReport
-from eamdeploy.profiling.profile import Profile
 from eamdeploy.reporting import heat, tables
 from eamdeploy.reporting.builds import Build, builds
 from eamdeploy.reporting.caveats import caveats
-from eamdeploy.reporting.commands import Command, commands
+from eamdeploy.reporting.command import Command
+from eamdeploy.reporting.commands import commands
 from eamdeploy.reporting.exports import exported
 from eamdeploy.reporting.figures import Measurement, measurements
 from eamdeploy.reporting.headline import Headline, headline
 from eamdeploy.reporting.heat import HeatMap
+from eamdeploy.reporting.layers import LayerTimes
 from eamdeploy.reporting.names import engine_names
 from eamdeploy.reporting.sources import Sources
 from eamdeploy.reporting.subjects import subjects
@@ -40,6 +41,7 @@ class Content:
     heat_maps: tuple[HeatMap, ...]
     accuracy: Table | None
     measurements: tuple[Measurement, ...]
+    layers: tuple[LayerTimes, ...]
     builds: tuple[Build, ...]
     exports: Table | None
     versions: Table
@@ -54,7 +56,7 @@ def gather(sources: Sources, title: str | None = None) -> Content:
         title: the models' names if None.
     """
     names = engine_names(sources)
-    measured, written = measurements(sources, names), exported(sources)
+    measured, written, built = measurements(sources, names), exported(sources), builds(sources)
     models = subjects(sources, measured, written, names)
     evaluations = [item.record for item in sources.of(EvaluationReport)]
     return Content(
@@ -67,7 +69,8 @@ def gather(sources: Sources, title: str | None = None) -> Content:
         ),
         accuracy=tables.accuracy(evaluations, names) if evaluations else None,
         measurements=tuple(measured),
-        builds=tuple(builds(sources)),
+        layers=tuple(dict.fromkeys(_layers(built, measured))),
+        builds=tuple(built),
         exports=tables.exports(written) if written else None,
         versions=tables.versions(_versions(sources)),
         commands=tuple(commands(sources)),
@@ -82,11 +85,21 @@ def _title(models: Sequence[str]) -> str:
     return ", ".join(names) if len(names) <= _MOST_NAMES else f"{len(names)} models"
 
 
+def _layers(built: Sequence[Build], measured: Sequence[Measurement]) -> Iterator[LayerTimes]:
+    """Those of an engine's manifest and then those of its profiles; at the end those of engines without a manifest."""
+    profiled = [engine.layers for each in measured for engine in each.engines if engine.layers is not None]
+    for build in built:
+        if build.layers is not None:
+            yield build.layers
+        yield from (times for times in profiled if times.digest == build.digest)
+    yield from profiled  # a second time counts as one
+
+
 def _versions(sources: Sources) -> dict[str, dict[str, str]]:
     """Versions by the file that records them."""
     return {
         **{item.file: item.record.versions for item in sources.checkpoints},
         **{item.file: item.record.versions for item in sources.of(Analysis)},
         **{item.file: item.record.versions for item in sources.of(Manifest)},
-        **{item.file: item.record.machine.versions for item in sources.of(Profile)},
+        **{item.label: item.record.machine.versions for item in sources.profiles},
     }

@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from eamdeploy.profiling.timing import SpeedUp
 from eamdeploy.reporting import numbers
-from eamdeploy.reporting.figures import Ratio, ratio
 from eamdeploy.reporting.sources import Sources
 
 if TYPE_CHECKING:
@@ -32,7 +32,7 @@ class Exported:
     twin: str | None
     twin_bytes: int | None
     twin_graph: str | None
-    gain: Ratio | None
+    gain: SpeedUp | None
     gain_place: str | None
 
 
@@ -54,7 +54,7 @@ def _exported(file: str, record: Export) -> Exported:
         twin=None if twin is None else twin.file,
         twin_bytes=None if twin is None else twin.bytes,
         twin_graph=None if twin is None else _graph(twin),
-        gain=None if gain is None else ratio(gain.speed_up),
+        gain=None if gain is None else gain.speed_up,
         gain_place=None if gain is None else f"{gain.machine}; ONNX Runtime, {numbers.plural(gain.threads, 'thread')}",
     )
 

@@ -1,85 +1,62 @@
-"""Profiles as the plain figures that a report shows; what a profile records, and how, is known here alone."""
+"""Profiles as the plain figures that a report shows; what a profile records, and how, is known here alone.
+
+Parts of a profile that are plain figures already are taken over as they are.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Final, Literal
+from typing import Final
 
-from eamdeploy.engines.base import Manifest
-from eamdeploy.profiling.machine import Machine
+from eamdeploy.engines.base import LatencySplit, Manifest
+from eamdeploy.profiling.fresh_process import ColdStart
+from eamdeploy.profiling.power import Power
 from eamdeploy.profiling.profile import EngineProfile, ModelSummary, Profile
-from eamdeploy.profiling.timing import SpeedUp
+from eamdeploy.profiling.streams import Throughput
+from eamdeploy.profiling.timing import Latency, SpeedUp
 from eamdeploy.reporting import numbers
-from eamdeploy.reporting.sources import Sources
+from eamdeploy.reporting.layers import LayerTimes, layer_times
+from eamdeploy.reporting.machines import Facts, machine_facts, place
+from eamdeploy.reporting.sources import ProfileSource, Sources
 
 RUNTIMES: Final[Mapping[str, str]] = {"ort": "ONNX Runtime", "trt": "TensorRT"}
-
-Facts = tuple[tuple[str, str], ...]
-"""Names and values, as they are written."""
-
-
-@dataclass(frozen=True)
-class Ratio:
-    """How much faster something is than its baseline.
-
-    Attributes:
-        low, high: the interval around `median`, and `interval` what it is in words.
-        p5, p95: between them lie nine of ten rounds.
-        verdict: whether the interval says more than noise.
-    """
-
-    median: float
-    low: float
-    high: float
-    interval: str
-    p5: float
-    p95: float
-    verdict: Literal["faster", "slower", "no difference"]
-
-
-@dataclass(frozen=True)
-class Times:
-    """Milliseconds of one inference: where its distribution lies."""
-
-    min_ms: float
-    p50_ms: float
-    mean_ms: float
-    p90_ms: float
-    p95_ms: float
-    p99_ms: float
-    runs: int
-    variation_percent: float
-    images_per_s: float
 
 
 @dataclass(frozen=True)
 class Room:
-    """Bytes of an engine.
+    """Bytes of an engine; None where one was not recorded.
 
     Attributes:
-        file: the engine file; None where it was not recorded.
+        file: the engine file.
         peak: resident memory of a process that holds this engine alone, at its worst; `own` is the part of it that
-            came with the engine. None, like `pss`, where it was not measured.
+            came with the engine, `rss` what was resident at the end, `pss` the same with shared pages divided.
         device: on the GPU, besides the weights.
+        drop: by how much less the whole machine had available; negative where other programs gave memory back.
+        nvmap: that a Tegra GPU's driver gave out to all programs.
     """
 
     file: int | None
-    peak: int | None
-    own: int | None
-    pss: int | None
-    device: int | None
+    peak: int | None = None
+    own: int | None = None
+    rss: int | None = None
+    pss: int | None = None
+    device: int | None = None
+    drop: int | None = None
+    nvmap: int | None = None
 
 
 @dataclass(frozen=True)
 class Engine:
-    """One engine as it was measured.
+    """One engine as it was measured; None for what was not.
 
     Attributes:
         name: the file's, with as many of its folders as it takes to tell it from the others.
         digest: SHA-256 of the file.
         what: which model it is and what of it is frozen, in words.
         speed_up: against the baseline of its measurement.
+        split: where the time goes on a GPU.
+        throughput: with several inferences at once.
     """
 
     name: str
@@ -88,9 +65,14 @@ class Engine:
     model: ModelSummary | None
     what: str
     is_baseline: bool
-    times: Times
-    speed_up: Ratio | None
+    times: Latency
+    speed_up: SpeedUp | None
+    split: LatencySplit | None
+    throughput: Throughput | None
+    cold_start: ColdStart | None
+    power: Power | None
     room: Room
+    layers: LayerTimes | None
 
     @property
     def is_frozen(self) -> bool:
@@ -102,13 +84,13 @@ class Measurement:
     """Engines that took turns on one machine.
 
     Attributes:
-        file: the profile's.
+        source: the profile's file, and the machine's address if the file has several.
         place: the machine in a few words.
         conditions: how it was measured, in words.
         engines: the baseline first, if there is one.
     """
 
-    file: str
+    source: str
     place: str
     conditions: str
     machine: Facts
@@ -126,21 +108,7 @@ def measurements(sources: Sources, names: Mapping[str, str]) -> list[Measurement
         names: the short names of engines, see `engine_names`.
     """
     manifests = {item.record.engine_digest: item.record for item in sources.of(Manifest)}
-    return [_measurement(item.file, item.record, manifests, names) for item in sources.of(Profile)]
-
-
-def ratio(speed_up: SpeedUp) -> Ratio:
-    """The speed-up with the middle half of its rounds; within the noise where that half holds 1."""
-    low, high = speed_up.p25, speed_up.p75
-    return Ratio(
-        median=speed_up.median,
-        low=low,
-        high=high,
-        interval=f"middle half of {numbers.plural(speed_up.rounds, 'round')}",
-        p5=speed_up.p5,
-        p95=speed_up.p95,
-        verdict="faster" if low > 1 else "slower" if high < 1 else "no difference",
-    )
+    return [_measurement(item, manifests, names) for item in sources.profiles]
 
 
 def describe(model: ModelSummary | None) -> str:
@@ -154,18 +122,16 @@ def describe(model: ModelSummary | None) -> str:
     return f"{model.timm_model}, {heads} frozen, sparsity {numbers.share(model.sparsity)}, {stored}"
 
 
-def _measurement(
-    file: str, profile: Profile, manifests: Mapping[str, Manifest], names: Mapping[str, str]
-) -> Measurement:
-    everyone = [*([profile.baseline] if profile.baseline else []), *profile.engines]
-    machine = profile.machine
+def _measurement(source: ProfileSource, manifests: Mapping[str, Manifest], names: Mapping[str, str]) -> Measurement:
+    profile, where = source.record, place(source)
     return Measurement(
-        file=file,
-        place=f"{machine.cpu}, {numbers.plural(machine.usable_cores, 'core')}",
-        conditions=_conditions(profile, len(everyone)),
-        machine=_machine(machine),
+        source=source.label,
+        place=where,
+        conditions=_conditions(profile, len(source.engines)),
+        machine=machine_facts(profile),
         engines=tuple(
-            _engine(item, item is profile.baseline, manifests.get(item.digest), names[item.engine]) for item in everyone
+            _engine(item, item is profile.baseline, manifests.get(item.digest), names[item.engine], where)
+            for item in source.engines
         ),
     )
 
@@ -175,16 +141,13 @@ def _conditions(profile: Profile, n_engines: int) -> str:
         numbers.plural(profile.threads, "thread"),
         f"batch {profile.batch}",
         "engines took turns" if n_engines > 1 else "one engine alone",
-        f"{profile.warmup_ms:g} ms of warm-up",
+        f"{numbers.plural(profile.sittings, 'sitting')} with {profile.warmup_ms:g} ms of warm-up",
         f"at least {profile.min_seconds:g} s and {numbers.plural(profile.min_runs, 'run')} each",
     )
     return ", ".join(parts)
 
 
-def _engine(item: EngineProfile, is_baseline: bool, manifest: Manifest | None, name: str) -> Engine:
-    latency, memory = item.latency, item.memory
-    device = manifest.device if manifest else None
-    built = manifest.engine_bytes if manifest else None
+def _engine(item: EngineProfile, is_baseline: bool, manifest: Manifest | None, name: str, where: str) -> Engine:
     return Engine(
         name=name,
         digest=item.digest,
@@ -192,43 +155,31 @@ def _engine(item: EngineProfile, is_baseline: bool, manifest: Manifest | None, n
         model=item.model,
         what=describe(item.model),
         is_baseline=is_baseline,
-        times=Times(
-            min_ms=latency.min_ms,
-            p50_ms=latency.p50_ms,
-            mean_ms=latency.mean_ms,
-            p90_ms=latency.p90_ms,
-            p95_ms=latency.p95_ms,
-            p99_ms=latency.p99_ms,
-            runs=latency.runs,
-            variation_percent=latency.variation_percent,
-            images_per_s=latency.throughput_images_per_s,
-        ),
-        speed_up=None if item.speed_up is None else ratio(item.speed_up),
-        room=Room(
-            file=built if memory is None else memory.engine_bytes,
-            peak=None if memory is None else memory.peak_rss_bytes,
-            own=None if memory is None else memory.engine_peak_rss_bytes,
-            pss=None if memory is None else memory.pss_bytes,
-            device=None if device is None else device.device_memory_bytes,
-        ),
+        times=item.latency,
+        speed_up=item.speed_up,
+        split=item.split,
+        throughput=item.throughput,
+        cold_start=item.cold_start,
+        power=item.power,
+        room=_room(item, manifest),
+        layers=layer_times(name, item.digest, f"by profile, on {where}", item.layer_ms),
     )
 
 
-def _machine(machine: Machine) -> Facts:
-    clock = [f"{mhz:.0f} MHz {when}" for mhz, when in _clocks(machine) if mhz is not None]
-    facts = {
-        "processor": machine.cpu,
-        "cores": f"{machine.usable_cores} usable of {machine.cores}",
-        "architecture": machine.architecture,
-        "memory": numbers.size(machine.memory_bytes),
-        "system": machine.system,
-        "clock": ", ".join(clock),
-        "governor": machine.governor or "",
-        "load": "" if machine.load_1min is None else f"{machine.load_1min:.2f} (mean of a minute, at the end)",
-        "measured": machine.measured_at,
-    }
-    return tuple((name, value or "not told by the system") for name, value in facts.items())
-
-
-def _clocks(machine: Machine) -> tuple[tuple[float | None, str], ...]:
-    return ((machine.frequency_mhz, "now"), (machine.max_frequency_mhz, "at most"))
+def _room(item: EngineProfile, manifest: Manifest | None) -> Room:
+    """What was measured, and for want of that what the manifest says."""
+    device = manifest.device if manifest else None
+    planned = None if device is None else device.device_memory_bytes
+    memory = item.memory
+    if memory is None:
+        return Room(file=manifest.engine_bytes if manifest else None, device=planned)
+    return Room(
+        file=memory.engine_bytes,
+        peak=memory.peak_rss_bytes,
+        own=memory.engine_peak_rss_bytes,
+        rss=memory.rss_bytes,
+        pss=memory.pss_bytes,
+        device=planned if memory.device_memory_bytes is None else memory.device_memory_bytes,
+        drop=memory.available_drop_bytes,
+        nvmap=memory.nvmap_bytes,
+    )

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 from eamdeploy.eam.selection import PLURALS
 from eamdeploy.evaluation import EvaluationReport
+from eamdeploy.profiling.timing import SpeedUp
 from eamdeploy.reporting import numbers
 from eamdeploy.reporting.exports import Exported
-from eamdeploy.reporting.figures import Engine, Measurement, Ratio
+from eamdeploy.reporting.figures import Engine, Measurement
 from eamdeploy.reporting.subjects import Frozen, Subject
 
 
@@ -116,36 +117,43 @@ def _gain(measurement: Measurement, engine: Engine, *, named: bool) -> Figure:
     baseline = measurement.baseline
     p50 = numbers.milliseconds(engine.times.p50_ms)
     if engine.speed_up is None or baseline is None:
-        return Figure(p50, "p50 of one inference, without a baseline", (*where, *_room(engine, None)))
-    details = (*_interval(engine.speed_up), f"p50 {numbers.milliseconds(baseline.times.p50_ms)} → {p50}")
-    return _speed(engine.speed_up, (*where, *details, *_room(engine, baseline)))
+        return Figure(p50, "p50 of one inference, without a baseline", (*where, *_needs(engine, None)))
+    details = (_interval(engine.speed_up), f"p50 {numbers.milliseconds(baseline.times.p50_ms)} → {p50}")
+    return _speed(engine.speed_up, (*where, *details, *_needs(engine, baseline)))
 
 
 def _gain_at_export(exported: Exported) -> Figure:
-    sizes = (f"model {_before_after(exported.twin_bytes, exported.bytes)}",)
+    sizes = (f"model {_before_after(exported.twin_bytes, exported.bytes, numbers.size)}",)
     if exported.gain is None:
         return Figure(numbers.size(exported.bytes), "ONNX model; speed was not measured", sizes)
-    return _speed(exported.gain, (f"at export on {exported.gain_place}", *_interval(exported.gain), *sizes))
+    return _speed(exported.gain, (f"at export on {exported.gain_place}", _interval(exported.gain), *sizes))
 
 
-def _speed(ratio: Ratio, details: tuple[str, ...]) -> Figure:
+def _speed(ratio: SpeedUp, details: tuple[str, ...]) -> Figure:
     return Figure(numbers.ratio(ratio.median), "speed of the baseline", details, ratio.verdict)
 
 
-def _interval(ratio: Ratio) -> tuple[str]:
-    return (f"{numbers.ratio(ratio.low)} – {numbers.ratio(ratio.high)}, {ratio.interval}",)
+def _interval(ratio: SpeedUp) -> str:
+    return numbers.interval(ratio.low, ratio.high)
 
 
-def _room(engine: Engine, baseline: Engine | None) -> tuple[str, ...]:
-    before = None if baseline is None else baseline.room
-    rows = (
-        ("file", None if before is None else before.file, engine.room.file),
-        ("peak memory", None if before is None else before.peak, engine.room.peak),
+def _needs(engine: Engine, baseline: Engine | None) -> tuple[str, ...]:
+    """Energy, disk and memory, as far as they were measured."""
+    named = (("energy per image", numbers.energy), ("file", numbers.size), ("peak memory", numbers.size))
+    old = (None,) * len(named) if baseline is None else _amounts(baseline)
+    return tuple(
+        f"{name} {_before_after(before, after, write)}"
+        for (name, write), before, after in zip(named, old, _amounts(engine), strict=True)
+        if after is not None
     )
-    return tuple(f"{name} {_before_after(old, new)}" for name, old, new in rows if new is not None)
 
 
-def _before_after(before: int | None, after: int) -> str:
+def _amounts(engine: Engine) -> tuple[float | None, ...]:
+    energy_mj = None if engine.power is None else engine.power.energy_mj_per_image
+    return (energy_mj, engine.room.file, engine.room.peak)
+
+
+def _before_after(before: float | None, after: float, write: Callable[[float], str]) -> str:
     if not before:
-        return numbers.size(after)
-    return f"{numbers.size(before)} → {numbers.size(after)} ({numbers.change(after, before)})"
+        return write(after)
+    return f"{write(before)} → {write(after)} ({numbers.change(after, before)})"

@@ -5,11 +5,12 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Iterator
 
-from eamdeploy.reporting import tables
+from eamdeploy.reporting import measured_tables, tables
 from eamdeploy.reporting.content import Content
-from eamdeploy.reporting.figures import Facts, Measurement
+from eamdeploy.reporting.figures import Measurement
 from eamdeploy.reporting.headline import Headline
 from eamdeploy.reporting.heat import Head, HeatMap
+from eamdeploy.reporting.machines import Facts
 from eamdeploy.reporting.tables import Table
 
 _SPECIAL = re.compile(r"([\\`*_\[\]<>|#~$&])")
@@ -41,18 +42,22 @@ def _figures(content: Content) -> Iterator[str]:
     for each in content.measurements:
         yield f"## Measured on {_plain(each.place)}"
         yield f"{_plain(each.conditions)}."
-        yield from (_table(shown) for shown in _measured(each) if shown.rows)
+        for shown in _measured(each):
+            yield f"### {_plain(shown.title)}"
+            yield _table(shown)
+    for times in content.layers:
+        yield f"## The slowest {len(times.slowest)} of {times.timed} layers of {_plain(times.engine)}"
+        yield f"Timed {_plain(times.occasion)}."
+        yield _table(tables.layers(times))
     for build in content.builds:
-        if build.layers:
-            yield f"## The slowest {len(build.layers)} of {build.layers_timed} layers of {_plain(build.name)}"
-            yield _table(tables.layers(build))
         if build.frozen_maps:
             yield f"## What became of the frozen maps in {_plain(build.name)}"
             yield _table(tables.frozen_maps(build))
 
 
-def _measured(measurement: Measurement) -> tuple[Table, ...]:
-    return (tables.latency(measurement), tables.speed_ups(measurement), tables.room(measurement))
+def _measured(measurement: Measurement) -> list[Table]:
+    makers = (measured_tables.timing, measured_tables.power, measured_tables.memory)
+    return [shown for make in makers for shown in make(measurement)]
 
 
 def _origin(content: Content) -> Iterator[str]:
@@ -63,7 +68,7 @@ def _origin(content: Content) -> Iterator[str]:
         yield f"## How {_plain(build.name)} was made"
         yield _facts((("runtime", build.runtime), ("manifest", build.file), *build.facts))
     for measurement in content.measurements:
-        yield f"## Machine of {_plain(measurement.file)}"
+        yield f"## Machine of {_plain(measurement.source)}"
         yield _facts(measurement.machine)
     if content.versions.rows:
         yield "## Versions"

@@ -6,16 +6,12 @@ from collections.abc import Iterable
 from pathlib import PurePath
 
 from eamdeploy.evaluation import EvaluationReport
-from eamdeploy.profiling.profile import Profile
 from eamdeploy.reporting.sources import Sources
 
 
 def engine_names(sources: Sources) -> dict[str, str]:
     """The short name of every engine and reference that profiles and evaluations speak of, by its path there."""
-    paths = []
-    for profile in sources.of(Profile):
-        record = profile.record
-        paths += [engine.engine for engine in [*([record.baseline] if record.baseline else []), *record.engines]]
+    paths = [engine.engine for profile in sources.profiles for engine in profile.engines]
     for item in sources.of(EvaluationReport):
         paths += [item.record.model, *([item.record.reference] if item.record.reference else [])]
     return short_names(paths)

@@ -12,6 +12,16 @@ def milliseconds(value: float) -> str:
     return f"{significant(value)}{_SPACE}ms"
 
 
+def power(milliwatts: float) -> str:
+    """`850 mW`, `6.71 W`."""
+    return f"{significant(milliwatts / 1e3)}{_SPACE}W" if milliwatts >= 1e3 else f"{significant(milliwatts)}{_SPACE}mW"
+
+
+def energy(millijoules: float) -> str:
+    """`12.3 mJ`."""
+    return f"{significant(millijoules)}{_SPACE}mJ"
+
+
 def percent(value: float) -> str:
     """`96.3 %`, of a number in [0, 100]."""
     return f"{value:.1f}{_SPACE}%"
@@ -42,6 +52,16 @@ def ratio(value: float) -> str:
     return f"{value:.3f}×"
 
 
+def between(low: float, high: float) -> str:
+    """`1.061× – 1.081×`."""
+    return f"{ratio(low)} – {ratio(high)}"
+
+
+def interval(low: float, high: float) -> str:
+    """`95 % interval 1.061× – 1.081×`: of a speed-up."""
+    return f"95{_SPACE}% interval {between(low, high)}"
+
+
 def count(value: int) -> str:
     """`5,259`."""
     return f"{value:,}"
@@ -55,9 +75,9 @@ def plural(number: int, noun: str) -> str:
 def size(n_bytes: float) -> str:
     """`859 kB`: powers of 1000."""
     for factor, unit in _BYTE_UNITS:
-        if n_bytes >= factor:
+        if abs(n_bytes) >= factor:
             return f"{significant(n_bytes / factor)}{_SPACE}{unit}"
-    return f"{n_bytes:.0f}{_SPACE}B"
+    return f"{n_bytes:.0f}{_SPACE}B".replace("-", _MINUS)
 
 
 def rate(images_per_s: float) -> str:
@@ -66,7 +86,9 @@ def rate(images_per_s: float) -> str:
 
 
 def significant(value: float) -> str:
-    """`value`, at least 0, with three significant digits and no exponent unless it is tiny."""
+    """`value` with three significant digits and no exponent unless it is tiny."""
+    if value < 0:
+        return f"{_MINUS}{significant(-value)}"
     if value >= 99.95:
         return f"{value:,.0f}"
     if value >= 9.995:

@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from importlib import metadata, resources
 
 from eamdeploy.errors import host_packages
-from eamdeploy.reporting import heat_svg, svg, tables
+from eamdeploy.reporting import heat_svg, measured_tables, svg, tables
 from eamdeploy.reporting.content import Content
-from eamdeploy.reporting.figures import Engine, Measurement
-from eamdeploy.reporting.numbers import size
-from eamdeploy.reporting.svg import Bar
+from eamdeploy.reporting.pictures import pictures
 
 
 def render(content: Content) -> str:
@@ -37,29 +34,9 @@ def render(content: Content) -> str:
             (drawn, Markup(heat_svg.heat_map(drawn)), heat_svg.score_range(drawn)) for drawn in content.heat_maps
         ],
         measurements=[
-            (each, {name: Markup(drawn) for name, drawn in _drawn(each).items()}) for each in content.measurements
+            (each, {name: Markup(drawn) for name, drawn in pictures(each).items()}) for each in content.measurements
         ],
         meter=lambda share: Markup(svg.meter(share)),
         tables=tables,
+        measured=measured_tables,
     )
-
-
-def _drawn(measurement: Measurement) -> dict[str, str]:
-    """The pictures of a measurement by what they show; one that would be empty is an empty text."""
-    files = [(engine, engine.room.file, None) for engine in measurement.engines]
-    peaks = [(engine, engine.room.peak, engine.room.own) for engine in measurement.engines]
-    return {
-        "latency": svg.latency_strips(measurement),
-        "speed_up": svg.speed_up_intervals(measurement),
-        "files": svg.bars("Size of the engine file", _bars(files)),
-        "peaks": svg.bars("Peak memory of the process", _bars(peaks)),
-    }
-
-
-def _bars(sizes: Iterable[tuple[Engine, int | None, int | None]]) -> list[Bar]:
-    """A bar for every engine of which the bytes are known, and a part of it where that is known too."""
-    return [
-        Bar(engine.name, n_bytes, part, size(n_bytes), engine.is_baseline)
-        for engine, n_bytes, part in sizes
-        if n_bytes is not None
-    ]

@@ -16,7 +16,8 @@ from eamdeploy.eam.records import CheckpointHeader
 from eamdeploy.engines.base import Manifest
 from eamdeploy.errors import ConfigError
 from eamdeploy.evaluation import EvaluationReport
-from eamdeploy.profiling.profile import Profile
+from eamdeploy.profiling.profile import EngineProfile, Profile
+from eamdeploy.remote.profile import RemoteProfiles
 from eamdeploy.reporting.checks import check_record
 from eamdeploy.run_state import RunState
 
@@ -49,6 +50,39 @@ class CheckpointFile(Sourced[CheckpointHeader]):
 
 
 @dataclass(frozen=True)
+class ProfileSource(Sourced[Profile]):
+    """A profile, of a file of its own or one of those of several machines.
+
+    Attributes:
+        target: the machine's address, `ssh://…`; None for a file of its own.
+    """
+
+    target: str | None
+
+    @property
+    def label(self) -> str:
+        """The file, and which of its profiles."""
+        return self.file if self.target is None else f"{self.file}, {self.target}"
+
+    @property
+    def hardware(self) -> str:
+        """What the engines ran on: the processor, the board, or the GPU beside its processor."""
+        device, cpu = self.record.device_before, self.record.machine.cpu
+        return {"cpu": cpu, "jetson": device.name, "cuda": f"{device.name}, {cpu}"}[device.kind]
+
+    @property
+    def short_name(self) -> str:
+        """The machine's address, and for want of that its hardware."""
+        return self.hardware if self.target is None else self.target
+
+    @property
+    def engines(self) -> list[EngineProfile]:
+        """All that were measured, the baseline first."""
+        baseline = self.record.baseline
+        return [*([] if baseline is None else [baseline]), *self.record.engines]
+
+
+@dataclass(frozen=True)
 class Sources:
     """Everything that was read, in the order in which the files were given.
 
@@ -62,6 +96,19 @@ class Sources:
     def of(self, kind: type[RecordT]) -> list[Sourced[RecordT]]:
         """The records of that type."""
         return [Sourced(item.file, item.kind, item.record) for item in self.items if isinstance(item.record, kind)]
+
+    @property
+    def profiles(self) -> list[ProfileSource]:
+        """All profiles, also those of several machines in one file."""
+        found = []
+        for item in self.items:
+            if isinstance(item.record, Profile):
+                found.append(ProfileSource(item.file, item.kind, item.record, None))
+            elif isinstance(item.record, RemoteProfiles):
+                found += [
+                    ProfileSource(item.file, item.kind, each, target) for target, each in item.record.profiles.items()
+                ]
+        return found
 
     @property
     def checkpoints(self) -> list[CheckpointFile]:
@@ -112,29 +159,31 @@ def _read(path: Path) -> Sourced[Record]:
         shares = {module: item.shares for module, item in loaded.frozen.items()}
         return CheckpointFile(_text(path), "EAM checkpoint", loaded.header, digest_file(path), shares)
     kind = read_document(path)[0] if suffix == _DOCUMENT else None
-    if kind is None:
+    record_type = None if kind is None else _record_types().get(kind)
+    if kind is None or record_type is None:
+        other = f"JSON of another kind{'' if kind is None else f': {kind}'}"
         raise ConfigError(
             f"{path} is nothing that a report can show",
             expected="an EAM checkpoint, or JSON by analyze, export, build-ort, build-trt, evaluate, profile or run",
-            got="JSON of another kind" if suffix == _DOCUMENT else f"a file that ends in {suffix or 'nothing'}",
+            got=other if suffix == _DOCUMENT else f"a file that ends in {suffix or 'nothing'}",
         )
-    record = _record_of(kind).read(path)
+    record = record_type.read(path)
     check_record(record, path)
     return Sourced(_text(path), kind, record)
 
 
-def _record_of(kind: DocumentKind) -> type[Record]:
+def _record_types() -> dict[DocumentKind, type[Record]]:
     from eamdeploy.host.export_record import Export
 
-    records: dict[DocumentKind, type[Record]] = {
+    return {
         "analysis": Analysis,
         "engine manifest": Manifest,
         "evaluation": EvaluationReport,
         "export": Export,
         "profile": Profile,
+        "profiles of machines": RemoteProfiles,
         "run": RunState,
     }
-    return records[kind]
 
 
 def _text(path: Path) -> str:

@@ -11,11 +11,12 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from html import escape
 
+from eamdeploy.profiling.timing import Latency, SpeedUp
 from eamdeploy.reporting import numbers
-from eamdeploy.reporting.figures import Measurement, Ratio, Times
+from eamdeploy.reporting.figures import Measurement
 
 _LABEL_Y, _MARK_Y, _ROW, _AXIS = 15, 33, 50, 26  # pixels: in a row its words and its mark; a row; the axis
-_BAR_HEIGHT = 12
+_BAR_HEIGHT, _DOT = 12, 3.5  # the dot's radius
 _MAX_INTERVALS = 4
 _STEPS = (1, 2, 2.5, 5, 10)
 _FINEST, _NOTHING = 1e-6, 1e-12  # how narrow an axis may be, compared with its values and at all
@@ -40,7 +41,7 @@ class Bar:
 
 
 def latency_strips(measurement: Measurement) -> str:
-    """Where each engine's times lie, from the fastest run to p99, on one axis from 0."""
+    """Where each engine's times lie, from p5 to p99, on one axis from 0."""
     engines = measurement.engines
     ticks = axis_ticks(0, max(engine.times.p99_ms for engine in engines))
     rows = [
@@ -136,23 +137,30 @@ def _axis(ticks: Sequence[float], n_rows: int, unit: str) -> str:
     return f'<g class="axis">{"".join(parts)}</g>'
 
 
-def _strip(index: int, times: Times, end: float) -> str:
+def _strip(index: int, times: Latency, end: float) -> str:
     y, ticks = index * _ROW + _MARK_Y, (0.0, end)
-    marks = {"p90": times.p90_ms, "p95": times.p95_ms, "p99": times.p99_ms}
-    told = ", ".join(f"{name} {numbers.milliseconds(ms)}" for name, ms in {"p50": times.p50_ms, **marks}.items())
+    marks = {
+        "p5": times.p5_ms,
+        "p25": times.p25_ms,
+        "p50": times.p50_ms,
+        "p75": times.p75_ms,
+        "p95": times.p95_ms,
+        "p99": times.p99_ms,
+    }
+    told = ", ".join(f"{name} {numbers.milliseconds(ms)}" for name, ms in marks.items())
     parts = [
         f"<title>{escape(told)}</title>",
-        _box(times.min_ms, times.p99_ms, y, 2, "whisker", ticks),
-        _box(times.min_ms, times.p90_ms, y, _BAR_HEIGHT, "box", ticks),
-        *(_line(_percent(ms, ticks), y - 4, y + 4, "tail") for ms in (times.p95_ms, times.p99_ms)),
+        _box(times.p5_ms, times.p95_ms, y, 2, "whisker", ticks),
+        _box(times.p25_ms, times.p75_ms, y, _BAR_HEIGHT, "box", ticks),
         _line(_percent(times.p50_ms, ticks), y - 9, y + 9, "median"),
+        f'<circle class="dot" cx="{_percent(times.p99_ms, ticks)}" cy="{y:g}" r="{_DOT:g}"/>',
     ]
     return f"<g>{''.join(parts)}</g>"
 
 
-def _interval(index: int, ratio: Ratio, ticks: Sequence[float]) -> str:
+def _interval(index: int, ratio: SpeedUp, ticks: Sequence[float]) -> str:
     y = index * _ROW + _MARK_Y
-    told = f"{numbers.ratio(ratio.low)} – {numbers.ratio(ratio.high)}, {ratio.interval}: {ratio.verdict}"
+    told = f"{numbers.interval(ratio.low, ratio.high)}: {ratio.verdict}"
     box = _box(ratio.low, ratio.high, y, _BAR_HEIGHT, "box", ticks)
     return f"<g><title>{escape(told)}</title>{box}{_line(_percent(ratio.median, ticks), y - 9, y + 9, 'median')}</g>"
 

@@ -3,34 +3,41 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Final
 
 from eamdeploy.evaluation import EvaluationReport
 from eamdeploy.reporting import numbers
 from eamdeploy.reporting.builds import Build
 from eamdeploy.reporting.exports import Exported
-from eamdeploy.reporting.figures import Engine, Measurement
+from eamdeploy.reporting.layers import LayerTimes
 
-_NONE = "–"
+NONE: Final = "–"
 
 
 @dataclass(frozen=True)
 class Table:
-    """Rows of text under column names; the first `texts` columns are words, the rest numbers."""
+    """Rows of text under column names.
+
+    Attributes:
+        texts: the first columns are words, as many as this; the rest are numbers.
+        title: what it shows; empty where a heading says it.
+    """
 
     columns: tuple[str, ...]
     rows: tuple[tuple[str, ...], ...]
     texts: int = 1
+    title: str = ""
 
     def without_empty(self) -> Table:
         """The same without columns of numbers in which nothing is recorded, or without rows if there is no other."""
         kept = [
             index
             for index in range(len(self.columns))
-            if index < self.texts or any(row[index] != _NONE for row in self.rows)
+            if index < self.texts or any(row[index] != NONE for row in self.rows)
         ]
         rows = tuple(tuple(row[index] for index in kept) for row in self.rows) if len(kept) > self.texts else ()
-        return Table(tuple(self.columns[index] for index in kept), rows, self.texts)
+        return replace(self, columns=tuple(self.columns[index] for index in kept), rows=rows)
 
 
 def accuracy(reports: Sequence[EvaluationReport], names: Mapping[str, str]) -> Table:
@@ -39,82 +46,32 @@ def accuracy(reports: Sequence[EvaluationReport], names: Mapping[str, str]) -> T
     rows = [
         (
             names[each.model],
-            _NONE if each.reference is None else names[each.reference],
+            NONE if each.reference is None else names[each.reference],
             f"{numbers.count(each.n_images)} of {each.images}",
             *_pair(each.top1, each.reference_top1),
-            _NONE
+            NONE
             if each.top1 is None or each.reference_top1 is None
             else numbers.difference(each.top1, each.reference_top1),
             *_pair(each.top5, each.reference_top5),
             _percent(each.agreement),
-            _NONE if each.kl is None else numbers.significant(max(each.kl, 0.0)),
-            _NONE if each.max_abs_logit_diff is None else numbers.significant(each.max_abs_logit_diff),
+            NONE if each.kl is None else numbers.significant(max(each.kl, 0.0)),
+            NONE if each.max_abs_logit_diff is None else numbers.significant(each.max_abs_logit_diff),
         )
         for each in reports
     ]
     return Table((*columns, "agreement", "KL, nats", "max |Δ logit|"), tuple(rows), texts=3).without_empty()
 
 
-def latency(measurement: Measurement) -> Table:
-    """Milliseconds of every engine."""
-    columns = ("engine", "model", "runtime", "p50 ms", "mean", "fastest", "p90", "p95", "p99")
-    rows = [
-        (
-            each.name,
-            each.what,
-            each.runtime,
-            *(numbers.significant(ms) for ms in _marks(each)),
-            numbers.rate(each.times.images_per_s),
-            numbers.percent(each.times.variation_percent),
-            numbers.count(each.times.runs),
-        )
-        for each in measurement.engines
-    ]
-    return Table((*columns, "images/s", "variation", "runs"), tuple(rows), texts=3)
-
-
-def _marks(engine: Engine) -> tuple[float, ...]:
-    times = engine.times
-    return (times.p50_ms, times.mean_ms, times.min_ms, times.p90_ms, times.p95_ms, times.p99_ms)
-
-
-def speed_ups(measurement: Measurement) -> Table:
-    """How much faster than the baseline every engine is; no row without a baseline."""
-    rows = [
-        (
-            each.name,
-            each.speed_up.verdict,
-            numbers.ratio(each.speed_up.median),
-            f"{numbers.ratio(each.speed_up.low)} – {numbers.ratio(each.speed_up.high)}",
-            each.speed_up.interval,
-            f"{numbers.ratio(each.speed_up.p5)} – {numbers.ratio(each.speed_up.p95)}",
-        )
-        for each in measurement.engines
-        if each.speed_up is not None
-    ]
-    return Table(("engine", "beyond noise?", "speed-up", "interval", "which is the", "p5 – p95"), tuple(rows), texts=2)
-
-
-def room(measurement: Measurement) -> Table:
-    """Bytes of every engine; no row where none was recorded."""
-    columns = ("engine", "file", "peak memory", "of which the engine's", "PSS", "on the GPU")
-    rows = [
-        (each.name, *(map(_size, (each.room.file, each.room.peak, each.room.own, each.room.pss, each.room.device))))
-        for each in measurement.engines
-    ]
-    return Table(columns, tuple(rows)).without_empty()
-
-
-def layers(build: Build) -> Table:
+def layers(times: LayerTimes) -> Table:
     """The slowest layers with their share of all that were timed."""
-    total = build.layers_total_ms
-    rows = [(name, numbers.milliseconds(ms), numbers.share(ms / total if total else 0)) for name, ms in build.layers]
+    total = times.total_ms
+    rows = [(name, numbers.milliseconds(ms), numbers.share(ms / total if total else 0)) for name, ms in times.slowest]
     return Table(("layer", "mean time", "share"), tuple(rows))
 
 
 def frozen_maps(build: Build) -> Table:
     """What became of every frozen map."""
-    rows = [(name, layer or "in no layer of its own", kind or _NONE) for name, layer, kind in build.frozen_maps]
+    rows = [(name, layer or "in no layer of its own", kind or NONE) for name, layer, kind in build.frozen_maps]
     return Table(("frozen map", "layer", "type there"), tuple(rows), texts=3)
 
 
@@ -135,7 +92,7 @@ def versions(by_source: Mapping[str, Mapping[str, str]]) -> Table:
         same.setdefault(tuple(sorted(found.items())), []).append(source)
     packages = sorted({name for found in same for name, _ in found})
     columns = tuple(", ".join(sources) for sources in same.values()) if len(same) > 1 else ("version",) * len(same)
-    rows = tuple((name, *(dict(found).get(name, _NONE) for found in same)) for name in packages)
+    rows = tuple((name, *(dict(found).get(name, NONE) for found in same)) for name in packages)
     return Table(("package", *columns), rows, texts=1 + len(columns))
 
 
@@ -144,8 +101,4 @@ def _pair(model: float | None, reference: float | None) -> tuple[str, str]:
 
 
 def _percent(value: float | None) -> str:
-    return _NONE if value is None else numbers.percent(value)
-
-
-def _size(n_bytes: int | None) -> str:
-    return _NONE if n_bytes is None else numbers.size(n_bytes)
+    return NONE if value is None else numbers.percent(value)

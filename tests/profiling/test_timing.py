@@ -61,6 +61,7 @@ def test_figures_of_known_times() -> None:
     latency = summarize(np.arange(1, 101) * MS, batch=4)
     assert (latency.runs, latency.batch, latency.min_ms, latency.mean_ms) == (100, 4, 1.0, 50.5)
     assert [latency.p50_ms, latency.p90_ms, latency.p95_ms, latency.p99_ms] == pytest.approx([50.5, 90.1, 95.05, 99.01])
+    assert [latency.p5_ms, latency.p25_ms, latency.p75_ms] == pytest.approx([5.95, 25.75, 75.25])
     assert latency.throughput_images_per_s == pytest.approx(4 / 0.0505)
     assert latency.variation_percent == pytest.approx(100 * np.sqrt((100**2 - 1) / 12) / 50.5)
 
@@ -75,7 +76,8 @@ def test_unsteady_times_carry_a_warning(slow_ms: float, warns: bool) -> None:
 @given(st.lists(st.integers(1, 10**10), min_size=1, max_size=50))
 def test_percentiles_are_in_order(times: list[int]) -> None:
     figures = summarize(np.array(times, np.int64), batch=1)
-    ordered = [figures.min_ms, figures.p50_ms, figures.p90_ms, figures.p95_ms, figures.p99_ms, max(times) / 1e6]
+    quarters = (figures.p5_ms, figures.p25_ms, figures.p50_ms, figures.p75_ms)
+    ordered = [figures.min_ms, *quarters, figures.p90_ms, figures.p95_ms, figures.p99_ms, max(times) / 1e6]
     assert all(low <= high * (1 + 1e-12) for low, high in pairwise(ordered))
 
 

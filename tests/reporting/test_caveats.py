@@ -6,6 +6,7 @@ import pytest
 from report_records import (
     PARITY,
     analysis,
+    board_profile,
     card,
     digest,
     engine,
@@ -13,7 +14,11 @@ from report_records import (
     freezing,
     latency,
     manifest,
+    on_jetson,
+    power,
     profile,
+    remote_profiles,
+    speed_up,
     write_all,
 )
 
@@ -74,6 +79,31 @@ def test_unsteady_times_are_told_for_the_baseline_too_and_name_the_machine_if_th
     assert caveats_of(tmp_path / "one", {"p.json": shaky}) == ["b: shaky"]
     both = caveats_of(tmp_path / "two", {"p.json": shaky, "q.json": profile([engine("x", FROZEN, 2.0)])})
     assert both == ["b on Made-up CPU: shaky"]
+
+
+def test_what_devices_say_of_themselves_is_told_once_and_named(tmp_path: Path) -> None:
+    board = board_profile([on_jetson("x.plan", FROZEN, 2.0, 8000)], None, "A board")
+    lock = "A board: clocks are not locked, so that times vary with the load before. Lock them with: sudo jetson_clocks"
+    slow = "A board: slowed down at the end of the measurement: cpu-throttle-alert is at 1 of 1"
+    assert caveats_of(tmp_path, {"p.json": board}) == [slow, lock]
+
+
+def test_doubtful_power_is_told(tmp_path: Path) -> None:
+    used = power(8000, 2.0, warnings=["few readings"])
+    assert caveats_of(tmp_path, {"p.json": profile([engine("x", FROZEN, 2.0, power=used)])}) == ["x: few readings"]
+
+
+def test_a_speed_up_of_one_sitting_is_told(tmp_path: Path) -> None:
+    once = engine("x", FROZEN, 2.0, speed_up=speed_up(1.1, sittings=1))
+    assert caveats_of(tmp_path, {"p.json": profile([once], engine("b", card(), 2.2))}) == [
+        "x: its speed-up rests on one sitting; the interval does not hold what another would give"
+    ]
+
+
+def test_machines_without_figures_are_told_and_the_others_go_by_their_address(tmp_path: Path) -> None:
+    found = caveats_of(tmp_path, {"p.json": remote_profiles()})
+    assert found[0] == f"{tmp_path / 'p.json'}: a machine gave no figures: ssh://pi5 can't be reached: no route to host"
+    assert [line.partition(": ")[0] for line in found[1:]] == 2 * ["ssh://nvidia@orin.lan"] + 2 * ["ssh://agx.lan:2222"]
 
 
 def test_figures_of_another_build_are_told(tmp_path: Path) -> None:

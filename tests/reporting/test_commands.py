@@ -7,6 +7,7 @@ import pytest
 import typer
 from report_records import (
     analysis,
+    board_profile,
     card,
     device_build,
     digest,
@@ -15,17 +16,25 @@ from report_records import (
     export,
     freezing,
     manifest,
+    on_jetson,
     profile,
+    remote_profiles,
     rich_records,
     write_all,
 )
 
 from eamdeploy import cli
+from eamdeploy.activation_ranges import ActivationRanges
 from eamdeploy.artifact import Record
 from eamdeploy.cli_options import split_model_kwargs
-from eamdeploy.reporting.commands import Command, commands
+from eamdeploy.remote.profile import RemoteProfiles
+from eamdeploy.reporting.command import Command
+from eamdeploy.reporting.commands import commands
 from eamdeploy.reporting.sources import read_sources
 from eamdeploy.run_state import RunState, StageState
+
+_RANGES = ActivationRanges(key="", method="percentile", images=8, source="photos", ranges={})
+CALIBRATED = f"24 products in INT8, ranges: {_RANGES.in_words}"
 
 
 def commands_of(folder: Path, records: dict[str, Record], monkeypatch: pytest.MonkeyPatch) -> list[Command]:
@@ -39,15 +48,33 @@ def commands_of(folder: Path, records: dict[str, Record], monkeypatch: pytest.Mo
     [
         (
             profile([engine("x", None, 1.0), engine("y z", None, 1.0)], engine("b", None, 1.0)),
-            "eamdeploy profile x 'y z' --baseline b --threads 4 --batch 1 --warmup-ms 200.0 --min-seconds 3.0 "
-            "--min-runs 50 -o r.json",
-            "",
+            "eamdeploy profile x 'y z' --baseline b --device cpu --threads 4 --batch 1 --warmup-ms 200.0 "
+            "--min-seconds 3.0 --min-runs 50 --sittings 5 -o r.json",
+            "whether --no-power was given",
         ),
         (
             profile([engine("x", None, 1.0, memory=None)]),
-            "eamdeploy profile x --threads 4 --batch 1 --warmup-ms 200.0 --min-seconds 3.0 --min-runs 50 --no-memory "
-            "-o r.json",
-            "",
+            "eamdeploy profile x --device cpu --threads 4 --batch 1 --warmup-ms 200.0 --min-seconds 3.0 --min-runs 50 "
+            "--sittings 5 --no-memory -o r.json",
+            "whether --no-power was given",
+        ),
+        (
+            board_profile([on_jetson("x.plan", None, 2.0, 8000)], None),
+            "eamdeploy profile x.plan --device jetson --threads 1 --batch 1 --streams 2 --warmup-ms 200.0 "
+            "--min-seconds 3.0 --min-runs 50 --sittings 5 --layer-profile -o r.json",
+            "--power-seconds",
+        ),
+        (
+            remote_profiles(),
+            "eamdeploy profile out/model.plan --baseline out/base.plan --device ssh://nvidia@orin.lan "
+            "--device ssh://agx.lan:2222 --device ssh://pi5 --threads 1 --batch 1 --streams 2 --warmup-ms 200.0 "
+            "--min-seconds 3.0 --min-runs 50 --sittings 5 --layer-profile -o r.json",
+            "--remote-command, --ssh-config; --power-seconds",
+        ),
+        (
+            RemoteProfiles(profiles={}, failures=remote_profiles().failures),
+            "eamdeploy profile ENGINE --device ssh://pi5 -o r.json",
+            "the engines and all options; --remote-command, --ssh-config",
         ),
         (
             evaluation("x", "b", n_skipped=1, skipped=["f"]),
@@ -78,6 +105,13 @@ def commands_of(folder: Path, records: dict[str, Record], monkeypatch: pytest.Mo
             "settings say",
         ),
         (
+            manifest("x.plan", card(), backend="trt", device=device_build(int8=True, model_changes=[CALIBRATED])),
+            "eamdeploy build-trt MODEL.onnx -o r --fp16 --int8 --calib-data photos --calib-images 8 --calib-method "
+            "percentile --layer-profile --baseline base.plan",
+            f"the name of the model {digest('x.onnx')}; --keep-fp32, --timing-cache and batch sizes, but for what the "
+            "settings say; where the calibration images lie, --calib-split, --calib-cache",
+        ),
+        (
             analysis(),
             "eamdeploy analyze --model deit_made_up_patch16_224 --weights weights.safetensors --data photos --mean 0.5 "
             "0.5 0.5 --std 0.25 0.25 0.25 --crop-pct 0.875 --interpolation bicubic --sparsity 0.3 --granularity row "
@@ -96,7 +130,18 @@ def commands_of(folder: Path, records: dict[str, Record], monkeypatch: pytest.Mo
 def test_a_record_tells_its_command_and_what_it_does_not_know(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, record: Record, text: str, unknown: str
 ) -> None:
-    assert commands_of(tmp_path, {"r.json": record}, monkeypatch) == [Command("r.json", text, unknown)]
+    (command,) = commands_of(tmp_path, {"r.json": record}, monkeypatch)
+    assert command == Command("r.json", text, unknown)
+    parse(command)
+
+
+def test_machines_with_other_numbers_of_threads_were_left_to_choose(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    both = remote_profiles().profiles
+    both["ssh://agx.lan:2222"] = both["ssh://agx.lan:2222"].model_copy(update={"threads": 12})
+    (command,) = commands_of(tmp_path, {"r.json": RemoteProfiles(profiles=both, failures={})}, monkeypatch)
+    assert "--threads" not in command.text
 
 
 def test_a_checkpoint_tells_how_it_was_frozen(eam_checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -152,7 +197,8 @@ def parse(command: Command) -> None:
 
 
 def test_the_command_line_takes_every_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    found = commands_of(tmp_path, {**rich_records(), "r.json": RunState()}, monkeypatch)
-    assert len(found) == len(rich_records()) + 1
+    records = {**rich_records(), "r.json": RunState(), "boards.json": remote_profiles()}
+    found = commands_of(tmp_path, records, monkeypatch)
+    assert len(found) == len(records)
     for command in found:
         parse(command)

@@ -7,6 +7,7 @@ import pytest
 from html_page import Page
 from report_records import (
     DEPTH,
+    DRIFT,
     HEADS,
     MODEL,
     UNSTEADY,
@@ -18,7 +19,9 @@ from report_records import (
     latency,
     machine,
     manifest,
+    power,
     profile,
+    remote_profiles,
     rich_records,
     write_all,
 )
@@ -115,7 +118,7 @@ def test_the_first_thing_is_what_was_frozen_what_it_cost_and_what_it_gained(tmp_
     for text in (
         *(f"{MODEL} Frozen 14 of {DEPTH * HEADS} heads", "sparsity 19.4 % of all", "4-bit codes, squared"),
         *("Cost 72.2 → 71.9 %", "top-1 of 500 images", "−0.30 points", "agreement with b.ort.onnx 93.8 %"),
-        *("Gain 1.071× faster", "1.061× – 1.081×, middle half of 1,234 rounds", "p50 14.7 ms → 13.7 ms"),
+        *("Gain 1.071× faster", "95 % interval 1.061× – 1.081×", "p50 14.7 ms → 13.7 ms"),
         *("file 22.9 MB → 22.9 MB", "peak memory 127 MB → 127 MB (±0.0 %)"),
     ):
         assert text in glance, text
@@ -140,7 +143,8 @@ def test_every_number_of_every_profile_is_there(rich: Page) -> None:
         everyone = [*record.engines, *([record.baseline] if record.baseline else [])]
         for item in everyone:
             times, memory, speed = item.latency, item.memory, item.speed_up
-            cells = [times.p50_ms, times.mean_ms, times.min_ms, times.p90_ms, times.p95_ms, times.p99_ms]
+            cells = [times.p50_ms, times.mean_ms, times.min_ms, times.p5_ms, times.p25_ms, times.p75_ms]
+            cells += [times.p90_ms, times.p95_ms, times.p99_ms]
             row = " ".join(map(numbers.significant, cells))
             more = f"{numbers.rate(times.throughput_images_per_s)} {times.variation_percent:.1f} % {times.runs:,}"
             assert shown(rich, f"{row} {more}"), item.engine
@@ -149,12 +153,14 @@ def test_every_number_of_every_profile_is_there(rich: Page) -> None:
                     memory.engine_bytes,
                     memory.peak_rss_bytes,
                     memory.engine_peak_rss_bytes,
+                    memory.rss_bytes,
                     memory.pss_bytes or 0,
+                    *(memory.device_memory_bytes, memory.available_drop_bytes, memory.nvmap_bytes),
                 )
-                assert shown(rich, " ".join(map(numbers.size, sizes)))
+                assert shown(rich, " ".join(numbers.size(each) for each in sizes if each is not None))
             if speed is not None:
-                assert shown(rich, f"{speed.median:.3f}× {speed.p25:.3f}× – {speed.p75:.3f}×")
-                assert shown(rich, f"{speed.p5:.3f}× – {speed.p95:.3f}×")
+                assert shown(rich, f"{speed.verdict} {speed.median:.3f}× {speed.low:.3f}× – {speed.high:.3f}×")
+                assert shown(rich, f"{speed.p25:.3f}× – {speed.p75:.3f}× {speed.p5:.3f}× – {speed.p95:.3f}× 1,234 5")
         for text in (
             record.machine.cpu,
             record.machine.system,
@@ -191,12 +197,69 @@ def test_every_manifest_tells_how_its_engine_was_built(rich: Page) -> None:
     assert all(name in rows for name in slowest[:15]) and not any(name in rows for name in slowest[15:])
     assert [rows.index(name) for name in slowest[:15]] == sorted(rows.index(name) for name in slowest[:15])
     for text in (
-        *("The slowest 15 of 40 layers", "TensorRT 10.3.0", "Orin, compute capability 8.7", "FP16", "9.44 MB"),
+        *(
+            "model.plan the slowest 15 of 40 layers, timed when it was built, on Orin",
+            "TensorRT 10.3.0",
+            "Orin, compute capability 8.7",
+            "FP16",
+            "9.44 MB",
+        ),
         *("frozen maps as INT8; LayerNorm in FP32", "40, with fused attention: 1", "_gemm_mha_v2_myl0_7"),
         *("blocks.1.attn.map __myl_DequMul_myl0_12 Int8", "blocks.3.attn.map in no layer of its own"),
         *("base.plan: 24.1 MB, 44 layers", "model.plan.log"),
     ):
         assert shown(rich, text), text
+
+
+def test_what_only_a_board_tells_is_there(rich: Page) -> None:
+    for text in (
+        "base.plan yes, with the copies – 2.62 ms – 0.213 ms 100",
+        "model.plan no 0.0610 ms 2.20 ms 0.00710 ms 0.213 ms 100",
+        "model.plan 2 732 424 2.73 ms 3.63 ms 4,321 3.00 s",
+        "model.plan 312 ms 27.5 ms 4.39 ms",
+        "model.plan VDD_IN (tegrastats) 4.40 W 8.10 W 18.7 mJ 8.55 mJ 433 10.0 s 97 2",
+        "half.plan VDD_IN (tegrastats) 4.40 W 4.39 W 12.7 mJ −0.0290 mJ",
+        "model.plan 8.10 W 4.21 W 1.70 W",
+        "model.plan 3.91 GB 612 MB",
+        "device NVIDIA Jetson Orin Nano (made up) software JetPack 6.2, L4T 36.4.3 power mode 15W (mode 0)",
+        "temperatures cpu-thermal 48 → 71 °C, gpu-thermal 47 → 73 °C clocks CPU0–5 729–1510 → 1510 MHz, GPU 612 MHz",
+        "clocks locked no throttling none → cpu-throttle-alert is at 1 of 1",
+        "model.plan the slowest 15 of 20 layers, timed by profile, on NVIDIA Jetson Orin Nano (made up), 6 cores",
+    ):
+        assert shown(rich, text), text
+    timed = [text.partition(" timed ")[2].partition(",")[0] for text in rich.texts["h3"] if "model.plan the" in text]
+    assert timed == ["when it was built", "by profile"]
+
+
+def test_energy_is_among_what_was_gained(rich: Page) -> None:
+    glance = rich.words.partition("Before you rely")[0]
+    assert "p50 2.73 ms → 2.31 ms energy per image 23.5 mJ → 18.7 mJ (−20.3 %) file" in glance
+
+
+def test_without_a_sensor_there_is_no_power(tmp_path: Path) -> None:
+    page = page_of(tmp_path, {"p.json": profile([engine("x", None, 2.0)])})
+    assert "Power and energy" not in page.texts["h2"] and "energy" not in page.words
+
+
+def test_a_sensor_that_knows_no_total_gives_power_by_rail_only(tmp_path: Path) -> None:
+    unknown = dict.fromkeys(("idle_mw", "mean_mw", "energy_mj_per_image", "energy_above_idle_mj_per_image"))
+    used = power(8000, 2.0, total_rails=[]).model_copy(update=unknown)
+    page = page_of(tmp_path, {"p.json": profile([engine("x", None, 2.0, power=used)])})
+    assert shown(page, "x not known (tegrastats) 500 10.0 s 97 2") and shown(page, "x 8.00 W 4.16 W 1.68 W")
+    assert "Mean power" not in page.texts["figcaption"] and "energy per image" not in page.words
+
+
+def test_machines_of_one_file_stand_side_by_side(tmp_path: Path) -> None:
+    page = page_of(tmp_path, {"boards.json": remote_profiles()})
+    for target, board, p50 in (
+        ("ssh://nvidia@orin.lan", "NVIDIA Jetson Orin Nano (made up)", "2.73 ms → 2.31 ms"),
+        ("ssh://agx.lan:2222", "NVIDIA Jetson AGX Orin (made up)", "1.09 ms → 0.924 ms"),
+    ):
+        place = f"{target} ({board}, 6 cores)"
+        assert page.texts["h3"].count(place) == 3  # latency, power, memory
+        assert shown(page, f"model.plan on {place} 95 % interval 1.170× – 1.190× p50 {p50}")
+    assert page.texts["h1"] == [MODEL] and [text for text in page.texts["li"] if "profiles of machines" in text]
+    assert shown(page, "boards.json: a machine gave no figures: ssh://pi5 can't be reached")
 
 
 def test_every_warning_is_there_before_any_detail(rich: Page) -> None:
@@ -205,6 +268,8 @@ def test_every_warning_is_there_before_any_detail(rich: Page) -> None:
         f"model.plan: {RANDOM_WARNING}",
         "half.ort.onnx: its parity was not checked",
         f"half.ort.onnx on Made-up CPU: {UNSTEADY}",
+        "NVIDIA Jetson Orin Nano (made up): slowed down at the end of the measurement: cpu-throttle-alert",
+        f"half.plan on NVIDIA Jetson Orin Nano (made up): {DRIFT}",
         "2 images could not be decoded and are left out of its accuracy: a/broken.png, b/<b>worse</b>.png",
     ):
         assert warning in before, warning

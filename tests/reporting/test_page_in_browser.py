@@ -118,7 +118,7 @@ def test_every_mark_of_a_picture_lies_inside_it(browser: Browser, page: Path) ->
     browser.open(page, width=390)
     outside = browser.evaluate(
         "[...document.querySelectorAll('svg[role=img]')].flatMap(s => { const box = s.getBoundingClientRect(); "
-        "return [...s.querySelectorAll('rect')].filter(m => { const b = m.getBoundingClientRect(); "
+        "return [...s.querySelectorAll('rect, circle')].filter(m => { const b = m.getBoundingClientRect(); "
         "return b.width < 0 || b.left < box.left - 3 || b.right > box.right + 3 || b.bottom > box.bottom + 3; }) })"
         ".map(m => m.outerHTML)"
     )

@@ -6,7 +6,18 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from report_records import analysis, card, engine, evaluation, freezing, manifest, profile, write_all
+from report_records import (
+    analysis,
+    card,
+    device,
+    engine,
+    evaluation,
+    freezing,
+    manifest,
+    profile,
+    remote_profiles,
+    write_all,
+)
 
 from eamdeploy.artifact import digest_file
 from eamdeploy.engines.base import Manifest
@@ -33,6 +44,24 @@ def test_a_checkpoint_gives_its_header_and_the_frozen_shares(eam_checkpoint: Pat
     assert item.digest == digest_file(eam_checkpoint)
     assert item.record.freezing.heads == {"blocks.0.attn": [1], "blocks.1.attn": [0, 1]}
     assert item.shares == {"blocks.0.attn": [1.0], "blocks.1.attn": [1.0, 1.0]}
+
+
+def test_profiles_of_machines_are_profiles_under_their_addresses(tmp_path: Path) -> None:
+    files = write_all(tmp_path, {"one.json": profile([engine("x", None, 1.0)]), "boards.json": remote_profiles()})
+    sources = read_sources(files)
+    assert [(item.target, item.hardware, item.short_name) for item in sources.profiles] == [
+        (None, "Made-up CPU", "Made-up CPU"),
+        ("ssh://nvidia@orin.lan", "NVIDIA Jetson Orin Nano (made up)", "ssh://nvidia@orin.lan"),
+        ("ssh://agx.lan:2222", "NVIDIA Jetson AGX Orin (made up)", "ssh://agx.lan:2222"),
+    ]
+    assert [item.label for item in sources.profiles[:2]] == [str(files[0]), f"{files[1]}, ssh://nvidia@orin.lan"]
+    assert [item.engine for item in sources.profiles[1].engines] == ["out/base.plan", "out/model.plan"]
+
+
+def test_a_gpu_is_named_beside_its_processor(tmp_path: Path) -> None:
+    on_gpu = profile([engine("x.plan", None, 1.0)], device_before=device(kind="cuda", name="A GPU"))
+    (source,) = read_sources(write_all(tmp_path, {"p.json": on_gpu})).profiles
+    assert source.hardware == "A GPU, Made-up CPU"
 
 
 # --- run.json --------------------------------------------------------------------------------------------------------
@@ -81,6 +110,8 @@ def test_nothing_to_report(tmp_path: Path) -> None:
         ("x.json", "{", CheckpointError, r"x\.json is no JSON"),
         ("x.json", "[]", CheckpointError, r"x\.json is none of our documents"),
         ("x.json", '{"a": 1}', ConfigError, r"x\.json is nothing that a report can show; .*JSON of another kind"),
+        ("x.json", '{"capabilities": []}', ConfigError, r"x\.json is nothing .*JSON of another kind: diagnosis"),
+        ("x.json", '{"profiles": {}, "failures": {}}', CheckpointError, r"x\.json: profiles; expected at least 1"),
         ("x.json", '{"engines": []}', CheckpointError, r"x\.json is not a valid Profile: machine: Field required"),
         ("x.json", '{"stages": 1}', CheckpointError, r"x\.json is not a valid RunState"),
         ("x.txt", "", ConfigError, r"x\.txt is nothing that a report can show; .*a file that ends in \.txt"),
@@ -123,6 +154,10 @@ def no_such_module(document: dict[str, Any]) -> None:
     document["frozen"]["blocks.99.attn"] = [0]
 
 
+def no_engine_there(document: dict[str, Any]) -> None:
+    document["profiles"]["ssh://agx.lan:2222"]["engines"].clear()
+
+
 def no_engine(document: dict[str, Any]) -> None:
     document["engines"].clear()
 
@@ -139,6 +174,7 @@ def no_attention(document: dict[str, Any]) -> None:
     ("damage", "message"),
     [
         (no_engine, r"x\.json: engines; expected at least 1 engine; got none"),
+        (no_engine_there, r"x\.json: profiles\.ssh://agx\.lan:2222\.engines; expected at least 1 engine; got none"),
         (no_scores_of_a_module, r"x\.json: card\.freezing\.scores; expected a score for every head"),
         (no_attention, r"x\.json: attention; expected at least 1 module; got none"),
         (not_finite, r"x\.json: engines\.0\.latency\.p50_ms; expected a finite number; got nan"),
@@ -155,6 +191,7 @@ def test_records_that_contradict_themselves_are_named(
     whole = {
         not_finite: profile([engine("x", None, 1.0)]),
         no_engine: profile([engine("x", None, 1.0)]),
+        no_engine_there: remote_profiles(),
         frozen_head_without_a_score: manifest("x", card(freezing())),
         no_scores_of_a_module: manifest("x", card(freezing())),
     }.get(damage, analysis())

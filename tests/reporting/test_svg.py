@@ -31,7 +31,7 @@ def marks(picture: str, kind: str) -> list[float]:
     """Where the marks of that kind are across, in percent, from top to bottom."""
     root = ElementTree.fromstring(picture)
     found = [each for each in root.iter() if each.get("class") == kind]
-    return [float((each.get("x1") or each.get("x") or "").rstrip("%")) for each in found]
+    return [float((each.get("x1") or each.get("x") or each.get("cx") or "").rstrip("%")) for each in found]
 
 
 def widths(picture: str, kind: str) -> list[float]:
@@ -43,9 +43,10 @@ def test_strips_lie_where_the_times_are() -> None:
     picture = svg.latency_strips(measured(1.2, 1.1))
     end = float(re.findall(r">([\d.]+) ms</text></g>", picture)[0])
     assert marks(picture, "median") == pytest.approx([100 * ms / end for ms in (12, 10, 11)])
-    assert marks(picture, "box") == pytest.approx([94 * ms / end for ms in (12, 10, 11)], abs=1e-3)
-    assert widths(picture, "box") == pytest.approx([14 * ms / end for ms in (12, 10, 11)], abs=1e-3)
-    assert [round(at, 2) for at in marks(picture, "tail")[:2]] == [round(1200 * p / end, 2) for p in (1.15, 1.31)]
+    for kind, low, high in (("box", 98, 104), ("whisker", 95, 115)):
+        assert marks(picture, kind) == pytest.approx([low * ms / end for ms in (12, 10, 11)], abs=1e-3)
+        assert widths(picture, kind) == pytest.approx([(high - low) * ms / end for ms in (12, 10, 11)], abs=1e-3)
+    assert marks(picture, "dot") == pytest.approx([131 * ms / end for ms in (12, 10, 11)], abs=1e-3)
     assert 'aria-label="Time of one inference, p50: base 12.0' in picture
     assert [each.get("class") for each in ElementTree.fromstring(picture)] == ["axis", "base", "main", "main"]
 
