@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -12,37 +13,59 @@ from eamdeploy.engines.provenance import usable_cores
 from eamdeploy.engines.registry import load_backend
 from eamdeploy.errors import ConfigError, host_packages
 from eamdeploy.observer import SILENT, Observer
-from eamdeploy.parity import ReferenceSet, reference_path
+from eamdeploy.parity import ReferenceSet, reduced_tolerance, reference_path
 
 if TYPE_CHECKING:
     from eamdeploy.activation_ranges import Calibration
     from eamdeploy.engines.trt_request import BuilderRequest, TrtModel, TrtOptions
     from eamdeploy.engines.trt_versions import TrtVersion
 
+_QUANTIZATION = ("quantizing a model", "Get it with: pip install onnx onnx-graphsurgeon")  # on a board too
 _CONVERSION = ("converting a model for TensorRT", "Get it with: pip install onnx onnx-graphsurgeon")  # on a board too
 
 
 def build_ort(
-    model: Path, output: Path, *, threads: int | None = None, reference: Path | None = None, check: bool = True
+    model: Path,
+    output: Path,
+    *,
+    threads: int | None = None,
+    int8: bool = False,
+    reference: Path | None = None,
+    check: bool = True,
+    min_agreement: float | None = None,
 ) -> Manifest:
     """`output` is an ONNX Runtime engine that gives the model's reference logits; its manifest lies beside it.
 
     Args:
         threads: the engine's default number of threads; every usable core if None.
+        int8: linear layers in INT8; needs the packages onnx and onnx-graphsurgeon here.
         reference: the reference set; the one that `export` left beside the model if None.
         check: run the parity gate; without it the manifest says that the engine was not checked.
+        min_agreement: with `int8`, percent of the reference images that need the reference's first class; None for that
+            of tolerance `reduced-engine`.
 
     Raises:
         ConfigError: a file can't be read or written, or there is no reference set.
         EngineError: ONNX Runtime can't load or run the model.
         ParityError: the engine's logits are not the reference's; what was at `output` stays.
-        MissingDependency: ONNX Runtime is not installed here.
+        MissingDependency: ONNX Runtime is not installed here, or a package for INT8.
     """
     load_backend("ort")
     from eamdeploy.engines import ort
 
     references = _reference(model, reference) if check else None
-    return ort.build(model, output, threads=threads or usable_cores(), reference=references)
+    threads = threads or usable_cores()
+    if not int8:
+        if min_agreement is not None:
+            raise ConfigError(
+                "an FP32 engine is held to FP32's noise", hint="Leave --min-agreement out, or use --int8."
+            )
+        return ort.build(model, output, threads=threads, reference=references)
+    tolerance = reduced_tolerance(min_agreement)
+    with host_packages(*_QUANTIZATION):
+        from eamdeploy.ort_int8 import dynamic_int8
+    convert = partial(dynamic_int8, where=str(model))
+    return ort.build(model, output, threads=threads, reference=references, convert=convert, tolerance=tolerance)
 
 
 def build_trt(

@@ -307,16 +307,22 @@ def build_ort(
     model: Annotated[Path, typer.Argument(help="Exported ONNX model.")],
     output: Output,
     threads: options.Threads = None,
+    int8: Annotated[
+        bool, typer.Option("--int8", help="Linear layers in INT8, activations quantized as they come.")
+    ] = False,
     reference: Annotated[
         Path | None, typer.Option(help="Reference set of the parity gate; by default the one beside the model.")
     ] = None,
     check: Annotated[bool, typer.Option("--check/--no-check", help="Run the parity gate.")] = True,
+    min_agreement: options.MinAgreement = None,
     as_json: options.AsJson = False,
 ) -> None:
     """Build an ONNX Runtime engine and prove that it computes what the model means (exit 3 if not)."""
     from eamdeploy.build import build_ort as run_build
 
-    result = run_build(model, output, threads=threads, reference=reference, check=check)
+    result = run_build(
+        model, output, threads=threads, int8=int8, reference=reference, check=check, min_agreement=min_agreement
+    )
     print_result(result, show.manifest(result), as_json=as_json)
 
 
@@ -371,10 +377,7 @@ def build_trt(
         Path | None, typer.Option(help="Reference set of the parity gate; by default the one beside the model.")
     ] = None,
     check: Annotated[bool, typer.Option("--check/--no-check", help="Run the parity gate.")] = True,
-    min_agreement: Annotated[
-        float | None,
-        typer.Option(help="Percent of first classes that must be the reference's; not for FP32.", show_default="99"),
-    ] = None,
+    min_agreement: options.MinAgreement = None,
     save_onnx: Annotated[
         Path | None, typer.Option(help="Also write the ONNX model that TensorRT's parser gets.")
     ] = None,

@@ -52,6 +52,10 @@ Workspace = Annotated[
 MinBatch = Annotated[int | None, typer.Option(min=1, help="Dynamic batch: the smallest.", show_default="1")]
 OptBatch = Annotated[int | None, typer.Option(min=1, help="… the one that kernels are chosen for.", show_default="1")]
 MaxBatch = Annotated[int | None, typer.Option(min=1, help="… the largest at once.", show_default="8")]
+MinAgreement = Annotated[
+    float | None,
+    typer.Option(help="Percent of first classes that must be the reference's; not for FP32.", show_default="99"),
+]
 AsJson = Annotated[bool, typer.Option("--json", help="One JSON document on stdout; text for people goes to stderr.")]
 
 

@@ -9,7 +9,7 @@ import math
 import zipfile
 import zlib
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import MappingProxyType
 from typing import IO, Any
@@ -56,6 +56,23 @@ TOLERANCES: Mapping[str, Tolerance] = MappingProxyType(
         )
     }
 )
+
+
+def reduced_tolerance(min_agreement: float | None) -> Tolerance:
+    """What an engine in fewer bits is held to.
+
+    Args:
+        min_agreement: percent of images that need the reference's first class; None for `reduced-engine`'s own.
+
+    Raises:
+        ConfigError: it is no percentage.
+    """
+    tolerance = TOLERANCES["reduced-engine"]
+    if min_agreement is None:
+        return tolerance
+    if not 0 <= min_agreement <= 100:
+        raise ConfigError("the agreement that the gate asks for", expected="0 to 100 %", got=f"{min_agreement:g} %")
+    return replace(tolerance, name=f"{tolerance.name} at {min_agreement:g} %", top1_agreement=min_agreement)
 
 
 class ParityReport(Record):

@@ -45,6 +45,7 @@ LAYERS: dict[str, set[str]] = {
     "engines": {"accuracy", "artifact", "devices", "errors", "images", "parity"},
     "ort_tools": set(),
     "activation_ranges": {"artifact", "engines", "errors", "folder", "images", "observer", "ort_tools", "source"},
+    "ort_int8": {"errors", "graph", "ort_tools"},
     "trt_flavour": {"engines", "graph", "passes"},
     "trt_half": {"engines", "ort_tools"},
     "trt_model": {
@@ -59,7 +60,7 @@ LAYERS: dict[str, set[str]] = {
         *("artifact", "eam", "engines", "errors", "folder", "graph"),
         *("images", "observer", "parity", "passes", "profiling", "source", "trt_flavour"),
     },
-    "build": {"activation_ranges", "artifact", "engines", "errors", "observer", "parity", "trt_model"},
+    "build": {"activation_ranges", "artifact", "engines", "errors", "observer", "ort_int8", "parity", "trt_model"},
     "evaluation": {"accuracy", "artifact", "eam", "engines", "errors", "host", "observer", "source"},
     "inspection": {
         *("artifact", "diagnosis", "documents", "eam", "engines", "errors", "parity", "profiling", "remote"),
@@ -85,7 +86,7 @@ LAYERS: dict[str, set[str]] = {
         *("show_profile", "source"),
     },
 }
-HOST_ONLY = {"graph", "passes", "host", "lint", "trt_flavour", "trt_half", "trt_model"}
+HOST_ONLY = {"graph", "passes", "host", "lint", "ort_int8", "trt_flavour", "trt_half", "trt_model"}
 
 # Where a package may be imported: modules, or whole layers.
 PACKAGES: dict[str, set[str]] = {
@@ -109,12 +110,13 @@ PACKAGES: dict[str, set[str]] = {
         "host",
         "inspection",
         "lint",
+        "ort_int8",
         "passes",
         "trt_flavour",
         "trt_half",
         "trt_model",
     },
-    "onnx_graphsurgeon": {"graph", "passes"},
+    "onnx_graphsurgeon": {"graph", "ort_int8", "passes"},
     "safetensors": {"eam.checkpoint", "host"},
     "matplotlib": {"reporting.heatmap"},
     "jinja2": {"reporting.page"},

@@ -24,7 +24,7 @@ import json
 import os
 import re
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import MappingProxyType, TracebackType
 from typing import Any
@@ -38,7 +38,7 @@ from eamdeploy.artifact import CARD_KEY, ModelCard, digest_bytes
 from eamdeploy.engines.base import EngineIO, LatencySplit, Manifest, check_against_reference, publish, utc_now
 from eamdeploy.engines.provenance import machine_summary, package_versions
 from eamdeploy.errors import ConfigError, EngineError
-from eamdeploy.parity import TOLERANCES, ReferenceSet
+from eamdeploy.parity import TOLERANCES, ReferenceSet, Tolerance
 
 _PIXELS = "tensor(uint8)"
 _INPUT_TYPES = ("tensor(float)", _PIXELS)
@@ -195,16 +195,20 @@ def build(
     *,
     threads: int,
     reference: ReferenceSet | None,
+    convert: Callable[[bytes], bytes] | None = None,
+    tolerance: Tolerance = TOLERANCES["f32-engine"],
     settings: Mapping[str, str] = ENGINE_SETTINGS,
 ) -> Manifest:
     """`output` is an engine that was run and checked, and its manifest lies beside it.
 
-    The engine is opened with its final settings and must give the reference's logits, at tolerance `f32-engine`, before
-    anything is written; when it does not, whatever was at `output` stays.
+    The engine is opened with its final settings and must give the reference's logits before anything is written; when
+    it does not, whatever was at `output` stays.
 
     Args:
         threads: the engine's default number of threads, and those of the check.
         reference: images and logits of the model; None leaves the engine unchecked, and its manifest says so.
+        convert: what makes the engine of the model; None if it is the model itself.
+        tolerance: what the engine is held to.
 
     Raises:
         ConfigError: the model can't be read or the output not written, or `output` is no `.onnx` or the model itself.
@@ -219,17 +223,17 @@ def build(
         data = model.read_bytes()
     except OSError as err:
         raise ConfigError(f"cannot read {model}: {err.strerror or err}") from err
+    engine = data if convert is None else convert(data)
     # from memory: nothing is on the disk before the gate, and data in a second file, which a copy loses, is refused
-    with OrtRunner(data, threads=threads, settings=settings, name=str(model)) as runner:
+    with OrtRunner(engine, threads=threads, settings=settings, name=str(model)) as runner:
         runner.infer(np.zeros((runner.io.batch or 1, *runner.io.input_shape[1:]), runner.io.dtype))
-        parity = None if reference is None else check_against_reference(runner, reference, TOLERANCES["f32-engine"])
-        digest = digest_bytes(data)
+        parity = None if reference is None else check_against_reference(runner, reference, tolerance)
         manifest = Manifest(
             backend="ort",
             engine=output.name,
-            engine_digest=digest,
-            engine_bytes=len(data),
-            model_digest=digest,
+            engine_digest=digest_bytes(engine),
+            engine_bytes=len(engine),
+            model_digest=digest_bytes(data),
             card=runner.card,
             batch=runner.io.batch,
             settings=dict(runner.settings),
@@ -239,7 +243,7 @@ def build(
             machine=machine_summary(),
             created=utc_now(),
         )
-    publish(output, data, manifest)
+    publish(output, engine, manifest)
     return manifest
 
 

@@ -10,7 +10,6 @@ GPU) is in the manifest beside it.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -40,7 +39,7 @@ from eamdeploy.engines.trt_request import BuilderRequest, ModelFacts, TrtModel
 from eamdeploy.engines.trt_run import TrtRunner
 from eamdeploy.engines.trt_versions import TrtVersion, capabilities
 from eamdeploy.errors import ConfigError, EngineError, MissingDependency
-from eamdeploy.parity import TOLERANCES, ReferenceSet, Tolerance
+from eamdeploy.parity import TOLERANCES, ReferenceSet, Tolerance, reduced_tolerance
 
 SUFFIXES = (".plan", ".engine")
 
@@ -225,16 +224,15 @@ def _tolerance(request: BuilderRequest, facts: ModelFacts, min_agreement: float 
         ConfigError: `min_agreement` is no percentage, or the engine is held to FP32's own noise.
     """
     exact = request.precision == "fp32" and not request.int8 and not facts.requantized
-    tolerance = TOLERANCES["f32-engine" if exact else "reduced-engine"]
-    if min_agreement is None:
-        return tolerance
-    if exact or not 0 <= min_agreement <= 100:
+    if not exact:
+        return reduced_tolerance(min_agreement)
+    if min_agreement is not None:
         raise ConfigError(
             "the agreement that the gate asks for can't be set so",
-            expected="0 to 100 %, and an engine in FP16, BF16 or INT8",
-            got=f"{min_agreement:g} % of an {request.precision.upper()} engine",
+            expected="an engine in FP16, BF16 or INT8",
+            got="an FP32 engine, which is held to FP32's noise",
         )
-    return replace(tolerance, name=f"{tolerance.name} at {min_agreement:g} %", top1_agreement=min_agreement)
+    return TOLERANCES["f32-engine"]
 
 
 def open_plan(engine: Path, manifest: Manifest | None) -> TrtRunner:

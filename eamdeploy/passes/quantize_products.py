@@ -31,6 +31,7 @@ import onnx_graphsurgeon as gs
 from numpy.typing import NDArray
 
 from eamdeploy.graph.layout import LAYOUT_OPS
+from eamdeploy.graph.linear import is_classifier
 from eamdeploy.graph.skip import Refused, Skip
 from eamdeploy.graph.writer import GraphWriter
 
@@ -92,7 +93,7 @@ class QuantizeProducts:
                 reader.inputs = [dequantized if tensor is result else tensor for tensor in reader.inputs]
 
     def _product(self, graph: gs.Graph, node: gs.Node) -> Product:
-        if _is_classifier(graph, node):
+        if is_classifier(graph, node):
             raise Refused("it is the classifier", node)
         limits = {}
         for index, tensor in enumerate(node.inputs):
@@ -118,17 +119,9 @@ def calibrated_tensors(graph: gs.Graph) -> list[str]:
     """Names of the tensors whose ranges the pass asks for, each once, in topological order."""
     names: dict[str, None] = {}
     for node in graph.nodes:
-        if node.op == "MatMul" and not _is_classifier(graph, node) and not any(map(_reads_integers, node.inputs)):
+        if node.op == "MatMul" and not is_classifier(graph, node) and not any(map(_reads_integers, node.inputs)):
             names |= dict.fromkeys(tensor.name for tensor in node.inputs if not isinstance(tensor, gs.Constant))
     return list(names)
-
-
-def _is_classifier(graph: gs.Graph, node: gs.Node) -> bool:
-    """Whether nothing but the addition of a bias lies between the product and the model's output."""
-    tensor = node.outputs[0]
-    while len(tensor.outputs) == 1 and tensor.outputs[0].op in ("Add", *LAYOUT_OPS):
-        tensor = tensor.outputs[0].outputs[0]
-    return any(tensor is output for output in graph.outputs)
 
 
 def _reads_integers(tensor: gs.Tensor) -> bool:
