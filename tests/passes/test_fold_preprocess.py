@@ -29,6 +29,8 @@ from eamdeploy.passes.base import run_passes
 from eamdeploy.passes.fold_preprocess import FoldPreprocess
 from eamdeploy.passes.order import plan_passes
 from eamdeploy.profiling.inputs import random_images
+from eamdeploy.profiling.profile import Extras
+from eamdeploy.profiling.timing import Schedule
 from eamdeploy.source import ImageSource
 from eamdeploy.trt_model import prepare
 
@@ -221,10 +223,11 @@ def test_evaluation_gives_each_model_what_it_takes(
 
 
 def test_profile_measures_it_beside_an_engine_of_normalized_images(folded_engine: Path, eam_engine: Path) -> None:
+    quick = Schedule(warmup_ms=1, min_seconds=0.05, min_runs=4, sittings=1)
     found = profile(
-        [eam_engine, folded_engine], threads=1, warmup_ms=1, min_seconds=0.05, min_runs=3, with_memory=False
+        [eam_engine, folded_engine], threads=1, schedule=quick, extras=Extras(fresh=False, power=False, layers=True)
     )
-    assert len(found.engines) == 2
+    assert len(found.engines) == 2 and all(item.layer_ms for item in found.engines)
 
 
 def test_tensorrt_is_not_given_pixels(
