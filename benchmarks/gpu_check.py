@@ -26,6 +26,7 @@ from eamdeploy import build_trt, profile, show_profile
 from eamdeploy.artifact import Record
 from eamdeploy.engines.base import EngineLayers, Manifest, utc_now
 from eamdeploy.engines.provenance import machine_summary, package_versions
+from eamdeploy.engines.trt import require_device
 from eamdeploy.engines.trt_request import TrtOptions
 from eamdeploy.errors import EamDeployError, ExitCode
 from eamdeploy.parity import reference_path
@@ -116,8 +117,13 @@ class GpuCheck(Record):
 
 
 def main() -> int:
-    """Print the tables and write the JSON; the exit code is 3 if anything failed."""
+    """Print the tables and write the JSON; the exit code is 3 if anything failed, 4 if there is nothing to run it on."""
     arguments = _parse()
+    try:
+        require_device()
+    except EamDeployError as err:
+        sys.stderr.write(f"error: {err}\n")
+        return err.exit_code
     with tempfile.TemporaryDirectory() as scratch:
         models = _unpacked(arguments.models, Path(scratch) / "models")
         result = run(models, Path(scratch), seconds=arguments.seconds, groups=GROUPS, sittings=arguments.sittings)

@@ -74,6 +74,15 @@ def test_without_time_nothing_is_built_and_that_is_said(
     assert result.built == [] and result.profiles == [] and len(result.left_out) == 6
 
 
+def test_without_tensorrt_it_says_so_at_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(sys.modules, "tensorrt", None)
+    monkeypatch.setattr(sys, "argv", ["gpu_check.py", str(tmp_path)])
+    assert gpu_check.main() == 4
+    assert capsys.readouterr().err.startswith("error: TensorRT is not installed here")
+
+
 def test_an_archive_holds_the_models(models: Path, tmp_path: Path) -> None:
     gpu_models.pack(models, tmp_path / "models.tar.xz")
     unpacked = gpu_check._unpacked(tmp_path / "models.tar.xz", tmp_path / "unpacked")
