@@ -117,7 +117,7 @@ class GpuCheck(Record):
 
 
 def main() -> int:
-    """Print the tables and write the JSON; the exit code is 3 if anything failed, 4 if there is nothing to run it on."""
+    """Print the tables and write the JSON; exit code 3 if anything failed, 4 if there is nothing to run it on."""
     arguments = _parse()
     try:
         require_device()
