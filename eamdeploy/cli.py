@@ -480,7 +480,7 @@ def profile(
     device: Annotated[
         list[str],
         typer.Option(
-            help="What they run on: cpu, cuda, jetson, or other machines as ssh://[user@]host[:port], side by side.",
+            help="What they run on: cpu, cuda, jetson, or other machines as ssh://user@host:port, side by side.",
             show_default="found out",
         ),
     ] = [],  # noqa: B006 (Typer copies it)

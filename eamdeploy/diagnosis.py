@@ -186,7 +186,7 @@ def _board_capabilities(
         Capability(name="profile --device jetson", missing=_no_jetson(device)),
         Capability(
             name="profile --device cuda",
-            missing=[*_missing(gpu), *_absent(("pynvml",), "pip install nvidia-ml-py")],
+            missing=[*_missing(gpu), *_absent(("pynvml",), "pip install 'eamdeploy[cuda]'")],
         ),
         Capability(name="profile on other machines", missing=ssh),
         Capability(name="report", missing=_absent(_REPORT_MODULES, _GET_HOST)),

@@ -10,7 +10,7 @@ first as often as last.
 
 Where an engine's weights happen to lie in memory makes it a little faster or slower for as long as it is loaded, by
 more than the scatter of a few hundred rounds lets one think: of one engine loaded twice, the second was 0.5 % faster
-again and again (DeiT-Tiny, ONNX Runtime 1.31 on x86). Hence sittings, every second one of which loads in the mirror
+again and again (DeiT-Tiny, ONNX Runtime 1.32 on x86). Hence sittings, every second one of which loads in the mirror
 image of the order before, and an interval that follows from how much they differ.
 """
 
