@@ -4,7 +4,8 @@ VENV   ?= .venv
 BIN    := $(VENV)/bin
 READY  := $(VENV)/.ready
 
-.PHONY: install demo test lint bench trt-attributes gpu-check image-models image-lint image-check image-check-arm64 clean
+.PHONY: install demo test lint bench bench-sparsity trt-attributes gpu-check image-models image-lint image-check
+.PHONY: image-check-arm64 clean
 
 install: $(READY)
 
@@ -26,7 +27,12 @@ lint: $(READY)
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
+# Beside every peer that is installed (pip install '.[bench]' brings OpenVINO and NNCF);
+# BENCH="--weights W --data IMAGES --keep build/peers -o peers.json --plot peers.svg", random weights and noise otherwise
 bench: $(READY)
+	$(BIN)/python benchmarks/peers.py $(BENCH)
+
+bench-sparsity: $(READY)
 	$(BIN)/python benchmarks/sparsity.py
 
 # 820 MB of downloads; needs CPython 3.10, gcc, nm and readelf
