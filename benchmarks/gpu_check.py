@@ -4,7 +4,7 @@
 
 Needs the packages of a board that builds (the base packages, tensorrt, onnx, onnx-graphsurgeon, cuda-python), neither
 torch nor a network, and the models that `gpu_models.py` made: a folder, or its archive. Whatever fails is written down,
-and the rest goes on; after `--seconds` nothing more is built, and what was left out is named.
+and the rest goes on unless nothing can be built; after `--seconds` nothing more is built. What was left out is named.
 """
 
 from __future__ import annotations
@@ -60,6 +60,8 @@ GROUPS: tuple[tuple[Case, ...], ...] = (
         Case("deit-base", "fp16"),
         Case("deit-stock", "fp16"),
         Case("deit-heads-20", "fp16"),
+        Case("deit-all-tokens", "fp16"),
+        Case("deit-apart-position", "fp16"),
         Case("deit-heads-50", "fp16"),
         Case("deit-heads-100", "fp16"),
         Case("deit-layers-25", "fp16"),
@@ -73,6 +75,11 @@ GROUPS: tuple[tuple[Case, ...], ...] = (
     (Case("swin-base", "fp16"), Case("swin-heads-20", "fp16")),
     (Case("deit-base", "fp32"), Case("deit-heads-20", "fp32"), Case("deit-heads-100", "fp32")),
 )
+
+
+# Images at once; the engines take up to 8. One image leaves most of a large GPU idle.
+BATCHES = (1, 8)
+_HOPELESS = 3  # cases; where that many fail and none is built, the others won't be either
 
 
 class Built(Record):
@@ -126,7 +133,11 @@ def main() -> int:
         return err.exit_code
     with tempfile.TemporaryDirectory() as scratch:
         models = _unpacked(arguments.models, Path(scratch) / "models")
-        result = run(models, Path(scratch), seconds=arguments.seconds, groups=GROUPS, sittings=arguments.sittings)
+        work = arguments.keep or Path(scratch)
+        work.mkdir(parents=True, exist_ok=True)
+        result = run(
+            models, work, seconds=arguments.seconds, groups=GROUPS, sittings=arguments.sittings, batches=BATCHES
+        )
     console = Console(width=200)
     console.print(table(result))
     for measured in result.profiles:
@@ -141,6 +152,7 @@ def _parse() -> argparse.Namespace:
     parser.add_argument("models", type=Path, help="folder or .tar.xz from gpu_models.py")
     parser.add_argument("--seconds", type=float, default=330.0, help="build nothing more after this long")
     parser.add_argument("--sittings", type=int, default=3, help="how often engines are loaded anew to time them")
+    parser.add_argument("--keep", type=Path, help="folder in which engines and the builder's logs stay")
     parser.add_argument("-o", "--output", type=Path, help="also write everything as JSON")
     return parser.parse_args()
 
@@ -153,8 +165,16 @@ def _unpacked(models: Path, folder: Path) -> Path:
     return folder
 
 
-def run(models: Path, work: Path, *, seconds: float, groups: Sequence[Sequence[Case]], sittings: int) -> GpuCheck:
-    """Builds and measures the cases, whose files are in `models`; engines go to `work`."""
+def run(
+    models: Path,
+    work: Path,
+    *,
+    seconds: float,
+    groups: Sequence[Sequence[Case]],
+    sittings: int,
+    batches: Sequence[int],
+) -> GpuCheck:
+    """Builds and measures the cases, whose files are in `models`, at each batch size; engines go to `work`."""
     until = time.monotonic() + seconds
     built: list[Built] = []
     left_out: list[str] = []
@@ -163,7 +183,7 @@ def run(models: Path, work: Path, *, seconds: float, groups: Sequence[Sequence[C
     for group in groups:
         engines = []
         for case in group:
-            if time.monotonic() > until:
+            if time.monotonic() > until or (len(built) >= _HOPELESS and all(item.error for item in built)):
                 left_out.append(case.name)
                 continue
             item, manifest = _build(case, models, work)
@@ -172,7 +192,7 @@ def run(models: Path, work: Path, *, seconds: float, groups: Sequence[Sequence[C
                 manifests.append(manifest)
                 engines.append(work / f"{case.name}.plan")
         if engines:
-            profiles.append(_profile(engines, sittings))
+            profiles.extend(_profile(engines, sittings, batch) for batch in batches)
     device = manifests[0].device if manifests else None
     return GpuCheck(
         machine=machine_summary(),
@@ -222,12 +242,13 @@ def _build(case: Case, models: Path, work: Path) -> tuple[Built, Manifest | None
     )
 
 
-def _profile(engines: Sequence[Path], sittings: int) -> Profile:
+def _profile(engines: Sequence[Path], sittings: int, batch: int) -> Profile:
     """All engines take turns; named by file, not by a temporary path."""
     measured = profile(
         engines[1:] or engines,
         engines[0] if len(engines) > 1 else None,
         threads=1,
+        batch=batch,
         schedule=Schedule(min_seconds=1.5, sittings=sittings),
         extras=Extras(fresh=False, power_seconds=1.0),
     )
@@ -255,7 +276,7 @@ def table(result: GpuCheck) -> Table:
             "" if layers is None else ", ".join(sorted({str(found.type) for found in layers.frozen_maps})),
         )
     for name in result.left_out:
-        shown.add_row(name, "", "", "", "", "", "", "left out: no time")
+        shown.add_row(name, "", "", "", "", "", "", "left out")
     return shown
 
 

@@ -37,6 +37,14 @@ def models(eam_model: Path, tmp_path: Path) -> Path:
     return folder
 
 
+def test_it_gives_up_where_nothing_can_be_built(models: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    fake_tensorrt.install(fake_tensorrt.make_machine("8.6"), monkeypatch)
+    groups = [[Case(f"absent-{number}", "fp16") for number in range(5)]]
+    result = gpu_check.run(models, tmp_path, seconds=60, groups=groups, sittings=2, batches=(1,))
+    assert [item.error is not None for item in result.built] == [True] * 3
+    assert result.left_out == ["absent-3-fp16", "absent-4-fp16"] and not result.profiles
+
+
 @pytest.mark.parametrize("generation", fake_tensorrt.GENERATIONS)
 def test_cases_are_built_measured_and_what_fails_is_written_down(
     generation: str, models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -45,13 +53,16 @@ def test_cases_are_built_measured_and_what_fails_is_written_down(
     monkeypatch.setattr(gpu_check, "Schedule", lambda **_: _QUICK)
     work = tmp_path / "work"
     work.mkdir()
-    result = gpu_check.run(gpu_check._unpacked(models, work), work, seconds=60, groups=GROUPS, sittings=2)
+    result = gpu_check.run(
+        gpu_check._unpacked(models, work), work, seconds=60, groups=GROUPS, sittings=2, batches=(1, 2)
+    )
     named = {item.name: item for item in result.built}
     assert list(named) == ["base-fp16", "stock-fp16", "tiny-fp16", "tiny-fp16-norm", "base-fp32", "absent-fp32"]
     assert "cannot read" in (named["absent-fp32"].error or "") and result.failed
     assert named["tiny-fp16"].top1_agreement == 100 and named["stock-fp16"].top1_agreement is None
     assert named["tiny-fp16"].layers is not None and len(named["tiny-fp16"].layers.frozen_maps) == 2
-    halves, singles = result.profiles
+    halves, _, singles, _ = result.profiles
+    assert [measured.batch for measured in result.profiles] == [1, 2, 1, 2]
     assert halves.baseline is not None and halves.baseline.engine == "base-fp16.plan"
     assert [item.engine for item in halves.engines] == ["stock-fp16.plan", "tiny-fp16.plan", "tiny-fp16-norm.plan"]
     assert all(item.split is not None for item in halves.engines)
@@ -70,7 +81,7 @@ def test_without_time_nothing_is_built_and_that_is_said(
     models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     fake_tensorrt.install(fake_tensorrt.make_machine(), monkeypatch)
-    result = gpu_check.run(models, tmp_path, seconds=-1, groups=GROUPS, sittings=1)
+    result = gpu_check.run(models, tmp_path, seconds=-1, groups=GROUPS, sittings=1, batches=(1,))
     assert result.built == [] and result.profiles == [] and len(result.left_out) == 6
 
 
