@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from eamdeploy.artifact import require_output, write_bytes
-from eamdeploy.engines.base import Manifest
+from eamdeploy.engines.base import Manifest, ProviderName
 from eamdeploy.engines.provenance import usable_cores
 from eamdeploy.engines.registry import load_backend
 from eamdeploy.errors import ConfigError, host_packages
@@ -33,6 +33,7 @@ def build_ort(
     reference: Path | None = None,
     check: bool = True,
     min_agreement: float | None = None,
+    provider: ProviderName = "cpu",
 ) -> Manifest:
     """`output` is an ONNX Runtime engine that gives the model's reference logits; its manifest lies beside it.
 
@@ -43,15 +44,26 @@ def build_ort(
         check: run the parity gate; without it the manifest says that the engine was not checked.
         min_agreement: with `int8`, percent of the reference images that need the reference's first class; None for that
             of tolerance `reduced-engine`.
+        provider: what of ONNX Runtime runs it, here and wherever the manifest goes along.
 
     Raises:
-        ConfigError: a file can't be read or written, or there is no reference set.
-        EngineError: ONNX Runtime can't load or run the model.
+        ConfigError: a file can't be read or written, there is no reference set, or `int8` is not for that provider.
+        EngineError: ONNX Runtime can't load or run the model, or not on that provider.
         ParityError: the engine's logits are not the reference's; what was at `output` stays.
-        MissingDependency: ONNX Runtime is not installed here, or a package for INT8.
+        MissingDependency: ONNX Runtime is not installed here, or has no such provider, or a package for INT8.
+        DeviceError: the provider's GPU can't be used.
     """
     load_backend("ort")
     from eamdeploy.engines import ort
+    from eamdeploy.engines.ort_providers import require_provider
+
+    require_provider(provider)
+    if int8 and provider != "cpu":
+        raise ConfigError(
+            "an INT8 engine is quantized for ONNX Runtime's CPU provider",
+            got=f"provider {provider}",
+            hint="Leave --int8 or --provider out.",
+        )
 
     references = _reference(model, reference) if check else None
     threads = threads or usable_cores()
@@ -60,7 +72,7 @@ def build_ort(
             raise ConfigError(
                 "an FP32 engine is held to FP32's noise", hint="Leave --min-agreement out, or use --int8."
             )
-        return ort.build(model, output, threads=threads, reference=references)
+        return ort.build(model, output, threads=threads, reference=references, provider=provider)
     tolerance = reduced_tolerance(min_agreement)
     with host_packages(*_QUANTIZATION):
         from eamdeploy.ort_int8 import dynamic_int8

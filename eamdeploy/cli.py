@@ -14,6 +14,7 @@ from eamdeploy import cli_options as options
 from eamdeploy import show, show_profile
 from eamdeploy.artifact import require_output
 from eamdeploy.console import Terminal, print_result
+from eamdeploy.engines.base import ProviderName
 from eamdeploy.engines.trt_versions import TrtVersion
 from eamdeploy.errors import ConfigError, EamDeployError, ExitCode, host_packages
 from eamdeploy.source import ImageSource, read_class_names
@@ -307,6 +308,9 @@ def build_ort(
     model: Annotated[Path, typer.Argument(help="Exported ONNX model.")],
     output: Output,
     threads: options.Threads = None,
+    provider: Annotated[
+        ProviderName, typer.Option(help="Execution provider of ONNX Runtime that runs it; doctor lists what is here.")
+    ] = "cpu",
     int8: Annotated[
         bool, typer.Option("--int8", help="Linear layers in INT8, activations quantized as they come.")
     ] = False,
@@ -321,7 +325,14 @@ def build_ort(
     from eamdeploy.build import build_ort as run_build
 
     result = run_build(
-        model, output, threads=threads, int8=int8, reference=reference, check=check, min_agreement=min_agreement
+        model,
+        output,
+        threads=threads,
+        int8=int8,
+        reference=reference,
+        check=check,
+        min_agreement=min_agreement,
+        provider=provider,
     )
     print_result(result, show.manifest(result), as_json=as_json)
 

@@ -150,6 +150,7 @@ def manifest(built: Manifest) -> RenderableType:
         {
             "bytes": f"{built.engine_bytes:,}",
             "batch": built.batch or "dynamic",
+            **({"provider": built.provider} if built.backend == "ort" else {}),
             "settings": [f"{key}={value}" for key, value in built.settings.items()],
             "parity": parity,
             **({} if built.device is None else _device(built.device)),

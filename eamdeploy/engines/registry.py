@@ -64,7 +64,7 @@ def open_runner(engine: Path, threads: int | None = None) -> Runner:
         ConfigError: the file can't be read, or `threads` is below 1.
         CheckpointError: the manifest is damaged.
         EngineError: the backend can't load the engine, or the manifest describes another file.
-        MissingDependency: the backend is not installed here.
+        MissingDependency: the backend is not installed here, or has not the manifest's execution provider.
         DeviceError: the backend needs a GPU, and there is none.
     """
     backend = backend_of(engine)
@@ -82,7 +82,9 @@ def open_runner(engine: Path, threads: int | None = None) -> Runner:
         return open_plan(engine, manifest)
     from eamdeploy.engines.ort import OrtRunner
 
-    return OrtRunner(engine, threads=threads, settings=manifest.settings if manifest else {})
+    if manifest is None:
+        return OrtRunner(engine, threads=threads, settings={})
+    return OrtRunner(engine, threads=threads, settings=manifest.settings, provider=manifest.provider)
 
 
 @contextmanager
