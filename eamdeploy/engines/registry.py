@@ -52,6 +52,21 @@ def load_backend(backend: Backend) -> None:
         ) from err
 
 
+def runs_on_gpu(engine: Path) -> bool:
+    """Whether the engine computes on a GPU, by its name and its manifest.
+
+    Raises:
+        ConfigError: no backend runs a file of this name.
+        CheckpointError, EngineError: as for `read_manifest`.
+    """
+    if backend_of(engine) == "trt":
+        return True
+    from eamdeploy.engines.ort_providers import PROVIDERS
+
+    manifest = read_manifest(engine)
+    return manifest is not None and PROVIDERS[manifest.provider].on_gpu
+
+
 def open_runner(engine: Path, threads: int | None = None) -> Runner:
     """The engine at `engine`, loaded with the settings in its manifest and ready to run.
 
