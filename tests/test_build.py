@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import onnx
+import onnxruntime
 import pytest
 
 from eamdeploy import build_ort
@@ -38,6 +39,20 @@ def test_engine_is_checked_against_the_reference_beside_the_model(model: Path) -
 
 def test_threads_are_every_usable_core_unless_told(model: Path) -> None:
     assert build_ort(model, model.with_name("x.ort.onnx")).threads == usable_cores()
+
+
+def test_int8_is_for_the_cpus_provider(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: ["OpenVINOExecutionProvider"])
+    engine = model.with_name("x.ort.onnx")
+    with pytest.raises(ConfigError, match=r"INT8 engine .*got provider openvino"):
+        build_ort(model, engine, threads=1, int8=True, provider="openvino")
+    assert not engine.exists()
+
+
+def test_the_version_is_that_of_the_onnx_runtime_that_is_loaded(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(onnxruntime, "__version__", "1.24.1")  # as when onnxruntime-openvino lies over onnxruntime
+    manifest = build_ort(model, model.with_name("x.ort.onnx"), threads=1)
+    assert (manifest.provider, manifest.versions["onnxruntime"]) == ("cpu", "1.24.1")
 
 
 def test_reference_of_another_place_is_used(model: Path, tmp_path: Path) -> None:
