@@ -70,7 +70,7 @@ _LEVELS: Mapping[str, Any] = MappingProxyType(
     }
 )
 
-ENGINE_SETTINGS: Mapping[str, str] = MappingProxyType(PROVIDERS["cpu"].settings)
+ENGINE_SETTINGS: Mapping[str, str] = PROVIDERS["cpu"].settings
 UNOPTIMIZED: Mapping[str, str] = MappingProxyType({_LEVEL_KEY: "disable"})
 """The graph as it is written, for proving a rewrite."""
 _EVERY_SESSION: Mapping[str, str] = MappingProxyType({"session.force_spinning_stop": "1"})
@@ -165,7 +165,7 @@ class OrtRunner:
         except ORT_FAILURES as err:
             hint = "It is damaged, no ONNX model, keeps data in a second file, or needs a newer ONNX Runtime."
             if self.provider != "cpu":
-                hint = f"{hint} Or provider {self.provider} does not start here, or can't run it: try --provider cpu."
+                hint = f"{hint} Or provider {self.provider} does not start here, or can't run it: build with --provider cpu."
             raise EngineError(f"ONNX Runtime can't load {self.name}: {_reason(err)}", hint=hint) from err
         require_present(self.provider, session.get_providers(), self.name)
         return session

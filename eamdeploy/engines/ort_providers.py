@@ -6,10 +6,10 @@ documentation alone:
 - **OpenVINO** compiles the whole graph itself, with the maps as UINT8 or INT8 behind DequantizeLinear. ONNX Runtime's
   optimizations before it changed neither the processor's time nor the logits, and neither did folding the maps by
   `session.disable_quant_qdq`. So they are off, and it gets the graph that was checked.
-  Its precision is said, not left to it: with `bf16`, which OpenVINO itself takes on a processor that has it, logits
-  moved by 0.11 instead of 1.3e-5. An FP32 engine quantizes no activations either.
-  Its threads come through `load_config`; the option `num_of_threads` is deprecated, and would also make as many
-  inference requests. They are not pinned: two sessions of one thread each pin that to the same core.
+  Its precision is said, though this version chooses FP32 by itself: in `bf16`, which the processor had, logits were
+  off by 0.11 instead of 1.3e-5. An FP32 engine quantizes no activations either. Its threads come through `load_config`,
+  with the properties; the option `num_of_threads` is deprecated, and would also make as many inference requests. They
+  are not pinned: two sessions of one thread each pin that to the same core.
 - **CUDA** computes products in TF32 unless it is told not to.
 - **TensorRT**, the provider, has no option against TF32; where the parity gate refuses an engine because of it,
   `NVIDIA_TF32_OVERRIDE=0` in the environment turns it off. The environment can set FP16 and INT8 too; options win
@@ -44,6 +44,7 @@ PROOF: Mapping[str, Mapping[str, str]] = MappingProxyType(
 """What every session needs so that what a provider must take is known, by `Provider.takes`."""
 
 _INSTEAD = "It takes the place of onnxruntime, which must go first: pip uninstall onnxruntime && pip install"
+_CPU = "CPU."
 # Parts of the names of operators that compute with images; a provider may leave shapes and indices to the processor.
 _ARITHMETIC = ("Attention", "Conv", "Gelu", "Gemm", "MatMul", "Norm", "Softmax")
 
@@ -55,9 +56,10 @@ def _same(options: Mapping[str, str], threads: int) -> dict[str, str]:
 
 
 def _openvino_threads(options: Mapping[str, str], threads: int) -> dict[str, str]:
-    config = json.loads(options["load_config"])
-    config["CPU"]["INFERENCE_NUM_THREADS"] = str(threads)
-    return {**options, "load_config": json.dumps(config)}
+    """The properties of OpenVINO's device, in the table behind `CPU.`, go into one option."""
+    properties = {key.removeprefix(_CPU): value for key, value in options.items() if key.startswith(_CPU)}
+    properties["INFERENCE_NUM_THREADS"] = str(threads)
+    return {"device_type": options["device_type"], "load_config": json.dumps({"CPU": properties})}
 
 
 def _xnnpack_threads(options: Mapping[str, str], threads: int) -> dict[str, str]:
@@ -85,7 +87,7 @@ class Provider:
     get: str
     takes: Literal["anything", "all", "arithmetic", "some"]
     settings: Mapping[str, str]
-    options: Mapping[str, str] = field(default_factory=dict)
+    options: Mapping[str, str] = field(default_factory=lambda: MappingProxyType({}))
     with_threads: Callable[[Mapping[str, str], int], dict[str, str]] = _same
     own_threads: bool = False
     beside: tuple[str, ...] = ()
@@ -98,30 +100,28 @@ PROVIDERS: Mapping[ProviderName, Provider] = MappingProxyType(
             CPU,
             get="pip install onnxruntime",
             takes="anything",
-            settings={  # why: see `ort`
-                "graph_optimization_level": "all",
-                "session.disable_quant_qdq": "1",
-                "optimization.disable_specified_optimizers": "MatMulAddFusion",
-            },
+            settings=MappingProxyType(
+                {  # why: see `ort`
+                    "graph_optimization_level": "all",
+                    "session.disable_quant_qdq": "1",
+                    "optimization.disable_specified_optimizers": "MatMulAddFusion",
+                }
+            ),
         ),
         "openvino": Provider(
             "OpenVINOExecutionProvider",
             get=f"{_INSTEAD} onnxruntime-openvino (x86).",
             takes="all",
-            settings={"graph_optimization_level": "disable"},
-            options={
-                "device_type": "CPU",
-                "load_config": json.dumps(
-                    {
-                        "CPU": {
-                            "INFERENCE_PRECISION_HINT": "f32",
-                            "DYNAMIC_QUANTIZATION_GROUP_SIZE": "0",
-                            "NUM_STREAMS": "1",
-                            "ENABLE_CPU_PINNING": "NO",
-                        }
-                    }
-                ),
-            },
+            settings=MappingProxyType({"graph_optimization_level": "disable"}),
+            options=MappingProxyType(
+                {
+                    "device_type": "CPU",
+                    "CPU.INFERENCE_PRECISION_HINT": "f32",
+                    "CPU.DYNAMIC_QUANTIZATION_GROUP_SIZE": "0",
+                    "CPU.NUM_STREAMS": "1",
+                    "CPU.ENABLE_CPU_PINNING": "NO",
+                }
+            ),
             with_threads=_openvino_threads,
             own_threads=True,
         ),
@@ -129,8 +129,8 @@ PROVIDERS: Mapping[ProviderName, Provider] = MappingProxyType(
             "CUDAExecutionProvider",
             get=f"{_INSTEAD} onnxruntime-gpu (x86); on a Jetson the wheel for its JetPack.",
             takes="arithmetic",
-            settings={"graph_optimization_level": "all", "session.disable_quant_qdq": "1"},
-            options={"use_tf32": "0"},
+            settings=MappingProxyType({"graph_optimization_level": "all", "session.disable_quant_qdq": "1"}),
+            options=MappingProxyType({"use_tf32": "0"}),
             on_gpu=True,
         ),
         "tensorrt": Provider(
@@ -138,8 +138,8 @@ PROVIDERS: Mapping[ProviderName, Provider] = MappingProxyType(
             get=f"{_INSTEAD} onnxruntime-gpu (x86) and TensorRT; on a Jetson the wheel for its JetPack.",
             takes="arithmetic",
             # TensorRT's parser refuses UINT8, so that the maps must be float when it gets them
-            settings={"graph_optimization_level": "basic", "session.disable_quant_qdq": "1"},
-            options={"trt_fp16_enable": "False", "trt_int8_enable": "False"},
+            settings=MappingProxyType({"graph_optimization_level": "basic", "session.disable_quant_qdq": "1"}),
+            options=MappingProxyType({"trt_fp16_enable": "False", "trt_int8_enable": "False"}),
             beside=("CUDAExecutionProvider",),
             on_gpu=True,
         ),
@@ -147,19 +147,21 @@ PROVIDERS: Mapping[ProviderName, Provider] = MappingProxyType(
             "XnnpackExecutionProvider",
             get="No package has it: build ONNX Runtime with --use_xnnpack.",
             takes="some",
-            settings={
-                "graph_optimization_level": "all",
-                "session.disable_quant_qdq": "1",
-                "session.intra_op.allow_spinning": "0",
-            },
+            settings=MappingProxyType(
+                {
+                    "graph_optimization_level": "all",
+                    "session.disable_quant_qdq": "1",
+                    "session.intra_op.allow_spinning": "0",
+                }
+            ),
             with_threads=_xnnpack_threads,
         ),
         "acl": Provider(
             "ACLExecutionProvider",
             get="No package has it: build ONNX Runtime 1.24 or older with --use_acl (Arm).",
             takes="some",
-            settings={"graph_optimization_level": "all", "session.disable_quant_qdq": "1"},
-            options={"enable_fast_math": "false"},
+            settings=MappingProxyType({"graph_optimization_level": "all", "session.disable_quant_qdq": "1"}),
+            options=MappingProxyType({"enable_fast_math": "false"}),
         ),
     }
 )

@@ -333,5 +333,5 @@ def test_openvino_that_does_not_start_is_refused_though_onnx_runtime_goes_on(mod
     if OPENVINO in silent.get_providers():
         pytest.skip("this machine has an NPU")
     assert silent.get_providers() == [CPU], "ONNX Runtime runs it on the CPU without a word"
-    with pytest.raises(EngineError, match=r"explicitly disabled.*try --provider cpu\."):
+    with pytest.raises(EngineError, match=r"explicitly disabled.*build with --provider cpu\."):
         load(model, "openvino", {"provider.device_type": "NPU"})
