@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from eamdeploy.artifact import Preprocessing, Record, digest_bytes
 from eamdeploy.engines.provenance import package_versions
 from eamdeploy.errors import CheckpointError, ConfigError, EngineError
-from eamdeploy.folder import ImageFolder, folder_digest
+from eamdeploy.folder import ImageFolder, Split, folder_digest
 from eamdeploy.images import normalize
 from eamdeploy.observer import Observer
 from eamdeploy.source import ImageSource
@@ -47,6 +47,15 @@ class Calibration:
     images: ImageSource
     method: Method = "percentile"
     cache: Path | None = None
+
+
+def calibration_with(
+    folder: Path | None, limit: int, split: Split, method: Method, cache: Path | None, *, skip_bad: bool
+) -> Calibration | None:
+    """Calibration with a folder's images, as the command line's options say it; None without a folder."""
+    if folder is None:
+        return None
+    return Calibration(ImageSource(folder, split, limit, skip_bad), method, cache)
 
 
 class ActivationRanges(Record):

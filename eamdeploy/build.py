@@ -3,24 +3,24 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from eamdeploy.artifact import require_output, write_bytes
 from eamdeploy.engines.base import Manifest, ProviderName
+from eamdeploy.engines.ort_providers import require_provider
 from eamdeploy.engines.provenance import usable_cores
 from eamdeploy.engines.registry import load_backend
 from eamdeploy.errors import ConfigError, host_packages
 from eamdeploy.observer import SILENT, Observer
-from eamdeploy.parity import ReferenceSet, reduced_tolerance, reference_path
+from eamdeploy.ort_form import AS_EXPORTED, OrtForm, candidates
+from eamdeploy.parity import TOLERANCES, ReferenceSet, reduced_tolerance, reference_path
 
 if TYPE_CHECKING:
     from eamdeploy.activation_ranges import Calibration
     from eamdeploy.engines.trt_request import BuilderRequest, TrtModel, TrtOptions
     from eamdeploy.engines.trt_versions import TrtVersion
 
-_QUANTIZATION = ("quantizing a model", "Get it with: pip install onnx onnx-graphsurgeon")  # on a board too
 _CONVERSION = ("converting a model for TensorRT", "Get it with: pip install onnx onnx-graphsurgeon")  # on a board too
 
 
@@ -29,55 +29,64 @@ def build_ort(
     output: Path,
     *,
     threads: int | None = None,
-    int8: bool = False,
+    form: OrtForm = AS_EXPORTED,
+    tune: bool = False,
+    calibration: Calibration | None = None,
     reference: Path | None = None,
     check: bool = True,
     min_agreement: float | None = None,
     provider: ProviderName = "cpu",
+    observer: Observer = SILENT,
 ) -> Manifest:
     """`output` is an ONNX Runtime engine that gives the model's reference logits; its manifest lies beside it.
 
     Args:
         threads: the engine's default number of threads; every usable core if None.
-        int8: linear layers in INT8; needs the packages onnx and onnx-graphsurgeon here.
+        form: how the model is specialised; any but the exported one needs the packages onnx and onnx-graphsurgeon here.
+        tune: instead, the fastest on this machine of the forms that pass the gate, with INT8 if `form` has it. All are
+            timed in turns, which the manifest keeps.
+        calibration: images for static INT8; its ranges are kept beside the engine unless it names a cache.
         reference: the reference set; the one that `export` left beside the model if None.
         check: run the parity gate; without it the manifest says that the engine was not checked.
-        min_agreement: with `int8`, percent of the reference images that need the reference's first class; None for that
+        min_agreement: with INT8, percent of the reference images that need the reference's first class; None for that
             of tolerance `reduced-engine`.
         provider: what of ONNX Runtime runs it, here and wherever the manifest goes along.
 
     Raises:
-        ConfigError: a file can't be read or written, there is no reference set, or `int8` is not for that provider.
+        ConfigError: a file can't be read or written, an option is of no use, or there is no reference set.
+        UnsupportedGraph: the model has nothing that the form would change.
         EngineError: ONNX Runtime can't load or run the model, or not on that provider.
         ParityError: the engine's logits are not the reference's; what was at `output` stays.
-        MissingDependency: ONNX Runtime is not installed here, or has no such provider, or a package for INT8.
+        MissingDependency: ONNX Runtime is not installed here, or has no such provider, or a package for the conversion.
         DeviceError: the provider's GPU can't be used.
     """
     load_backend("ort")
-    from eamdeploy.engines import ort
-    from eamdeploy.engines.ort_providers import require_provider
+    from eamdeploy import ort_build
 
     require_provider(provider)
-    if int8 and provider != "cpu":
+    if form.int8 is not None and provider != "cpu":
         raise ConfigError(
             "an INT8 engine is quantized for ONNX Runtime's CPU provider",
             got=f"provider {provider}",
             hint="Leave --int8 or --provider out.",
         )
-
-    references = _reference(model, reference) if check else None
-    threads = threads or usable_cores()
-    if not int8:
-        if min_agreement is not None:
-            raise ConfigError(
-                "an FP32 engine is held to FP32's noise", hint="Leave --min-agreement out, or use --int8."
-            )
-        return ort.build(model, output, threads=threads, reference=references, provider=provider)
-    tolerance = reduced_tolerance(min_agreement)
-    with host_packages(*_QUANTIZATION):
-        from eamdeploy.ort_int8 import dynamic_int8
-    convert = partial(dynamic_int8, where=str(model))
-    return ort.build(model, output, threads=threads, reference=references, convert=convert, tolerance=tolerance)
+    if form.int8 is None and min_agreement is not None:
+        raise ConfigError("an FP32 engine is held to FP32's noise", hint="Leave --min-agreement out, or use --int8.")
+    if form.int8 is None and calibration is not None:
+        raise ConfigError("calibration images are of use for INT8 alone", hint="Give --int8 too.")
+    request = ort_build.Request(
+        model=model,
+        output=output,
+        threads=threads or usable_cores(),
+        calibration=_with_cache(calibration, output),
+        reference=_reference(model, reference) if check else None,
+        tolerance=TOLERANCES["f32-engine"] if form.int8 is None else reduced_tolerance(min_agreement),
+        provider=provider,
+    )
+    if tune:
+        forms = candidates(int8=form.int8 is not None, calibrated=calibration is not None)
+        return ort_build.build_fastest(request, forms, observer)
+    return ort_build.build(request, form, observer)
 
 
 def build_trt(
@@ -117,9 +126,7 @@ def build_trt(
     version, _ = trt.require_device()  # before anything else: without it there is nothing to do here
     trt.require_plan_output(output, model)
     references = _reference(model, reference) if check else None
-    if calibration is not None and calibration.cache is None:
-        calibration = replace(calibration, cache=output.with_name(f"{output.name}.ranges.json"))
-    prepared = _prepare(model, version, options, calibration, onnx_output, observer)
+    prepared = _prepare(model, version, options, _with_cache(calibration, output), onnx_output, observer)
     request = make_request(version, options, prepared.facts, list(prepared.changes))
     for change in prepared.changes:
         observer.note(f"for TensorRT {version}: {change}")
@@ -182,6 +189,13 @@ def _prepare(
     if onnx_output is not None:
         write_bytes(onnx_output, prepared.data)
     return prepared
+
+
+def _with_cache(calibration: Calibration | None, output: Path) -> Calibration | None:
+    """The same with a file for the ranges, beside the engine if it names none."""
+    if calibration is None or calibration.cache is not None:
+        return calibration
+    return replace(calibration, cache=output.with_name(f"{output.name}.ranges.json"))
 
 
 def _reference(model: Path, reference: Path | None) -> ReferenceSet:

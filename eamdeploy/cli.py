@@ -305,14 +305,27 @@ def lint(
 
 @app.command()
 def build_ort(
+    context: typer.Context,
     model: Annotated[Path, typer.Argument(help="Exported ONNX model.")],
     output: Output,
     threads: options.Threads = None,
     provider: Annotated[
         ProviderName, typer.Option(help="Execution provider of ONNX Runtime that runs it; doctor lists what is here.")
     ] = "cpu",
+    fused_attention: Annotated[
+        bool, typer.Option("--fused-attention", help="Live attention as ONNX Runtime's own MultiHeadAttention.")
+    ] = False,
     int8: Annotated[
-        bool, typer.Option("--int8", help="Linear layers in INT8, activations quantized as they come.")
+        bool, typer.Option("--int8", help="Linear layers in INT8; activations as they come, or by --calib-data.")
+    ] = False,
+    calib_data: options.CalibData = None,
+    calib_images: options.CalibImages = 64,
+    calib_split: options.Split = "all",
+    calib_method: options.CalibMethod = "percentile",
+    calib_cache: options.CalibCache = None,
+    skip_bad: options.SkipBad = False,
+    tune: Annotated[
+        bool, typer.Option("--tune", help="Try all forms that may be fastest here, and keep the one that is.")
     ] = False,
     reference: Annotated[
         Path | None, typer.Option(help="Reference set of the parity gate; by default the one beside the model.")
@@ -322,18 +335,26 @@ def build_ort(
     as_json: options.AsJson = False,
 ) -> None:
     """Build an ONNX Runtime engine and prove that it computes what the model means (exit 3 if not)."""
+    from eamdeploy.activation_ranges import calibration_with
     from eamdeploy.build import build_ort as run_build
+    from eamdeploy.ort_form import OrtForm
 
-    result = run_build(
-        model,
-        output,
-        threads=threads,
-        int8=int8,
-        reference=reference,
-        check=check,
-        min_agreement=min_agreement,
-        provider=provider,
-    )
+    calibration = calibration_with(calib_data, calib_images, calib_split, calib_method, calib_cache, skip_bad=skip_bad)
+    form = OrtForm(fused_attention, None if not int8 else "dynamic" if calibration is None else "static")
+    with context.obj as terminal:
+        result = run_build(
+            model,
+            output,
+            threads=threads,
+            form=form,
+            tune=tune,
+            calibration=calibration,
+            reference=reference,
+            check=check,
+            min_agreement=min_agreement,
+            provider=provider,
+            observer=terminal,
+        )
     print_result(result, show.manifest(result), as_json=as_json)
 
 
@@ -349,18 +370,11 @@ def build_trt(
     int8: Annotated[
         bool, typer.Option("--int8", help="Linear layers and live attention in INT8, or what the model's own Q/DQ say.")
     ] = False,
-    calib_data: Annotated[
-        Path | None, typer.Option(help="With --int8: folder of images that tell the ranges of activations.")
-    ] = None,
-    calib_images: Annotated[int, typer.Option(min=1, help="… at most that many of them.")] = 64,
+    calib_data: options.CalibData = None,
+    calib_images: options.CalibImages = 64,
     calib_split: options.Split = "all",
-    calib_method: Annotated[
-        Literal["percentile", "minmax", "entropy"], typer.Option(help="… and how ranges follow from their values.")
-    ] = "percentile",
-    calib_cache: Annotated[
-        Path | None,
-        typer.Option(help="File that keeps the ranges for the next build.", show_default="ENGINE.ranges.json"),
-    ] = None,
+    calib_method: options.CalibMethod = "percentile",
+    calib_cache: options.CalibCache = None,
     skip_bad: options.SkipBad = False,
     keep_fp32: Annotated[
         Literal["norm-softmax", "norm", "none"], typer.Option(help="What stays FP32 with --fp16 or --bf16.")
@@ -401,7 +415,7 @@ def build_trt(
     as_json: options.AsJson = False,
 ) -> None:
     """Build a TensorRT engine for this machine's GPU and prove that it classifies like the model (exit 3 if not)."""
-    from eamdeploy.activation_ranges import Calibration
+    from eamdeploy.activation_ranges import calibration_with
     from eamdeploy.build import build_trt as run_build
     from eamdeploy.build import plan_trt_build
     from eamdeploy.engines.trt_request import TrtOptions
@@ -422,11 +436,7 @@ def build_trt(
         layer_profile=layer_profile,
     )
     version = options.parse_dry_run(dry_run=dry_run, trt=trt)
-    calibration = None
-    if calib_data is not None:
-        calibration = Calibration(
-            ImageSource(calib_data, calib_split, calib_images, skip_bad), calib_method, calib_cache
-        )
+    calibration = calibration_with(calib_data, calib_images, calib_split, calib_method, calib_cache, skip_bad=skip_bad)
     if dry_run:
         with context.obj as terminal:
             request = plan_trt_build(

@@ -56,6 +56,17 @@ MinAgreement = Annotated[
     float | None,
     typer.Option(help="Percent of first classes that must be the reference's; not for FP32.", show_default="99"),
 ]
+CalibData = Annotated[
+    Path | None, typer.Option(help="With --int8: folder of images that tell the ranges of activations.")
+]
+CalibImages = Annotated[int, typer.Option(min=1, help="… at most that many of them.")]
+CalibMethod = Annotated[
+    Literal["percentile", "minmax", "entropy"], typer.Option(help="… and how ranges follow from their values.")
+]
+CalibCache = Annotated[
+    Path | None,
+    typer.Option(help="File that keeps the ranges for the next build.", show_default="ENGINE.ranges.json"),
+]
 AsJson = Annotated[bool, typer.Option("--json", help="One JSON document on stdout; text for people goes to stderr.")]
 
 

@@ -22,37 +22,23 @@ import onnx_graphsurgeon as gs
 
 from eamdeploy.errors import ConfigError, EngineError
 from eamdeploy.graph.linear import is_classifier
-from eamdeploy.graph.model import card_of, with_card
 from eamdeploy.ort_tools import import_tool
 
-NAME = "dynamic_int8"
 
-
-def dynamic_int8(data: bytes, where: str) -> bytes:
-    """The model with its linear layers in INT8; its card names that among the rewrites.
+def dynamic_int8(model: onnx.ModelProto, where: str) -> onnx.ModelProto:
+    """The model with its linear layers in INT8.
 
     Args:
-        data: a serialized ONNX model.
         where: what messages call it.
 
     Raises:
-        ConfigError: it is quantized already, or has no linear layer to quantize.
-        EngineError: it is no ONNX model, or ONNX Runtime's quantizer fails.
+        ConfigError: it has no linear layer to quantize.
+        EngineError: ONNX Runtime's quantizer fails.
     """
-    try:
-        model = onnx.load_model_from_string(data)
-    except Exception as err:  # protobuf's own exception is in a package that we don't depend on
-        raise EngineError(f"can't quantize {where}: it is damaged or no ONNX model") from err
-    if any(node.op_type in ("QuantizeLinear", "DynamicQuantizeLinear") for node in model.graph.node):
-        raise ConfigError(f"{where} is quantized already", hint="Leave --int8 out.")
     names = _linear_layers(model)
     if not names:
         raise ConfigError(f"{where} has no linear layer that could be INT8", expected="MatMul with a constant matrix")
-    quantized = _quantize(model, names, where)
-    card = card_of(model, where)
-    if card is not None:
-        quantized = with_card(quantized, card.model_copy(update={"rewrites": [*card.rewrites, NAME]}))
-    return bytes(quantized.SerializeToString())
+    return _quantize(model, names, where)
 
 
 def _linear_layers(model: onnx.ModelProto) -> list[str]:

@@ -13,7 +13,7 @@ from eamdeploy import show_profile
 from eamdeploy.artifact import RANDOM_WARNING, Freezing
 from eamdeploy.eam.records import AttentionShape, CheckpointHeader
 from eamdeploy.eam.selection import PLURALS
-from eamdeploy.engines.base import DeviceBuild, Manifest
+from eamdeploy.engines.base import DeviceBuild, Manifest, TriedForm
 from eamdeploy.engines.ort_providers import PROVIDERS
 from eamdeploy.evaluation import EvaluationReport
 from eamdeploy.inspection import Inspection
@@ -155,9 +155,19 @@ def manifest(built: Manifest) -> RenderableType:
             "settings": [f"{key}={value}" for key, value in built.settings.items()],
             "parity": parity,
             **({} if built.device is None else _device(built.device)),
+            **({} if built.tried is None else {"tried here": [_tried(form) for form in built.tried]}),
         },
     )
     return _with_warning(shown, built.card.weights if built.card else None)
+
+
+def _tried(form: TriedForm) -> str:
+    if form.refused is not None:
+        return f"{form.form}: refused: {form.refused}"
+    text = f"{form.form}: {form.p50_ms:.2f} ms"
+    if form.speed_up is not None:
+        text += f", {form.speed_up:.3f}x ({form.low:.3f} to {form.high:.3f})"
+    return f"{text}, chosen" if form.chosen else text
 
 
 def _device(built: DeviceBuild) -> dict[str, object]:

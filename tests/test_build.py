@@ -15,6 +15,7 @@ from eamdeploy.engines.base import Manifest, manifest_path
 from eamdeploy.engines.provenance import usable_cores
 from eamdeploy.engines.registry import open_runner
 from eamdeploy.errors import CheckpointError, ConfigError, EngineError, ParityError
+from eamdeploy.ort_form import OrtForm
 from eamdeploy.parity import ReferenceSet, reference_path
 
 
@@ -45,7 +46,7 @@ def test_int8_is_for_the_cpus_provider(model: Path, monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: ["OpenVINOExecutionProvider"])
     engine = model.with_name("x.ort.onnx")
     with pytest.raises(ConfigError, match=r"INT8 engine .*got provider openvino"):
-        build_ort(model, engine, threads=1, int8=True, provider="openvino")
+        build_ort(model, engine, threads=1, form=OrtForm(int8="dynamic"), provider="openvino")
     assert not engine.exists()
 
 

@@ -45,7 +45,11 @@ LAYERS: dict[str, set[str]] = {
     "engines": {"accuracy", "artifact", "devices", "errors", "images", "parity"},
     "ort_tools": set(),
     "activation_ranges": {"artifact", "engines", "errors", "folder", "images", "observer", "ort_tools", "source"},
+    "ort_form": set(),
     "ort_int8": {"errors", "graph", "ort_tools"},
+    "ort_model": {
+        *("activation_ranges", "artifact", "errors", "graph", "observer", "ort_form", "ort_int8", "passes"),
+    },
     "trt_flavour": {"engines", "graph", "passes"},
     "trt_half": {"engines", "ort_tools"},
     "trt_model": {
@@ -60,7 +64,13 @@ LAYERS: dict[str, set[str]] = {
         *("artifact", "eam", "engines", "errors", "folder", "graph"),
         *("images", "observer", "parity", "passes", "profiling", "source", "trt_flavour"),
     },
-    "build": {"activation_ranges", "artifact", "engines", "errors", "observer", "ort_int8", "parity", "trt_model"},
+    "ort_build": {
+        *("activation_ranges", "engines", "errors", "observer", "ort_form", "ort_model", "parity", "profiling"),
+    },
+    "build": {
+        *("activation_ranges", "artifact", "engines", "errors", "observer", "ort_build", "ort_form", "parity"),
+        "trt_model",
+    },
     "evaluation": {"accuracy", "artifact", "eam", "engines", "errors", "host", "observer", "source"},
     "inspection": {
         *("artifact", "diagnosis", "documents", "eam", "engines", "errors", "parity", "profiling", "remote"),
@@ -82,11 +92,11 @@ LAYERS: dict[str, set[str]] = {
     "cli_options": {"devices", "eam", "engines", "errors"},
     "cli": {
         *("activation_ranges", "artifact", "build", "cli_options", "console", "diagnosis", "engines"),
-        *("errors", "evaluation", "host", "inspection", "lint", "pipeline", "profiling", "remote", "reporting", "show"),
-        *("show_profile", "source"),
+        *("errors", "evaluation", "host", "inspection", "lint", "ort_form", "pipeline", "profiling", "remote"),
+        *("reporting", "show", "show_profile", "source"),
     },
 }
-HOST_ONLY = {"graph", "passes", "host", "lint", "ort_int8", "trt_flavour", "trt_half", "trt_model"}
+HOST_ONLY = {"graph", "passes", "host", "lint", "ort_int8", "ort_model", "trt_flavour", "trt_half", "trt_model"}
 
 # Where a package may be imported: modules, or whole layers.
 PACKAGES: dict[str, set[str]] = {
@@ -113,6 +123,7 @@ PACKAGES: dict[str, set[str]] = {
         "inspection",
         "lint",
         "ort_int8",
+        "ort_model",
         "passes",
         "trt_flavour",
         "trt_half",

@@ -226,6 +226,27 @@ class DeviceBuild(Record):
     log: str
 
 
+class TriedForm(Record):
+    """A form of the model that was built and timed on this machine, in turns with the others.
+
+    Attributes:
+        form: what makes it up, in words.
+        p50_ms: median time of one inference.
+        speed_up, low, high: against the first form that passed the gate: median and its 95 % confidence interval; None
+            for that form itself.
+        refused: why it is no candidate, e.g. the gate's words; None for a candidate, which has times.
+        chosen: it became the engine.
+    """
+
+    form: str
+    p50_ms: float | None = None
+    speed_up: float | None = None
+    low: float | None = None
+    high: float | None = None
+    refused: str | None = None
+    chosen: bool = False
+
+
 class Manifest(Record):
     """How an engine was built; lies beside it as JSON.
 
@@ -242,6 +263,7 @@ class Manifest(Record):
         machine: what it was built on.
         created: UTC, ISO 8601.
         device: for an engine that is tied to a GPU.
+        tried: forms of the model among which this engine was the fastest; None where there was no choice.
     """
 
     format: Literal[1] = 1
@@ -260,6 +282,7 @@ class Manifest(Record):
     machine: str
     created: str
     device: DeviceBuild | None = None
+    tried: list[TriedForm] | None = None
 
 
 def manifest_path(engine: Path) -> Path:

@@ -3,9 +3,10 @@
 What the settings are on the CPU, and why (ONNX Runtime 1.31 on x86; a DeiT-Tiny-shaped graph with frozen maps); those
 on other providers are in `ort_providers`:
 
-- The engine is the model's file, byte for byte. A graph saved after optimization runs no faster and loads no faster,
-  is tied to one version (and at the highest level to one processor), and would hold float maps with the next option.
-  So the engine still is the model that was checked, and any ONNX Runtime opens it.
+- The engine is the model's file, byte for byte, unless another form of it is asked for (`ort_form`). A graph saved
+  after optimization runs no faster and loads no faster, is tied to one version (and at the highest level to one
+  processor), and would hold float maps with the next option. So the engine still is the model that was checked, and
+  any ONNX Runtime opens it.
 - `session.disable_quant_qdq`: without it each map's DequantizeLinear runs at every inference. With it, loading folds
   them into float constants: a little faster the more heads are frozen, the same bits, and as fast as float maps in
   the file. The file keeps its integers; in memory a map's entry takes four bytes.
@@ -25,7 +26,8 @@ import json
 import os
 import re
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType, TracebackType
 from typing import Any
@@ -42,7 +44,6 @@ from eamdeploy.engines.base import (
     Manifest,
     ProviderName,
     check_against_reference,
-    publish,
     utc_now,
 )
 from eamdeploy.engines.ort_providers import (
@@ -164,9 +165,11 @@ class OrtRunner:
             )
         except ORT_FAILURES as err:
             hint = "It is damaged, no ONNX model, keeps data in a second file, or needs a newer ONNX Runtime."
-            if self.provider != "cpu":
-                hint = f"{hint} Or provider {self.provider} does not start here, or can't run it: build with --provider cpu."
-            raise EngineError(f"ONNX Runtime can't load {self.name}: {_reason(err)}", hint=hint) from err
+            other = f" Or provider {self.provider} does not start here, or can't run it: build with --provider cpu."
+            raise EngineError(
+                f"ONNX Runtime can't load {self.name}: {_reason(err)}",
+                hint=hint if self.provider == "cpu" else hint + other,
+            ) from err
         require_present(self.provider, session.get_providers(), self.name)
         return session
 
@@ -254,67 +257,80 @@ class OrtRunner:
         self.close()
 
 
-def build(
-    model: Path,
-    output: Path,
-    *,
-    threads: int,
-    reference: ReferenceSet | None,
-    convert: Callable[[bytes], bytes] | None = None,
-    tolerance: Tolerance = TOLERANCES["f32-engine"],
-    provider: ProviderName = "cpu",
-    settings: Mapping[str, str] | None = None,
-) -> Manifest:
-    """`output` is an engine that was run and checked, and its manifest lies beside it.
+@dataclass(frozen=True)
+class Checked:
+    """An engine that was run and checked, not yet on the disk."""
 
-    The engine is opened with its final settings and must give the reference's logits before anything is written; when
-    it does not, whatever was at `output` stays.
+    data: bytes
+    manifest: Manifest
 
-    Args:
-        threads: the engine's default number of threads, and those of the check.
-        reference: images and logits of the model; None leaves the engine unchecked, and its manifest says so.
-        convert: what makes the engine of the model; None if it is the model itself.
-        tolerance: what the engine is held to.
-        provider: what runs it.
-        settings: as for `OrtRunner`; None for those that `PROVIDERS` has.
+
+def read_model(model: Path, output: Path) -> bytes:
+    """The model's bytes, once it is sure that `output` can be the name of an engine of it.
 
     Raises:
-        ConfigError: the model can't be read or the output not written, or `output` is no `.onnx` or the model itself.
-        EngineError, MissingDependency, DeviceError: the provider can't load or run the model, or is not here.
-        ParityError: the engine's logits are not the reference's.
+        ConfigError: the model can't be read, or `output` is no `.onnx` or the model itself.
     """
     if output.suffix != ".onnx":
         raise ConfigError(f"the engine can't be named {output}", expected="a name that ends in .onnx")
     if output.exists() and model.exists() and output.samefile(model):
         raise ConfigError(f"the engine would replace its model {model}", hint="Give -o another file name.")
     try:
-        data = model.read_bytes()
+        return model.read_bytes()
     except OSError as err:
         raise ConfigError(f"cannot read {model}: {err.strerror or err}") from err
-    engine = data if convert is None else convert(data)
+
+
+def check(
+    engine: bytes,
+    name: str,
+    output: Path,
+    *,
+    model: bytes,
+    threads: int,
+    reference: ReferenceSet | None,
+    tolerance: Tolerance = TOLERANCES["f32-engine"],
+    settings: Mapping[str, str] = ENGINE_SETTINGS,
+    provider: ProviderName = "cpu",
+) -> Checked:
+    """The engine was opened with its final settings and gives the reference's logits; nothing is written.
+
+    Args:
+        name: what messages call it.
+        output: where it is going to lie.
+        model: what it was made of.
+        threads: the engine's default number of threads, and those of the check.
+        reference: images and logits of the model; None leaves the engine unchecked, and its manifest says so.
+        tolerance: what the engine is held to.
+        settings, provider: as for `OrtRunner`.
+
+    Raises:
+        EngineError, MissingDependency, DeviceError: the provider can't load or run it, or is not here.
+        ParityError: its logits are not the reference's.
+    """
     # from memory: nothing is on the disk before the gate, and data in a second file, which a copy loses, is refused
-    settings = PROVIDERS[provider].settings if settings is None else settings
-    with OrtRunner(engine, threads=threads, settings=settings, name=str(model), provider=provider) as runner:
+    with OrtRunner(engine, threads=threads, settings=settings, name=name, provider=provider) as runner:
         runner.infer(np.zeros((runner.io.batch or 1, *runner.io.input_shape[1:]), runner.io.dtype))
         parity = None if reference is None else check_against_reference(runner, reference, tolerance)
-        manifest = Manifest(
-            backend="ort",
-            engine=output.name,
-            engine_digest=digest_bytes(engine),
-            engine_bytes=len(engine),
-            model_digest=digest_bytes(data),
-            card=runner.card,
-            batch=runner.io.batch,
-            settings=dict(runner.settings),
-            threads=threads,
-            provider=provider,
-            parity=parity,
-            versions=package_versions(),
-            machine=machine_summary(),
-            created=utc_now(),
+        return Checked(
+            engine,
+            Manifest(
+                backend="ort",
+                engine=output.name,
+                engine_digest=digest_bytes(engine),
+                engine_bytes=len(engine),
+                model_digest=digest_bytes(model),
+                card=runner.card,
+                batch=runner.io.batch,
+                settings=dict(runner.settings),
+                threads=threads,
+                provider=provider,
+                parity=parity,
+                versions=package_versions(),
+                machine=machine_summary(),
+                created=utc_now(),
+            ),
         )
-    publish(output, engine, manifest)
-    return manifest
 
 
 def _session_options(threads: int, settings: Mapping[str, str], name: str) -> Any:

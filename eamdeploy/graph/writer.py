@@ -38,12 +38,25 @@ class GraphWriter:
         return self.constant(name, np.array(values, dtype=np.int64))
 
     def node(
-        self, name: str, op: str, inputs: Sequence[gs.Tensor], shape: Shape | None, **attributes: object
+        self,
+        name: str,
+        op: str,
+        inputs: Sequence[gs.Tensor],
+        shape: Shape | None,
+        *,
+        domain: str | None = None,
+        **attributes: object,
     ) -> gs.Variable:
-        """The float32 output, of `shape`, of a new node; the attributes are the operator's own."""
+        """The float32 output, of `shape`, of a new node; the attributes are the operator's own.
+
+        Args:
+            domain: where the operator is defined; ONNX itself if None.
+        """
         full = f"{self._prefix}/{name}"
         result = gs.Variable(full, np.float32, None if shape is None else list(shape))
-        self._graph.nodes.append(gs.Node(op, full, attrs=attributes, inputs=list(inputs), outputs=[result]))
+        self._graph.nodes.append(
+            gs.Node(op, full, attrs=attributes, inputs=list(inputs), outputs=[result], domain=domain)
+        )
         return result
 
     def reshape(self, name: str, x: gs.Tensor, shape: Sequence[int], leading: int | str | None = None) -> gs.Variable:

@@ -7,10 +7,10 @@ import numpy as np
 import onnx
 import onnxruntime
 import pytest
-from engine_models import make_frozen_model
+from engine_models import build, make_frozen_model
 
 from eamdeploy.engines.base import Manifest, manifest_path
-from eamdeploy.engines.ort import ENGINE_SETTINGS, OrtRunner, build
+from eamdeploy.engines.ort import ENGINE_SETTINGS, OrtRunner
 from eamdeploy.engines.registry import open_runner
 from eamdeploy.errors import CheckpointError, ConfigError, EngineError
 

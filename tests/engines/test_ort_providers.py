@@ -12,14 +12,14 @@ import numpy as np
 import onnx
 import onnxruntime
 import pytest
-from engine_models import make_frozen_model
+from engine_models import build, make_frozen_model
 from rich.console import Console
 
 from eamdeploy import cli, profile, show_profile
 from eamdeploy.devices.base import Device
 from eamdeploy.devices.registry import find_device
 from eamdeploy.engines.base import Manifest, ProviderName, manifest_path
-from eamdeploy.engines.ort import OrtRunner, build
+from eamdeploy.engines.ort import OrtRunner
 from eamdeploy.engines.ort_providers import (
     CPU,
     PROVIDERS,

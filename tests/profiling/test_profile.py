@@ -11,13 +11,12 @@ from typing import Any
 import numpy as np
 import onnx
 import pytest
-from engine_models import CARD, make_frozen_model
+from engine_models import CARD, build, make_frozen_model
 from rich.console import Console
 
 from eamdeploy import show_profile
 from eamdeploy.artifact import digest_file
 from eamdeploy.devices.base import DeviceState, Reading
-from eamdeploy.engines.ort import build
 from eamdeploy.engines.registry import open_runner
 from eamdeploy.errors import ConfigError, EngineError
 from eamdeploy.profiling import fresh_process

@@ -1,0 +1,162 @@
+"""Engines for ONNX Runtime: one form of a model, or the fastest of several, and always under the gate."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from eamdeploy.engines import ort
+from eamdeploy.engines.base import Manifest, ProviderName, TriedForm, publish
+from eamdeploy.engines.ort_providers import PROVIDERS
+from eamdeploy.engines.registry import open_runners
+from eamdeploy.errors import EngineError, ParityError, UnsupportedGraph, host_packages
+from eamdeploy.observer import Observer
+from eamdeploy.ort_form import AS_EXPORTED, OrtForm
+from eamdeploy.parity import ReferenceSet, Tolerance
+from eamdeploy.profiling.inputs import random_images
+from eamdeploy.profiling.timing import Call, Schedule, SpeedUp, runs_of, speed_up, time_sittings
+
+if TYPE_CHECKING:
+    from eamdeploy.activation_ranges import Calibration
+
+_CONVERSION = ("converting a model", "Get it with: pip install onnx onnx-graphsurgeon")  # on a board too
+TUNING_SCHEDULE = Schedule(min_seconds=3.0, sittings=4)
+
+
+@dataclass(frozen=True)
+class Request:
+    """What to build of which model, whatever its form.
+
+    Attributes:
+        reference: images and logits of the model; None leaves the engine unchecked, and its manifest says so.
+        tolerance: what the engine is held to.
+        provider: what of ONNX Runtime runs it.
+    """
+
+    model: Path
+    output: Path
+    threads: int
+    calibration: Calibration | None
+    reference: ReferenceSet | None
+    tolerance: Tolerance
+    provider: ProviderName = "cpu"
+
+
+@dataclass(frozen=True)
+class _Candidate:
+    """A form that passed the gate."""
+
+    form: OrtForm
+    checked: ort.Checked
+
+
+def build(request: Request, form: OrtForm, observer: Observer) -> Manifest:
+    """The engine in this form is in place, with its manifest.
+
+    Raises:
+        ConfigError, UnsupportedGraph, EngineError, ParityError, MissingDependency: as `build_ort` says.
+    """
+    data = ort.read_model(request.model, request.output)
+    checked = _checked(request, form, data, observer)
+    publish(request.output, checked.data, checked.manifest)
+    return checked.manifest
+
+
+def build_fastest(
+    request: Request, forms: Sequence[OrtForm], observer: Observer, schedule: Schedule = TUNING_SCHEDULE
+) -> Manifest:
+    """The engine in the fastest of the forms that pass the gate is in place; its manifest says what else was tried.
+
+    A later form is chosen over the first only where the interval of its speed-up excludes 1.
+
+    Raises:
+        ParityError, EngineError, UnsupportedGraph: no form passes; the first one's reason.
+        ConfigError, MissingDependency: as `build_ort` says.
+    """
+    data = ort.read_model(request.model, request.output)
+    passed: list[_Candidate] = []
+    refused: dict[OrtForm, str] = {}
+    failures = []
+    for form in forms:
+        observer.note(f"building: {form.name}")
+        try:
+            passed.append(_Candidate(form, _checked(request, form, data, observer)))
+        except (ParityError, EngineError, UnsupportedGraph) as err:
+            failures.append(err)
+            refused[form] = str(err)
+    if not passed:
+        raise failures[0]
+    observer.note(f"timing {len(passed)} forms in turns")
+    times, speed_ups = _timed(passed, request.threads, schedule)
+    best = fastest(speed_ups)
+    rows = {
+        candidate.form: _tried(candidate.form, times[index], speed_ups[index], chosen=index == best)
+        for index, candidate in enumerate(passed)
+    }
+    tried = [rows.get(form) or TriedForm(form=form.name, refused=refused[form]) for form in forms]
+    manifest = passed[best].checked.manifest.model_copy(update={"tried": tried})
+    publish(request.output, passed[best].checked.data, manifest)
+    return manifest
+
+
+def fastest(speed_ups: Sequence[SpeedUp | None]) -> int:
+    """Which to keep, by the speed-ups of all against the first, which has none itself."""
+    faster = {index: found.median for index, found in enumerate(speed_ups) if found and found.verdict == "faster"}
+    return max(faster, key=faster.__getitem__, default=0)
+
+
+def _checked(request: Request, form: OrtForm, data: bytes, observer: Observer) -> ort.Checked:
+    engine = data
+    if form != AS_EXPORTED:
+        with host_packages(*_CONVERSION):
+            from eamdeploy.ort_model import convert
+        engine = convert(data, form, str(request.model), request.calibration, observer)
+    return ort.check(
+        engine,
+        str(request.model),
+        request.output,
+        model=data,
+        threads=request.threads,
+        reference=request.reference,
+        tolerance=request.tolerance,
+        settings={**PROVIDERS[request.provider].settings, **form.settings},
+        provider=request.provider,
+    )
+
+
+def _timed(passed: Sequence[_Candidate], threads: int, schedule: Schedule) -> tuple[list[float], list[SpeedUp | None]]:
+    """Median milliseconds of each candidate, one image (or its fixed batch) at a time, and its speed-up."""
+    opening = [
+        partial(
+            ort.OrtRunner,
+            candidate.checked.data,
+            threads=threads,
+            settings=candidate.checked.manifest.settings,
+            name=candidate.form.name,
+            provider=candidate.checked.manifest.provider,
+        )
+        for candidate in passed
+    ]
+
+    @contextmanager
+    def load(order: Sequence[int]) -> Iterator[list[Call]]:
+        with open_runners(opening, order) as runners:
+            yield [partial(runner.infer, random_images(runner, runner.io.batch or 1)) for runner in runners]
+
+    sittings = time_sittings(load, len(passed), schedule)
+    medians = [float(np.median(runs_of(sittings, index))) / 1e6 for index in range(len(passed))]
+    return medians, [None, *(speed_up(sittings, 0, index) for index in range(1, len(passed)))]
+
+
+def _tried(form: OrtForm, p50_ms: float, found: SpeedUp | None, *, chosen: bool) -> TriedForm:
+    if found is None:
+        return TriedForm(form=form.name, p50_ms=p50_ms, chosen=chosen)
+    return TriedForm(
+        form=form.name, p50_ms=p50_ms, speed_up=found.median, low=found.low, high=found.high, chosen=chosen
+    )

@@ -1,0 +1,95 @@
+"""The ONNX model that ONNX Runtime gets, in one of the forms of `ort_form`.
+
+A board that converts needs the packages onnx and onnx-graphsurgeon; one that builds the exported form needs neither.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import onnx
+
+from eamdeploy.activation_ranges import Calibration, measure_ranges
+from eamdeploy.artifact import ModelCard
+from eamdeploy.errors import ConfigError, EngineError, UnsupportedGraph
+from eamdeploy.graph.model import card_of, to_graph, to_model, with_card
+from eamdeploy.observer import SILENT, Observer
+from eamdeploy.ort_form import AS_EXPORTED, OrtForm
+from eamdeploy.ort_int8 import dynamic_int8
+from eamdeploy.passes.base import Pass, PlannedPass, run_passes
+from eamdeploy.passes.float_maps import FloatMaps
+from eamdeploy.passes.fused_attention import FusedAttention
+from eamdeploy.passes.quantize_products import QuantizeProducts, calibrated_tensors
+
+
+def convert(
+    data: bytes, form: OrtForm, where: str, calibration: Calibration | None = None, observer: Observer = SILENT
+) -> bytes:
+    """The model in that form; its card names what was done among the rewrites.
+
+    Args:
+        data: a serialized ONNX model.
+        where: what messages call it.
+        calibration: images that tell the ranges of activations, for static INT8.
+
+    Raises:
+        ConfigError: it is quantized already, has nothing to quantize, or can't be calibrated.
+        UnsupportedGraph: it has no live attention that can be fused.
+        EngineError: it is no ONNX model, or ONNX Runtime's quantizer or calibrator fails.
+    """
+    if form == AS_EXPORTED:
+        return data
+    try:
+        model = onnx.load_model_from_string(data)
+    except Exception as err:  # protobuf's own exception is in a package that we don't depend on
+        raise EngineError(f"can't convert {where}: it is damaged or no ONNX model") from err
+    card = card_of(model, where)
+    if form.int8:
+        _require_unquantized(model, where)
+    done: list[str] = []
+    ranges = None
+    if form.int8 == "static":
+        if any(node.op_type == "DequantizeLinear" for node in model.graph.node):
+            # a session that keeps Q/DQ would dequantize the maps at every inference
+            model = _rewritten(model, FloatMaps(), done, f"{where} has frozen maps that can't be floats")
+        ranges = _ranges(model, card, calibration, where, observer)  # the calibrator knows no fused attention
+    if form.fused_attention:
+        model = _rewritten(model, FusedAttention(), done, f"{where} has no live attention that can be fused")
+    if ranges is not None:
+        model = _rewritten(model, QuantizeProducts(ranges), done, f"{where} has no product that could be INT8")
+    if form.int8 == "dynamic":
+        model = dynamic_int8(model, where)
+        done.append("dynamic_int8")
+    if card is not None:
+        model = with_card(model, card.model_copy(update={"rewrites": [*card.rewrites, *done]}))
+    return bytes(model.SerializeToString())
+
+
+def _ranges(
+    model: onnx.ModelProto, card: ModelCard | None, calibration: Calibration | None, where: str, observer: Observer
+) -> dict[str, tuple[float, float]]:
+    if card is None or calibration is None:
+        raise ConfigError(
+            f"{where} can't be calibrated",
+            expected="a model with a card, to preprocess by, and images",
+            hint="Calibrate a model that eamdeploy exported, with --calib-data.",
+        )
+    graph = to_graph(model)
+    tensors = calibrated_tensors(graph)
+    return measure_ranges(to_model(graph), tensors, card.preprocessing, calibration, observer).ranges
+
+
+def _rewritten(model: onnx.ModelProto, rewrite: Pass[Any], done: list[str], otherwise: str) -> onnx.ModelProto:
+    """The model after one pass, which is added to `done`; `otherwise` says that it found nothing."""
+    graph = to_graph(model)
+    (result,) = run_passes(graph, [PlannedPass(rewrite, expected=None)])
+    if not result.rewritten:
+        reasons = "; ".join(sorted({skip.reason for skip in result.skipped}))
+        raise UnsupportedGraph(otherwise, got=reasons or None)
+    done.append(result.name)
+    return to_model(graph)
+
+
+def _require_unquantized(model: onnx.ModelProto, where: str) -> None:
+    if any(node.op_type in ("QuantizeLinear", "DynamicQuantizeLinear") for node in model.graph.node):
+        raise ConfigError(f"{where} is quantized already", hint="Leave --int8 out.")

@@ -1,0 +1,186 @@
+"""Forms of a model for ONNX Runtime, and `build-ort --tune`, which keeps the fastest of them."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+from command_line import RunCli, only_error
+
+from eamdeploy import build_ort
+from eamdeploy.activation_ranges import Calibration
+from eamdeploy.engines.base import Manifest, TriedForm, manifest_path
+from eamdeploy.engines.registry import open_runner
+from eamdeploy.errors import ConfigError, EngineError, ParityError, UnsupportedGraph
+from eamdeploy.observer import SILENT
+from eamdeploy.ort_build import Request, build_fastest, fastest
+from eamdeploy.ort_form import AS_EXPORTED, OrtForm, candidates
+from eamdeploy.ort_model import convert
+from eamdeploy.parity import TOLERANCES, ReferenceSet, reference_path
+from eamdeploy.profiling.timing import Schedule, SpeedUp
+from eamdeploy.source import ImageSource
+
+QUICK = Schedule(warmup_ms=0, min_seconds=0, min_runs=8, sittings=2)
+FUSED = OrtForm(fused_attention=True)
+STATIC = OrtForm(int8="static")
+
+
+@pytest.fixture
+def model(eam_model: Path, tmp_path: Path) -> Path:
+    for file in (eam_model, reference_path(eam_model)):
+        shutil.copy(file, tmp_path)
+    return tmp_path / eam_model.name
+
+
+@pytest.fixture
+def calibration(pictures: Path, tmp_path: Path) -> Calibration:
+    return Calibration(ImageSource(pictures), cache=tmp_path / "ranges.json")
+
+
+def request(model: Path, calibration: Calibration | None = None, tolerance: str = "f32-engine") -> Request:
+    return Request(
+        model=model,
+        output=model.with_name("x.ort.onnx"),
+        threads=1,
+        calibration=calibration,
+        reference=ReferenceSet.load(reference_path(model)),
+        tolerance=TOLERANCES[tolerance],
+    )
+
+
+def operators(engine: Path) -> set[str]:
+    return {node.op_type for node in onnx.load(engine).graph.node}
+
+
+def names(manifest: Manifest) -> list[str]:
+    assert manifest.tried is not None
+    return [tried.form for tried in manifest.tried]
+
+
+@pytest.mark.parametrize(
+    ("form", "rewrites", "operator"),
+    [
+        (FUSED, ["fused_attention"], "MultiHeadAttention"),
+        (OrtForm(int8="dynamic"), ["dynamic_int8"], "MatMulInteger"),
+        (OrtForm(True, "dynamic"), ["fused_attention", "dynamic_int8"], "MultiHeadAttention"),
+        (STATIC, ["float_maps", "quantize_products"], "QuantizeLinear"),
+        (OrtForm(True, "static"), ["float_maps", "fused_attention", "quantize_products"], "MultiHeadAttention"),
+    ],
+    ids=lambda value: value.name if isinstance(value, OrtForm) else None,
+)
+def test_every_form_is_built_checked_and_named(
+    model: Path, calibration: Calibration, form: OrtForm, rewrites: list[str], operator: str
+) -> None:
+    engine = model.with_name("x.ort.onnx")
+    reduced = 75.0 if form.int8 else None
+    images = calibration if form.int8 == "static" else None
+    manifest = build_ort(model, engine, form=form, threads=1, calibration=images, min_agreement=reduced)
+    assert manifest.card is not None and manifest.card.rewrites[-len(rewrites) :] == rewrites
+    assert manifest.parity is not None and manifest.parity.passed and manifest.tried is None
+    assert operator in operators(engine)
+    assert manifest.settings["session.disable_quant_qdq"] == ("0" if form.int8 == "static" else "1")
+    with open_runner(engine) as runner:
+        assert runner.infer(np.zeros((3, *runner.io.input_shape[1:]), np.float32)).shape == (3, 10)
+
+
+def test_ranges_are_kept_beside_the_engine_and_used_again(model: Path, pictures: Path) -> None:
+    engine = model.with_name("x.ort.onnx")
+    build_ort(model, engine, form=STATIC, calibration=Calibration(ImageSource(pictures)), min_agreement=0)
+    kept = engine.with_name("x.ort.onnx.ranges.json")
+    written = kept.stat().st_mtime_ns
+    build_ort(model, engine, form=STATIC, calibration=Calibration(ImageSource(pictures)), min_agreement=0)
+    assert kept.stat().st_mtime_ns == written
+
+
+def test_candidates_are_the_forms_that_the_options_allow() -> None:
+    assert candidates(int8=False, calibrated=False) == [AS_EXPORTED, FUSED]
+    assert [form.name for form in candidates(int8=True, calibrated=False)] == [
+        "dynamic INT8",
+        "fused attention, dynamic INT8",
+    ]
+    assert {form.int8 for form in candidates(int8=True, calibrated=True)} == {"dynamic", "static"}
+
+
+def speed_up(median: float, margin: float) -> SpeedUp:
+    spread = {"p5": median, "p25": median, "p75": median, "p95": median}
+    return SpeedUp(rounds=9, sittings=2, median=median, low=median - margin, high=median + margin, **spread)
+
+
+def test_a_later_form_is_kept_only_where_it_is_faster_for_certain() -> None:
+    assert fastest([None]) == 0
+    assert fastest([None, speed_up(1.1, 0.2)]) == 0
+    assert fastest([None, speed_up(0.8, 0.1)]) == 0
+    assert fastest([None, speed_up(1.1, 0.05), speed_up(1.3, 0.1), speed_up(1.4, 0.5)]) == 2
+
+
+def test_tuning_keeps_one_form_and_all_times(model: Path) -> None:
+    asked = request(model)
+    manifest = build_fastest(asked, candidates(int8=False, calibrated=False), SILENT, QUICK)
+    assert Manifest.read(manifest_path(asked.output)) == manifest
+    assert names(manifest) == ["as exported", "fused attention"] and manifest.tried is not None
+    first, second = manifest.tried
+    assert first.p50_ms is not None and first.p50_ms > 0 and first.speed_up is None
+    assert second.low is not None and second.high is not None and second.low <= second.high
+    (chosen,) = [tried for tried in manifest.tried if tried.chosen]
+    assert (chosen.form == "fused attention") == ("MultiHeadAttention" in operators(asked.output))
+
+
+def test_a_form_that_fails_the_gate_is_named_and_never_chosen(model: Path, calibration: Calibration) -> None:
+    """INT8 is no match for FP32's tolerance."""
+    asked = request(model, calibration)
+    manifest = build_fastest(asked, [AS_EXPORTED, OrtForm(int8="dynamic"), STATIC], SILENT, QUICK)
+    assert manifest.tried is not None
+    assert [(tried.chosen, tried.p50_ms is None) for tried in manifest.tried] == [
+        (True, False),
+        (False, True),
+        (False, True),
+    ]
+    assert all("logits" in str(tried.refused) or "parity" in str(tried.refused) for tried in manifest.tried[1:])
+    assert manifest.engine_digest == manifest.model_digest
+
+
+def test_where_no_form_passes_nothing_is_written_and_the_first_reason_given(model: Path) -> None:
+    loaded = dict(np.load(reference_path(model)))
+    loaded["logits"] = -loaded["logits"]
+    np.savez_compressed(reference_path(model), **loaded)
+    asked = request(model)
+    with pytest.raises(ParityError):
+        build_fastest(asked, [AS_EXPORTED, FUSED], SILENT, QUICK)
+    assert not asked.output.exists() and not manifest_path(asked.output).exists()
+
+
+def test_what_can_not_be_converted(model: Path, calibration: Calibration) -> None:
+    data = model.read_bytes()
+    with pytest.raises(EngineError, match="x: it is damaged or no ONNX model"):
+        convert(b"no model", FUSED, "x")
+    with pytest.raises(ConfigError, match=r"x can't be calibrated.*--calib-data"):
+        convert(data, STATIC, "x")
+    with pytest.raises(UnsupportedGraph, match="x has no live attention that can be fused"):
+        convert(convert(data, FUSED, "x"), FUSED, "x")
+    with pytest.raises(ConfigError, match="is quantized already"):
+        convert(convert(data, STATIC, "x", calibration), OrtForm(int8="dynamic"), "x")
+    assert convert(data, AS_EXPORTED, "x") is data
+
+
+def test_the_command_line_tunes_and_shows_what_it_tried(model: Path, run_cli: RunCli) -> None:
+    engine = model.with_name("x.ort.onnx")
+    built = run_cli("build-ort", model, "-o", engine, "--tune", "--threads", 1)
+    assert built.code == 0, built.err
+    assert "tried here  as exported:" in built.out and "fused attention:" in built.out and "chosen" in built.out
+    assert "building: fused attention" in built.err
+
+
+def test_options_that_are_of_no_use_are_refused(model: Path, pictures: Path, run_cli: RunCli) -> None:
+    engine = model.with_name("x.ort.onnx")
+    refused = run_cli("build-ort", model, "-o", engine, "--calib-data", pictures)
+    assert "calibration images are of use for INT8 alone" in only_error(refused, 2)
+
+
+def test_an_old_manifest_without_what_was_tried_is_still_read(model: Path) -> None:
+    manifest = build_ort(model, model.with_name("x.ort.onnx"), threads=1)
+    text = manifest.model_dump_json(exclude={"tried"})
+    assert Manifest.parse(text, "x") == manifest
+    assert TriedForm(form="as exported").refused is None
