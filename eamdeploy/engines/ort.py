@@ -165,11 +165,9 @@ class OrtRunner:
             )
         except ORT_FAILURES as err:
             hint = "It is damaged, no ONNX model, keeps data in a second file, or needs a newer ONNX Runtime."
-            other = f" Or provider {self.provider} does not start here, or can't run it: build with --provider cpu."
-            raise EngineError(
-                f"ONNX Runtime can't load {self.name}: {_reason(err)}",
-                hint=hint if self.provider == "cpu" else hint + other,
-            ) from err
+            if self.provider != "cpu":
+                hint = f"Provider {self.provider} can't start here, or not run all of it: build with --provider cpu."
+            raise EngineError(f"ONNX Runtime can't load {self.name}: {_reason(err)}", hint=hint) from err
         require_present(self.provider, session.get_providers(), self.name)
         return session
 
