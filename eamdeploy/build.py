@@ -63,12 +63,13 @@ def build_ort(
     load_backend("ort")
     from eamdeploy import ort_build
 
-    require_provider(provider)
-    if form.int8 is not None and provider != "cpu":
+    kinds = (None, *require_provider(provider).int8)
+    if form.int8 not in kinds:
         raise ConfigError(
-            "an INT8 engine is quantized for ONNX Runtime's CPU provider",
-            got=f"provider {provider}",
-            hint="Leave --int8 or --provider out.",
+            f"no engine in {form.int8} INT8 is built for provider {provider}",
+            hint="Give --calib-data too: static INT8 suits it."
+            if "static" in kinds
+            else "Leave --int8 or --provider out.",
         )
     if form.int8 is None and min_agreement is not None:
         raise ConfigError("an FP32 engine is held to FP32's noise", hint="Leave --min-agreement out, or use --int8.")
@@ -85,7 +86,7 @@ def build_ort(
     )
     if tune:
         forms = candidates(int8=form.int8 is not None, calibrated=calibration is not None)
-        return ort_build.build_fastest(request, forms, observer)
+        return ort_build.build_fastest(request, [each for each in forms if each.int8 in kinds], observer)
     return ort_build.build(request, form, observer)
 
 
