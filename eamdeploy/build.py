@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from eamdeploy.artifact import require_output, write_bytes
-from eamdeploy.engines.base import Manifest
+from eamdeploy.engines.base import Manifest, ProviderName
+from eamdeploy.engines.ort_providers import require_provider
 from eamdeploy.engines.provenance import usable_cores
 from eamdeploy.engines.registry import load_backend
 from eamdeploy.errors import ConfigError, host_packages
@@ -34,6 +35,7 @@ def build_ort(
     reference: Path | None = None,
     check: bool = True,
     min_agreement: float | None = None,
+    provider: ProviderName = "cpu",
     observer: Observer = SILENT,
 ) -> Manifest:
     """`output` is an ONNX Runtime engine that gives the model's reference logits; its manifest lies beside it.
@@ -48,17 +50,27 @@ def build_ort(
         check: run the parity gate; without it the manifest says that the engine was not checked.
         min_agreement: with INT8, percent of the reference images that need the reference's first class; None for that
             of tolerance `reduced-engine`.
+        provider: what of ONNX Runtime runs it, here and wherever the manifest goes along.
 
     Raises:
         ConfigError: a file can't be read or written, an option is of no use, or there is no reference set.
         UnsupportedGraph: the model has nothing that the form would change.
-        EngineError: ONNX Runtime can't load or run the model.
+        EngineError: ONNX Runtime can't load or run the model, or not on that provider.
         ParityError: the engine's logits are not the reference's; what was at `output` stays.
-        MissingDependency: ONNX Runtime is not installed here, or a package for the conversion.
+        MissingDependency: ONNX Runtime is not installed here, or has no such provider, or a package for the conversion.
+        DeviceError: the provider's GPU can't be used.
     """
     load_backend("ort")
     from eamdeploy import ort_build
 
+    kinds = (None, *require_provider(provider).int8)
+    if form.int8 not in kinds:
+        raise ConfigError(
+            f"no engine in {form.int8} INT8 is built for provider {provider}",
+            hint="Give --calib-data too: static INT8 suits it."
+            if "static" in kinds
+            else "Leave --int8 or --provider out.",
+        )
     if form.int8 is None and min_agreement is not None:
         raise ConfigError("an FP32 engine is held to FP32's noise", hint="Leave --min-agreement out, or use --int8.")
     if form.int8 is None and calibration is not None:
@@ -70,10 +82,11 @@ def build_ort(
         calibration=_with_cache(calibration, output),
         reference=_reference(model, reference) if check else None,
         tolerance=TOLERANCES["f32-engine"] if form.int8 is None else reduced_tolerance(min_agreement),
+        provider=provider,
     )
     if tune:
         forms = candidates(int8=form.int8 is not None, calibrated=calibration is not None)
-        return ort_build.build_fastest(request, forms, observer)
+        return ort_build.build_fastest(request, [each for each in forms if each.int8 in kinds], observer)
     return ort_build.build(request, form, observer)
 
 

@@ -14,6 +14,7 @@ from eamdeploy import cli_options as options
 from eamdeploy import show, show_profile
 from eamdeploy.artifact import require_output
 from eamdeploy.console import Terminal, print_result
+from eamdeploy.engines.base import ProviderName
 from eamdeploy.engines.trt_versions import TrtVersion
 from eamdeploy.errors import ConfigError, EamDeployError, ExitCode, host_packages
 from eamdeploy.source import ImageSource, read_class_names
@@ -308,6 +309,9 @@ def build_ort(
     model: Annotated[Path, typer.Argument(help="Exported ONNX model.")],
     output: Output,
     threads: options.Threads = None,
+    provider: Annotated[
+        ProviderName, typer.Option(help="Execution provider of ONNX Runtime that runs it; doctor lists what is here.")
+    ] = "cpu",
     fused_attention: Annotated[
         bool, typer.Option("--fused-attention", help="Live attention as ONNX Runtime's own MultiHeadAttention.")
     ] = False,
@@ -348,6 +352,7 @@ def build_ort(
             reference=reference,
             check=check,
             min_agreement=min_agreement,
+            provider=provider,
             observer=terminal,
         )
     print_result(result, show.manifest(result), as_json=as_json)

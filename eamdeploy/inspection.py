@@ -174,6 +174,7 @@ def _nodes(path: Path) -> dict[str, JsonValue]:
 def _built(manifest: Manifest) -> dict[str, JsonValue]:
     parity = "not checked" if manifest.parity is None else f"max |Δ logit| {manifest.parity.max_abs:.2e}"
     return {
+        **({"provider": manifest.provider} if manifest.backend == "ort" else {}),
         "settings": [f"{key}={value}" for key, value in manifest.settings.items()],
         "threads": manifest.threads,
         "parity": parity,

@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from eamdeploy.engines import ort
-from eamdeploy.engines.base import Manifest, TriedForm, publish
+from eamdeploy.engines.base import Manifest, ProviderName, TriedForm, publish
+from eamdeploy.engines.ort_providers import PROVIDERS
 from eamdeploy.engines.registry import open_runners
 from eamdeploy.errors import EngineError, ParityError, UnsupportedGraph, host_packages
 from eamdeploy.observer import Observer
@@ -35,6 +36,7 @@ class Request:
     Attributes:
         reference: images and logits of the model; None leaves the engine unchecked, and its manifest says so.
         tolerance: what the engine is held to.
+        provider: what of ONNX Runtime runs it.
     """
 
     model: Path
@@ -43,6 +45,7 @@ class Request:
     calibration: Calibration | None
     reference: ReferenceSet | None
     tolerance: Tolerance
+    provider: ProviderName = "cpu"
 
 
 @dataclass(frozen=True)
@@ -122,7 +125,8 @@ def _checked(request: Request, form: OrtForm, data: bytes, observer: Observer) -
         threads=request.threads,
         reference=request.reference,
         tolerance=request.tolerance,
-        settings={**ort.ENGINE_SETTINGS, **form.settings},
+        settings={**PROVIDERS[request.provider].settings, **form.settings},
+        provider=request.provider,
     )
 
 
@@ -135,6 +139,7 @@ def _timed(passed: Sequence[_Candidate], threads: int, schedule: Schedule) -> tu
             threads=threads,
             settings=candidate.checked.manifest.settings,
             name=candidate.form.name,
+            provider=candidate.checked.manifest.provider,
         )
         for candidate in passed
     ]

@@ -14,6 +14,7 @@ from eamdeploy.artifact import RANDOM_WARNING, Freezing
 from eamdeploy.eam.records import AttentionShape, CheckpointHeader
 from eamdeploy.eam.selection import PLURALS
 from eamdeploy.engines.base import DeviceBuild, Manifest, TriedForm
+from eamdeploy.engines.ort_providers import PROVIDERS
 from eamdeploy.evaluation import EvaluationReport
 from eamdeploy.inspection import Inspection
 from eamdeploy.pipeline import RunReport
@@ -150,6 +151,7 @@ def manifest(built: Manifest) -> RenderableType:
         {
             "bytes": f"{built.engine_bytes:,}",
             "batch": built.batch or "dynamic",
+            **({"provider": built.provider} if built.backend == "ort" else {}),
             "settings": [f"{key}={value}" for key, value in built.settings.items()],
             "parity": parity,
             **({} if built.device is None else _device(built.device)),
@@ -248,7 +250,7 @@ def doctor(found: Diagnosis) -> RenderableType:
         "CPU": f"{machine.cpu}, {machine.usable_cores} of {machine.cores} cores usable{clock}{most}{governor}",
         "memory": f"{found.memory_free_bytes / 1e9:.1f} of {machine.memory_bytes / 1e9:.1f} GB free",
         "ONNX Runtime": _finding(found.onnxruntime),
-        "providers": ", ".join(found.providers) or "none",
+        "providers": ", ".join(map(_provider, found.providers)) or "none",
         "TensorRT": _finding(found.tensorrt),
         "GPU": _finding(found.gpu),
         **_device_rows(found),
@@ -262,6 +264,12 @@ def doctor(found: Diagnosis) -> RenderableType:
         told.update(item.missing)
         table.add_row(Text(item.name), Text("\n".join(lines) or "nothing", style="yellow" if lines else "green"))
     return Group(fields("This machine", rows), Text(), table)
+
+
+def _provider(ort_name: str) -> str:
+    """ONNX Runtime's name for an execution provider, with ours for one that `build-ort --provider` knows."""
+    ours = [name for name, provider in PROVIDERS.items() if provider.ort_name == ort_name]
+    return f"{ours[0]} ({ort_name})" if ours else ort_name
 
 
 def _finding(item: Finding) -> str:

@@ -70,7 +70,7 @@ def _profile_row(item: EngineProfile, is_baseline: bool) -> list[str]:
         speed = item.speed_up
         ratio = f"{speed.median:.3f}× ({speed.low:.3f}–{speed.high:.3f}) {speed.verdict}"
     return [
-        item.engine,
+        item.engine if item.provider in (None, "cpu") else f"{item.engine} ({item.provider})",
         *(f"{figure:.2f}" for figure in figures),
         f"{latency.throughput_images_per_s:.1f}",
         ratio,

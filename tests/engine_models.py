@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import onnx
@@ -10,8 +11,13 @@ from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper
 
 from eamdeploy.artifact import CARD_KEY, Freezing, ModelCard, Preprocessing
+from eamdeploy.engines.base import Manifest, ProviderName
 from eamdeploy.images import normalize
-from eamdeploy.parity import ReferenceSet
+from eamdeploy.observer import SILENT
+from eamdeploy.ort_build import Request
+from eamdeploy.ort_build import build as build_form
+from eamdeploy.ort_form import AS_EXPORTED
+from eamdeploy.parity import TOLERANCES, ReferenceSet
 
 SIZE, PATCH, N, D, HEADS, CLASSES = 8, 4, 4, 16, 2, 5
 HEAD_SIZE = D // HEADS
@@ -103,3 +109,11 @@ def make_frozen_model(seed: int = 0) -> FrozenModel:
         scales=(1 / codes.sum(axis=1)).astype(np.float32),
         head=rng.standard_normal((D, CLASSES)).astype(np.float32),
     )
+
+
+def build(
+    model: Path, output: Path, *, threads: int, reference: ReferenceSet | None, provider: ProviderName = "cpu"
+) -> Manifest:
+    """The model as it is has become an engine of ONNX Runtime."""
+    request = Request(model, output, threads, None, reference, TOLERANCES["f32-engine"], provider)
+    return build_form(request, AS_EXPORTED, SILENT)

@@ -7,13 +7,15 @@ from pathlib import Path
 
 import numpy as np
 import onnx
+import onnxruntime
 import pytest
 
 from eamdeploy import build_ort
-from eamdeploy.engines.base import Manifest, manifest_path
+from eamdeploy.engines.base import Manifest, ProviderName, manifest_path
 from eamdeploy.engines.provenance import usable_cores
 from eamdeploy.engines.registry import open_runner
 from eamdeploy.errors import CheckpointError, ConfigError, EngineError, ParityError
+from eamdeploy.ort_form import Int8, OrtForm
 from eamdeploy.parity import ReferenceSet, reference_path
 
 
@@ -38,6 +40,25 @@ def test_engine_is_checked_against_the_reference_beside_the_model(model: Path) -
 
 def test_threads_are_every_usable_core_unless_told(model: Path) -> None:
     assert build_ort(model, model.with_name("x.ort.onnx")).threads == usable_cores()
+
+
+@pytest.mark.parametrize(
+    ("kind", "provider", "hint"),
+    [("dynamic", "openvino", "--calib-data"), ("dynamic", "cuda", "out"), ("static", "cuda", "out")],
+)
+def test_int8_that_a_provider_gains_nothing_from_is_refused(
+    kind: Int8, provider: ProviderName, hint: str, model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    names = ["OpenVINOExecutionProvider", "CUDAExecutionProvider"]
+    monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: names)
+    with pytest.raises(ConfigError, match=rf"{kind} INT8 is built for provider {provider}.*{hint}"):
+        build_ort(model, model.with_name("x.ort.onnx"), threads=1, form=OrtForm(int8=kind), provider=provider)
+
+
+def test_the_version_is_that_of_the_onnx_runtime_that_is_loaded(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(onnxruntime, "__version__", "1.24.1")  # as when onnxruntime-openvino lies over onnxruntime
+    manifest = build_ort(model, model.with_name("x.ort.onnx"), threads=1)
+    assert (manifest.provider, manifest.versions["onnxruntime"]) == ("cpu", "1.24.1")
 
 
 def test_reference_of_another_place_is_used(model: Path, tmp_path: Path) -> None:

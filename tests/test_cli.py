@@ -200,7 +200,7 @@ def test_export_build_evaluate_profile_and_inspect(
         engines.append(source.with_suffix(".ort.onnx"))
         built = run_cli("build-ort", source, "-o", engines[-1], "--threads", 1, "--json")
         assert Manifest.model_validate(only_document(built)).parity is not None
-        assert "16 images, every top-1 equal" in built.err
+        assert "16 images, every top-1 equal" in built.err and re.search("provider +cpu", built.err)
     engine, twin = engines
 
     common = ["evaluate", engine, "--reference", twin, "--data", pictures, "--split", "odd", "--images", 7]
@@ -290,6 +290,15 @@ def test_failed_gate_is_one_line_with_exit_code_3(run_cli: RunCli, eam_model: Pa
 def test_missing_backend_is_one_line_with_exit_code_4(run_cli: RunCli, tmp_path: Path) -> None:
     (tmp_path / "x.plan").write_bytes(b"")
     assert "TensorRT" in only_error(run_cli("profile", tmp_path / "x.plan"), 4)
+
+
+def test_missing_provider_is_one_line_with_exit_code_4(
+    run_cli: RunCli, eam_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("onnxruntime.get_available_providers", lambda: ["CPUExecutionProvider"])
+    line = only_error(run_cli("build-ort", eam_model, "-o", tmp_path / "x.onnx", "--provider", "openvino"), 4)
+    assert "no provider openvino" in line and "pip install onnxruntime-openvino" in line
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_line_breaks_in_a_message_are_gone(run_cli: RunCli, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -91,6 +91,7 @@ def test_a_machine_without_a_gpu(bare: pytest.MonkeyPatch) -> None:
     assert lacks["profile --device cuda"][0] == "no NVIDIA GPU. Buy one."
     assert "openssh-client" in lacks["profile on other machines"][0]
     text = shown(found)
+    assert "cpu (CPUExecutionProvider)" in text, "by the name that build-ort --provider has for it"
     assert "no TensorRT (see above)" in text and "openssh-client" in text
 
 

@@ -111,7 +111,9 @@ PACKAGES: dict[str, set[str]] = {
     "typer": {"cli", "cli_options"},
     "tomli": {"pipeline"},
     "tomllib": {"pipeline"},  # Python's own from 3.11
-    "onnxruntime": {*("engines.ort", "engines.registry", "graph.model", "graph.running", "ort_tools")},
+    "onnxruntime": {
+        *("engines.ort", "engines.ort_providers", "engines.registry", "graph.model", "graph.running", "ort_tools"),
+    },
     "torch": {"host"},
     "timm": {"host"},
     "onnx": {

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import onnx
+import onnxruntime
 import pytest
 from command_line import RunCli, only_error
 
@@ -33,6 +34,12 @@ def model(eam_model: Path, tmp_path: Path) -> Path:
     for file in (eam_model, reference_path(eam_model)):
         shutil.copy(file, tmp_path)
     return tmp_path / eam_model.name
+
+
+needs_openvino = pytest.mark.skipif(
+    "OpenVINOExecutionProvider" not in onnxruntime.get_available_providers(),
+    reason="the installed ONNX Runtime has no OpenVINO: pip uninstall onnxruntime && pip install onnxruntime-openvino",
+)
 
 
 @pytest.fixture
@@ -184,3 +191,24 @@ def test_an_old_manifest_without_what_was_tried_is_still_read(model: Path) -> No
     text = manifest.model_dump_json(exclude={"tried"})
     assert Manifest.parse(text, "x") == manifest
     assert TriedForm(form="as exported").refused is None
+
+
+@needs_openvino
+def test_static_int8_on_openvino(model: Path, calibration: Calibration) -> None:
+    engine = model.with_name("x.ov.onnx")
+    manifest = build_ort(
+        *(model, engine), threads=1, form=STATIC, calibration=calibration, min_agreement=0, provider="openvino"
+    )
+    assert manifest.provider == "openvino" and manifest.settings["session.disable_quant_qdq"] == "0"
+    with open_runner(engine) as runner:
+        assert len(runner.layer_times(np.zeros((1, *runner.io.input_shape[1:]), np.float32), 1)) == 1
+
+
+def test_tuning_tries_the_kinds_of_int8_that_suit_the_provider(
+    model: Path, calibration: Calibration, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tried: list[list[OrtForm]] = []
+    monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: ["OpenVINOExecutionProvider"])
+    monkeypatch.setattr("eamdeploy.ort_build.build_fastest", lambda request, forms, observer: tried.append(forms))
+    build_ort(model, model.with_name("x.onnx"), form=STATIC, calibration=calibration, tune=True, provider="openvino")
+    assert tried == [[STATIC, OrtForm(fused_attention=True, int8="static")]]

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from datetime import datetime, timezone
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, Protocol, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
@@ -23,6 +23,8 @@ from eamdeploy.errors import ConfigError, EngineError, ParityError
 from eamdeploy.images import network_input
 from eamdeploy.parity import ParityReport, ReferenceSet, Tolerance, compare, require
 
+ProviderName: TypeAlias = Literal["cpu", "openvino", "cuda", "tensorrt", "xnnpack", "acl"]
+"""Execution providers of ONNX Runtime, as the command line and manifests name them."""
 _GATE_BATCH = 4  # more than one image at a time, so that an engine that mixes them up fails
 
 
@@ -256,6 +258,7 @@ class Manifest(Record):
         batch: the only batch size accepted, or None for any.
         settings: the backend's own options, by its own names; needed again to run the engine as it was checked.
         threads: default number of threads.
+        provider: what ONNX Runtime runs it on; says nothing about other backends.
         parity: result of the gate; None means **not checked**, and people must be told.
         machine: what it was built on.
         created: UTC, ISO 8601.
@@ -273,6 +276,7 @@ class Manifest(Record):
     batch: int | None
     settings: dict[str, str]
     threads: int = Field(ge=1)
+    provider: ProviderName = "cpu"
     parity: ParityReport | None
     versions: dict[str, str]
     machine: str

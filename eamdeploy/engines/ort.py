@@ -1,6 +1,7 @@
-"""ONNX Runtime on the CPU: builds and runs engines that are ordinary ONNX files.
+"""ONNX Runtime: builds and runs engines that are ordinary ONNX files, on its CPU provider or another one.
 
-What the settings are, and why (ONNX Runtime 1.31 on x86; a DeiT-Tiny-shaped graph with frozen maps):
+What the settings are on the CPU, and why (ONNX Runtime 1.31 on x86; a DeiT-Tiny-shaped graph with frozen maps); those
+on other providers are in `ort_providers`:
 
 - The engine is the model's file, byte for byte, unless another form of it is asked for (`ort_form`). A graph saved
   after optimization runs no faster and loads no faster, is tied to one version (and at the highest level to one
@@ -37,7 +38,23 @@ from numpy.typing import NDArray
 from onnxruntime.capi import onnxruntime_pybind11_state as state
 
 from eamdeploy.artifact import CARD_KEY, ModelCard, digest_bytes
-from eamdeploy.engines.base import EngineIO, LatencySplit, Manifest, check_against_reference, utc_now
+from eamdeploy.engines.base import (
+    EngineIO,
+    LatencySplit,
+    Manifest,
+    ProviderName,
+    check_against_reference,
+    utc_now,
+)
+from eamdeploy.engines.ort_providers import (
+    OPTION,
+    PROOF,
+    PROVIDERS,
+    chosen_options,
+    require_placed,
+    require_present,
+    require_provider,
+)
 from eamdeploy.engines.provenance import machine_summary, package_versions
 from eamdeploy.errors import ConfigError, EngineError
 from eamdeploy.parity import TOLERANCES, ReferenceSet, Tolerance
@@ -54,13 +71,7 @@ _LEVELS: Mapping[str, Any] = MappingProxyType(
     }
 )
 
-ENGINE_SETTINGS: Mapping[str, str] = MappingProxyType(
-    {
-        _LEVEL_KEY: "all",
-        "session.disable_quant_qdq": "1",
-        "optimization.disable_specified_optimizers": "MatMulAddFusion",
-    }
-)
+ENGINE_SETTINGS: Mapping[str, str] = PROVIDERS["cpu"].settings
 UNOPTIMIZED: Mapping[str, str] = MappingProxyType({_LEVEL_KEY: "disable"})
 """The graph as it is written, for proving a rewrite."""
 _EVERY_SESSION: Mapping[str, str] = MappingProxyType({"session.force_spinning_stop": "1"})
@@ -89,42 +100,76 @@ ORT_FAILURES: tuple[type[Exception], ...] = (
 
 
 class OrtRunner:
-    """An ONNX file loaded into ONNX Runtime's CPU provider.
+    """An ONNX file loaded into an execution provider of ONNX Runtime, which really runs it.
 
     Args:
         model: the file, or its bytes.
         threads: threads inside one operator; operators run one after another.
-        settings: `graph_optimization_level` (disable, basic, extended, all) and session config entries by ONNX
-            Runtime's names; empty for ONNX Runtime's own defaults. The attribute has those of every session too.
+        settings: `graph_optimization_level` (disable, basic, extended, all), session config entries by ONNX
+            Runtime's names, and behind `provider.` options of the provider; empty for ONNX Runtime's own defaults and
+            the options of `PROVIDERS`. The attribute has those options and those of every session too.
         name: what messages call a model given as bytes; None for a file's own path.
+        provider: what runs it.
 
     Raises:
         ConfigError: `threads` is below 1.
         CheckpointError: the card in the model's metadata is damaged.
-        EngineError: ONNX Runtime can't load the model, or its input and output are not an image classifier's.
+        EngineError: ONNX Runtime can't load the model, or its input and output are not an image classifier's, or
+            the provider does not run what it must of it.
+        MissingDependency: the installed ONNX Runtime has no such provider.
+        DeviceError: the provider's GPU can't be used.
     """
 
     def __init__(
-        self, model: Path | bytes, *, threads: int, settings: Mapping[str, str], name: str | None = None
+        self,
+        model: Path | bytes,
+        *,
+        threads: int,
+        settings: Mapping[str, str],
+        name: str | None = None,
+        provider: ProviderName = "cpu",
     ) -> None:
         if threads < 1:
             raise ConfigError("the number of threads can't be used", expected="at least 1", got=threads)
         self.name = name or (str(model) if isinstance(model, Path) else "model in memory")
-        self.settings: Mapping[str, str] = MappingProxyType({**_EVERY_SESSION, **settings})
-        source, extra = (model, _NO_DATA_FILES) if isinstance(model, bytes) else (str(model), {})
-        options = _session_options(threads, {**self.settings, **extra}, self.name)
-        try:
-            session = onnxruntime.InferenceSession(source, options, providers=["CPUExecutionProvider"])
-        except ORT_FAILURES as err:
-            raise EngineError(
-                f"ONNX Runtime can't load {self.name}: {_reason(err)}",
-                hint="It is damaged, no ONNX model, keeps data in a second file, or needs a newer ONNX Runtime.",
-            ) from err
+        self.provider = provider
+        require_provider(provider)
+        self._options = chosen_options(provider, settings, self.name)
+        own = {f"{OPTION}{key}": value for key, value in self._options.items()}
+        self.settings: Mapping[str, str] = MappingProxyType({**_EVERY_SESSION, **settings, **own})
+        self._source = model if isinstance(model, bytes) else str(model)
+        self._extra = {**PROOF[PROVIDERS[provider].takes], **(_NO_DATA_FILES if isinstance(model, bytes) else {})}
+        self._threads = threads
+        session = self._new_session(self._session_options())
         self.io = _engine_io(session, self.name)
         self.card = _card(session, self.name)
         self.device_memory_bytes: int | None = None
+        if PROVIDERS[provider].takes in ("arithmetic", "some"):
+            require_placed(provider, self._placed(session), self.name)
         self._session: Any = session
-        self._source, self._threads, self._extra = source, threads, extra
+
+    def _session_options(self) -> Any:
+        threads = 1 if PROVIDERS[self.provider].own_threads else self._threads
+        return _session_options(threads, {**self.settings, **self._extra}, self.name)
+
+    def _new_session(self, options: Any) -> Any:
+        """A session in which the provider has started."""
+        provider = PROVIDERS[self.provider]
+        first = (provider.ort_name, provider.with_threads(self._options, self._threads))
+        try:
+            session = onnxruntime.InferenceSession(
+                self._source,
+                options,
+                providers=[first, *provider.beside],
+                enable_fallback=0,  # or a failure prints something and goes on, on the CPU
+            )
+        except ORT_FAILURES as err:
+            hint = "It is damaged, no ONNX model, keeps data in a second file, or needs a newer ONNX Runtime."
+            if self.provider != "cpu":
+                hint = f"Provider {self.provider} can't start here, or not run all of it: build with --provider cpu."
+            raise EngineError(f"ONNX Runtime can't load {self.name}: {_reason(err)}", hint=hint) from err
+        require_present(self.provider, session.get_providers(), self.name)
+        return session
 
     def infer(self, images: NDArray[Any]) -> NDArray[np.float32]:
         """Logits float32 [B, classes] of images [B, 3, H, W] of the type that `io` says.
@@ -149,34 +194,53 @@ class OrtRunner:
         return np.asarray(logits)
 
     def split(self, images: NDArray[Any], runs: int) -> LatencySplit | None:
-        """None: nothing is copied to a device."""
+        """None: nothing is copied to a device, or ONNX Runtime does it inside its call."""
         self.io.check(images, self.name)
         return None
 
     def layer_times(self, images: NDArray[Any], runs: int) -> dict[str, float]:
         """Mean milliseconds of every node, as ONNX Runtime's own profiler tells; in a session of its own.
 
+        What a provider compiled, OpenVINO the whole graph, is one node.
+
         Raises:
             ConfigError: the input's dtype or shape does not fit.
-            EngineError: ONNX Runtime can't load or run the model.
+            EngineError: ONNX Runtime can't load or run the model, or the nodes run on a GPU.
         """
         self.io.check(images, self.name)
-        options = _session_options(self._threads, {**self.settings, **self._extra}, self.name)
+        if PROVIDERS[self.provider].on_gpu:
+            raise EngineError(
+                f"ONNX Runtime can't time the layers of {self.name}: provider {self.provider} only queues them",
+                hint="A TensorRT engine can: build-trt.",
+            )
+        times: dict[str, list[float]] = {}
+        for event in self._profiled(images, _PROFILE_WARMUP + runs):
+            times.setdefault(event["name"].removesuffix(_KERNEL), []).append(event["dur"] / 1e3)
+        return {name: float(np.mean(values[_PROFILE_WARMUP:])) for name, values in times.items()}
+
+    def _profiled(self, images: NDArray[Any], runs: int) -> list[dict[str, Any]]:
+        """What ONNX Runtime's profiler notes of every node in every run."""
+        options = self._session_options()
         options.enable_profiling = True
         with tempfile.TemporaryDirectory() as folder:
             options.profile_file_prefix = str(Path(folder) / "profile")
+            session = self._new_session(options)
             try:
-                session = onnxruntime.InferenceSession(self._source, options, providers=["CPUExecutionProvider"])
-                for _ in range(_PROFILE_WARMUP + runs):
+                for _ in range(runs):
                     session.run([self.io.output_name], {self.io.input_name: images})
                 events = json.loads(Path(session.end_profiling()).read_text())
             except ORT_FAILURES as err:
                 raise EngineError(f"ONNX Runtime failed to profile {self.name}: {_reason(err)}") from err
-        times: dict[str, list[float]] = {}
-        for event in events:
-            if event.get("cat") == "Node" and event["name"].endswith(_KERNEL):
-                times.setdefault(event["name"].removesuffix(_KERNEL), []).append(event["dur"] / 1e3)
-        return {name: float(np.mean(values[_PROFILE_WARMUP:])) for name, values in times.items()}
+        return [event for event in events if event.get("cat") == "Node" and event["name"].endswith(_KERNEL)]
+
+    def _placed(self, session: Any) -> list[tuple[str, str]]:
+        """For every node the provider that runs it, and its operator."""
+        if hasattr(session, "get_provider_graph_assignment_info"):
+            parts = session.get_provider_graph_assignment_info()
+            return [(part.ep_name, node.op_type) for part in parts for node in part.get_nodes()]
+        # before ONNX Runtime 1.24 a run has to show it
+        blank = np.zeros((self.io.batch or 1, *self.io.input_shape[1:]), self.io.dtype)
+        return [(event["args"]["provider"], event["args"]["op_name"]) for event in self._profiled(blank, 1)]
 
     def close(self) -> None:
         """The session and its memory are released; a second call does nothing."""
@@ -225,6 +289,7 @@ def check(
     reference: ReferenceSet | None,
     tolerance: Tolerance = TOLERANCES["f32-engine"],
     settings: Mapping[str, str] = ENGINE_SETTINGS,
+    provider: ProviderName = "cpu",
 ) -> Checked:
     """The engine was opened with its final settings and gives the reference's logits; nothing is written.
 
@@ -235,13 +300,14 @@ def check(
         threads: the engine's default number of threads, and those of the check.
         reference: images and logits of the model; None leaves the engine unchecked, and its manifest says so.
         tolerance: what the engine is held to.
+        settings, provider: as for `OrtRunner`.
 
     Raises:
-        EngineError: ONNX Runtime can't load or run it.
+        EngineError, MissingDependency, DeviceError: the provider can't load or run it, or is not here.
         ParityError: its logits are not the reference's.
     """
     # from memory: nothing is on the disk before the gate, and data in a second file, which a copy loses, is refused
-    with OrtRunner(engine, threads=threads, settings=settings, name=name) as runner:
+    with OrtRunner(engine, threads=threads, settings=settings, name=name, provider=provider) as runner:
         runner.infer(np.zeros((runner.io.batch or 1, *runner.io.input_shape[1:]), runner.io.dtype))
         parity = None if reference is None else check_against_reference(runner, reference, tolerance)
         return Checked(
@@ -256,6 +322,7 @@ def check(
                 batch=runner.io.batch,
                 settings=dict(runner.settings),
                 threads=threads,
+                provider=provider,
                 parity=parity,
                 versions=package_versions(),
                 machine=machine_summary(),

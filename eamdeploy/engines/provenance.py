@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import platform
+import sys
 from importlib import metadata
 
 from eamdeploy.devices.cpu import cpu_model
@@ -22,13 +23,18 @@ _PACKAGES = (
 
 
 def package_versions() -> dict[str, str]:
-    """Version by name of Python and of the packages that decide results; absent ones are left out."""
+    """Version by name of Python and of the packages that decide results; absent ones are left out.
+
+    Several packages bring the module onnxruntime and overwrite each other's; the one that is loaded counts.
+    """
     versions = {"python": platform.python_version()}
     for name in _PACKAGES:
         try:
             versions[name] = metadata.version(name)
         except metadata.PackageNotFoundError:
             continue
+    if (runtime := sys.modules.get("onnxruntime")) is not None:
+        versions["onnxruntime"] = str(runtime.__version__)
     return versions
 
 

@@ -52,6 +52,21 @@ def load_backend(backend: Backend) -> None:
         ) from err
 
 
+def runs_on_gpu(engine: Path) -> bool:
+    """Whether the engine computes on a GPU, by its name and its manifest.
+
+    Raises:
+        ConfigError: no backend runs a file of this name.
+        CheckpointError, EngineError: as for `read_manifest`.
+    """
+    if backend_of(engine) == "trt":
+        return True
+    from eamdeploy.engines.ort_providers import PROVIDERS
+
+    manifest = read_manifest(engine)
+    return manifest is not None and PROVIDERS[manifest.provider].on_gpu
+
+
 def open_runner(engine: Path, threads: int | None = None) -> Runner:
     """The engine at `engine`, loaded with the settings in its manifest and ready to run.
 
@@ -64,7 +79,7 @@ def open_runner(engine: Path, threads: int | None = None) -> Runner:
         ConfigError: the file can't be read, or `threads` is below 1.
         CheckpointError: the manifest is damaged.
         EngineError: the backend can't load the engine, or the manifest describes another file.
-        MissingDependency: the backend is not installed here.
+        MissingDependency: the backend is not installed here, or has not the manifest's execution provider.
         DeviceError: the backend needs a GPU, and there is none.
     """
     backend = backend_of(engine)
@@ -82,7 +97,9 @@ def open_runner(engine: Path, threads: int | None = None) -> Runner:
         return open_plan(engine, manifest)
     from eamdeploy.engines.ort import OrtRunner
 
-    return OrtRunner(engine, threads=threads, settings=manifest.settings if manifest else {})
+    if manifest is None:
+        return OrtRunner(engine, threads=threads, settings={})
+    return OrtRunner(engine, threads=threads, settings=manifest.settings, provider=manifest.provider)
 
 
 @contextmanager

@@ -12,8 +12,8 @@ from pathlib import Path
 from eamdeploy.artifact import ModelCard, Record, digest_file
 from eamdeploy.devices.base import Device, DeviceState
 from eamdeploy.devices.registry import find_device
-from eamdeploy.engines.base import LatencySplit, read_manifest
-from eamdeploy.engines.registry import backend_of, open_runner, open_runners
+from eamdeploy.engines.base import LatencySplit, ProviderName, read_manifest
+from eamdeploy.engines.registry import backend_of, open_runner, open_runners, runs_on_gpu
 from eamdeploy.errors import ConfigError
 from eamdeploy.parity import ParityReport
 from eamdeploy.profiling.fresh_process import ColdStart, Memory, measure_fresh
@@ -63,6 +63,7 @@ class EngineProfile(Record):
         engine: the path as it was given.
         digest: SHA-256 of the file that was measured.
         model: None for a foreign model.
+        provider: what ONNX Runtime ran it on; None for another backend, and where an older profile does not say.
         settings: what the backend ran it with, beyond its defaults.
         parity: the gate at build time; None means not checked.
         memory, cold_start: in a fresh process; None where that was not asked for.
@@ -77,6 +78,7 @@ class EngineProfile(Record):
     backend: str
     digest: str
     model: ModelSummary | None
+    provider: ProviderName | None = None
     settings: dict[str, str]
     parity: ParityReport | None
     latency: Latency
@@ -151,7 +153,7 @@ def profile(
     layers.
 
     Args:
-        device: what the engines run on; None finds it: a Jetson, else with a TensorRT engine a GPU, else the processor.
+        device: what the engines run on; None finds it: a Jetson, else a GPU if an engine needs one, else the processor.
 
     Raises:
         ConfigError: no engine is given, one can't be read, or it does not take batches of this size.
@@ -170,7 +172,7 @@ def profile(
         with open_runners(opening, order) as runners:
             yield [partial(runner.infer, random_images(runner, batch)) for runner in runners]
 
-    device = device or find_device(gpu=any(backend_of(path) == "trt" for path in paths))
+    device = device or find_device(gpu=any(map(runs_on_gpu, paths)))
     with load(range(len(paths))):
         pass  # what can't be loaded, or takes another batch, fails here and not after minutes of work
     before = device.state()
@@ -186,6 +188,7 @@ def profile(
             backend=backend_of(path),
             digest=digest_file(path),
             model=None if single.card is None else summarize_card(single.card),
+            provider=single.provider,
             settings=single.settings,
             parity=single.parity,
             latency=latencies[index],
@@ -225,6 +228,7 @@ class _Alone:
     """What is read off and measured while one engine alone is loaded."""
 
     card: ModelCard | None
+    provider: ProviderName | None
     settings: dict[str, str]
     parity: ParityReport | None
     split: LatencySplit | None
@@ -244,6 +248,7 @@ def _run_alone(path: Path, threads: int, batch: int, seconds: float, extras: Ext
         images = random_images(runner, batch)
         return _Alone(
             card=runner.card,
+            provider=(manifest.provider if manifest else "cpu") if backend_of(path) == "ort" else None,
             settings=dict(runner.settings),
             parity=manifest.parity if manifest else None,
             split=runner.split(images, _SPLIT_RUNS),

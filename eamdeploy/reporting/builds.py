@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from eamdeploy.engines.base import DeviceBuild, Manifest
 from eamdeploy.reporting import numbers
-from eamdeploy.reporting.figures import RUNTIMES
+from eamdeploy.reporting.figures import runtime_name
 from eamdeploy.reporting.layers import LayerTimes, layer_times
 from eamdeploy.reporting.machines import Facts
 from eamdeploy.reporting.sources import Sources
@@ -43,7 +43,7 @@ def _build(file: str, manifest: Manifest) -> Build:
         file=file,
         name=name,
         digest=digest,
-        runtime=RUNTIMES[manifest.backend],
+        runtime=runtime_name(manifest.backend, manifest.provider),
         facts=_build_facts(manifest),
         layers=None
         if device is None

@@ -138,6 +138,7 @@ def _build(item: Sourced[Manifest], models: Mapping[str, str]) -> Command:
     options: dict[str, Any] = {
         "-o": item.file.removesuffix(".json"),
         "--threads": manifest.threads if manifest.backend == "ort" else None,
+        "--provider": None if manifest.provider == "cpu" else manifest.provider,
         **({} if manifest.device is None else _trt_options(manifest.device, manifest.settings)),
         "--no-check": manifest.parity is None,
     }

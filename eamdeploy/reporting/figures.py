@@ -147,11 +147,17 @@ def _conditions(profile: Profile, n_engines: int) -> str:
     return ", ".join(parts)
 
 
+def runtime_name(backend: str, provider: str | None) -> str:
+    """What ran an engine, with ONNX Runtime's execution provider where that is not its CPU's."""
+    name = RUNTIMES.get(backend, backend)
+    return name if provider in (None, "cpu") else f"{name} ({provider})"
+
+
 def _engine(item: EngineProfile, is_baseline: bool, manifest: Manifest | None, name: str, where: str) -> Engine:
     return Engine(
         name=name,
         digest=item.digest,
-        runtime=RUNTIMES.get(item.backend, item.backend),
+        runtime=runtime_name(item.backend, item.provider),
         model=item.model,
         what=describe(item.model),
         is_baseline=is_baseline,

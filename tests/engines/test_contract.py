@@ -11,13 +11,12 @@ import fake_tensorrt
 import numpy as np
 import onnx
 import pytest
-from engine_models import CARD, CLASSES, SIZE, make_frozen_model
+from engine_models import CARD, CLASSES, SIZE, build, make_frozen_model
 from numpy.typing import NDArray
 
 from eamdeploy.artifact import digest_file
 from eamdeploy.engines import trt
 from eamdeploy.engines.base import Manifest, manifest_path
-from eamdeploy.engines.ort import build
 from eamdeploy.engines.registry import open_runner
 from eamdeploy.engines.trt_request import TrtOptions, make_request
 from eamdeploy.engines.trt_versions import TrtVersion

@@ -7,10 +7,10 @@ import numpy as np
 import onnx
 import onnxruntime
 import pytest
-from engine_models import make_frozen_model
+from engine_models import build, make_frozen_model
 
 from eamdeploy.engines.base import Manifest, manifest_path
-from eamdeploy.engines.ort import ENGINE_SETTINGS, OrtRunner, build
+from eamdeploy.engines.ort import ENGINE_SETTINGS, OrtRunner
 from eamdeploy.engines.registry import open_runner
 from eamdeploy.errors import CheckpointError, ConfigError, EngineError
 
@@ -37,13 +37,13 @@ class SessionSpy:
 
     def __init__(self) -> None:
         self.options: list[Any] = []
-        self.providers: list[list[str]] = []
+        self.providers: list[Any] = []
         self.make = onnxruntime.InferenceSession
 
-    def __call__(self, source: Any, options: Any, providers: list[str]) -> Any:
+    def __call__(self, source: Any, options: Any, providers: Any, enable_fallback: int) -> Any:
         self.options.append(options)
         self.providers.append(providers)
-        return self.make(source, options, providers=providers)
+        return self.make(source, options, providers=providers, enable_fallback=enable_fallback)
 
 
 @pytest.fixture
@@ -75,7 +75,7 @@ def test_engine_runs_with_the_settings_and_threads_of_its_manifest(
         assert options.graph_optimization_level == onnxruntime.GraphOptimizationLevel.ORT_ENABLE_ALL
         assert options.get_session_config_entry("session.disable_quant_qdq") == "1"
         assert options.get_session_config_entry("session.force_spinning_stop") == "1"
-    assert sessions.providers == [["CPUExecutionProvider"]] * 2
+    assert sessions.providers == [[("CPUExecutionProvider", {})]] * 2
 
 
 def test_model_without_manifest_runs_with_the_runtimes_defaults(model: Path, sessions: SessionSpy) -> None:

@@ -11,13 +11,12 @@ from typing import Any
 import numpy as np
 import onnx
 import pytest
-from engine_models import CARD, make_frozen_model
+from engine_models import CARD, build, make_frozen_model
 from rich.console import Console
 
 from eamdeploy import show_profile
 from eamdeploy.artifact import digest_file
 from eamdeploy.devices.base import DeviceState, Reading
-from eamdeploy.engines.ort import build
 from eamdeploy.engines.registry import open_runner
 from eamdeploy.errors import ConfigError, EngineError
 from eamdeploy.profiling import fresh_process
@@ -89,7 +88,7 @@ def test_profile_against_a_baseline(engine: Path, foreign: Path, monkeypatch: py
     assert (fast.engine, fast.backend, fast.digest) == (str(engine), "ort", digest_file(engine))
     assert fast.model is not None and fast.model.frozen_heads == 2 and fast.model.sparsity == 1.0
     assert fast.parity is not None and fast.parity.passed
-    assert fast.settings["session.disable_quant_qdq"] == "1"
+    assert fast.settings["session.disable_quant_qdq"] == "1" and fast.provider == slow.provider == "cpu"
     assert slow.model is None and slow.parity is None and "session.disable_quant_qdq" not in slow.settings
     assert (result.threads, result.batch, result.min_runs, result.sittings) == (1, 2, 10, 3)
     assert fast.latency.runs == 12  # two rounds of two in each sitting, so that there are ten

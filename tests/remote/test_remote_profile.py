@@ -15,11 +15,10 @@ from pathlib import Path
 import onnx
 import psutil
 import pytest
-from engine_models import make_frozen_model
+from engine_models import build, make_frozen_model
 from ssh_server import REPOSITORY, Board, Boards, make_key, python_eamdeploy, running_boards
 
 from eamdeploy.artifact import digest_file
-from eamdeploy.engines.ort import build
 from eamdeploy.errors import CheckpointError, ConfigError, DeviceError, EngineError, ParityError
 from eamdeploy.profiling.profile import Extras, Profile, profile
 from eamdeploy.profiling.timing import Schedule

@@ -92,6 +92,11 @@ def commands_of(folder: Path, records: dict[str, Record], monkeypatch: pytest.Mo
             f"the name of the model {digest('x.onnx')}",
         ),
         (
+            manifest("x.ort.onnx", card(), provider="openvino"),
+            "eamdeploy build-ort MODEL.onnx -o r --threads 4 --provider openvino",
+            f"the name of the model {digest('x.onnx')}",
+        ),
+        (
             manifest(
                 "x.plan",
                 card(),
