@@ -94,7 +94,8 @@ def _make_deit(folder: Path, weights: Path | None, images: ImageSource, score_im
         export(checkpoint, output, baseline=baseline, trt=OLDEST, images=reference)
     for name in ("base", "heads-20"):
         _quantize(folder / f"deit-{name}.onnx", folder / f"deit-{name}-int8.onnx", replace(images, limit=64))
-    stock = export_stock(load_model(spec), (224, 224), batch=None, opset=17)
+    # TensorRT 8.6.0 refuses the dynamo exporter's class token: "node_cat: error while computing output extent"
+    stock = export_stock(load_model(spec), (224, 224), batch=None, opset=17, exporter="torchscript")
     onnx.save(stock.model, folder / "deit-stock.onnx")
 
 

@@ -25,7 +25,10 @@ if TYPE_CHECKING:
     from eamdeploy.profiling.profile import profile as profile
     from eamdeploy.reporting.report import report as report
 
-__version__ = metadata.version("eamdeploy")
+try:
+    __version__ = metadata.version("eamdeploy")
+except metadata.PackageNotFoundError:  # a copy of the source on the path of a machine that can't install
+    __version__ = "not installed"
 
 _STAGES = {
     "analyze": "eamdeploy.host.freezing",

@@ -22,7 +22,7 @@ def plan_trt(version: TrtVersion) -> list[PlannedPass[Any]]:
         ConfigError: TensorRT before 8.5.
     """
     can = capabilities(version)
-    maps = [RequantizeMaps(), Int8Maps()] if can.int8_constants else [FloatMaps()]
+    maps = [RequantizeMaps(), Int8Maps()] if can.integer_maps else [FloatMaps()]
     norms = [] if can.layer_normalization else [DecomposeLayerNorm()]
     return [PlannedPass(each, expected=None) for each in (*maps, *norms)]
 

@@ -57,14 +57,14 @@ def test_cases_are_built_measured_and_what_fails_is_written_down(
         gpu_check._unpacked(models, work), work, seconds=60, groups=GROUPS, sittings=2, batches=(1, 2)
     )
     named = {item.name: item for item in result.built}
-    assert list(named) == ["base-fp16", "stock-fp16", "tiny-fp16", "tiny-fp16-norm", "base-fp32", "absent-fp32"]
+    assert list(named) == ["base-fp16", "stock-fp16", "tiny-fp16", "tiny-fp16-keep-norm", "base-fp32", "absent-fp32"]
     assert "cannot read" in (named["absent-fp32"].error or "") and result.failed
     assert named["tiny-fp16"].top1_agreement == 100 and named["stock-fp16"].top1_agreement is None
     assert named["tiny-fp16"].layers is not None and len(named["tiny-fp16"].layers.frozen_maps) == 2
     halves, _, singles, _ = result.profiles
     assert [measured.batch for measured in result.profiles] == [1, 2, 1, 2]
     assert halves.baseline is not None and halves.baseline.engine == "base-fp16.plan"
-    assert [item.engine for item in halves.engines] == ["stock-fp16.plan", "tiny-fp16.plan", "tiny-fp16-norm.plan"]
+    assert [item.engine for item in halves.engines] == ["stock-fp16.plan", "tiny-fp16.plan", "tiny-fp16-keep-norm.plan"]
     assert all(item.split is not None for item in halves.engines)
     assert singles.baseline is None and [item.engine for item in singles.engines] == ["base-fp32.plan"]
     assert GpuCheck.parse(result.model_dump_json(), "result") == result

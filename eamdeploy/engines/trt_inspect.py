@@ -28,7 +28,8 @@ def inspect_engine(trt: Any, engine: Any, maps: Sequence[FrozenMap]) -> EngineLa
     """
     inspector = engine.create_engine_inspector()
     try:
-        document = json.loads(inspector.get_engine_information(trt.LayerInformationFormat.JSON))
+        # 8.6.0 writes the separators of its metadata, control characters, as they are
+        document = json.loads(inspector.get_engine_information(trt.LayerInformationFormat.JSON), strict=False)
     except ValueError:
         return None
     layers = document.get("Layers") if isinstance(document, dict) else None

@@ -90,7 +90,7 @@ def export(
     opset = _choose_opset(opset, trt)
     loaded = checkpoints.load(checkpoint)
     header, requantized = loaded.header, 0
-    if trt is not None and capabilities(trt).int8_constants:
+    if trt is not None and capabilities(trt).integer_maps:
         loaded, requantized = int8_checkpoint(loaded)
     live = load_reference(loaded, frozen=False, where=str(checkpoint))
     modules = _attention_modules(loaded, live, opset)

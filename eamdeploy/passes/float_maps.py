@@ -1,11 +1,11 @@
-"""Store frozen maps as float32, for a TensorRT that takes no integer constants at all.
+"""Store frozen maps as float32, for a TensorRT that does not compute with integer constants.
 
 Before:  DequantizeLinear(integers, scales, zero points)
 After:   a float32 constant
 Shapes:  integers [R, N]  scales [R]
 Needs:   a constant, positive float32 scales, zero points 0 or none
 Exact:   bit for bit
-Source:  FACTS on TensorRT's parser: INT8 constants are known to work from 8.5.3 only
+Source:  `engines.trt_versions`, integer_maps
 """
 
 from __future__ import annotations
