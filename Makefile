@@ -4,8 +4,8 @@ VENV   ?= .venv
 BIN    := $(VENV)/bin
 READY  := $(VENV)/.ready
 
-.PHONY: install demo test lint bench bench-sparsity trt-attributes gpu-check image-models image-lint image-check
-.PHONY: image-check-arm64 clean
+.PHONY: install demo test lint bench bench-sparsity bench-passes trt-attributes gpu-check image-models image-lint
+.PHONY: image-check image-check-arm64 clean
 
 install: $(READY)
 
@@ -34,6 +34,10 @@ bench: $(READY)
 
 bench-sparsity: $(READY)
 	$(BIN)/python benchmarks/sparsity.py
+
+# What each exact rewrite is worth; PASSES="--weights W --data IMAGES -o passes.json" or "--model swin_…", random otherwise
+bench-passes: $(READY)
+	$(BIN)/python benchmarks/passes.py $(PASSES)
 
 # 820 MB of downloads; needs CPython 3.10, gcc, nm and readelf
 trt-attributes: $(READY)

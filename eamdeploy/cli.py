@@ -257,6 +257,9 @@ def export(
     fold_preprocess: Annotated[
         bool, typer.Option("--fold-preprocess", help="Take pixels (uint8) as input: the graph normalizes them itself.")
     ] = False,
+    without: Annotated[
+        list[str] | None, typer.Option(metavar="PASS", help="Leave a pass out, and those that need it; repeatable.")
+    ] = None,
     data: Annotated[
         Path | None, typer.Option(help="Folder of images for the parity reference; synthetic ones by default.")
     ] = None,
@@ -280,6 +283,7 @@ def export(
             opset=opset,
             exporter=exporter,
             fold_preprocess=fold_preprocess,
+            without=without or (),
             trt=options.parse_target(target, trt),
             images=None if data is None else ImageSource(data, split, images, skip_bad),
             measure=measure,

@@ -94,6 +94,7 @@ class ExportConfig(Record):
     opset: int = 17
     exporter: Literal["auto", "dynamo", "torchscript"] = "auto"
     fold_preprocess: bool = False
+    without: tuple[str, ...] = ()
 
 
 class ProfileConfig(Record):
@@ -278,6 +279,7 @@ def _export_stage(config: RunConfig, observer: Observer) -> _Stage:
             opset=config.export.opset,
             exporter=config.export.exporter,
             fold_preprocess=config.export.fold_preprocess,
+            without=config.export.without,
             images=images,
             observer=observer,
         )

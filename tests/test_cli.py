@@ -241,6 +241,17 @@ def test_run_does_everything_once(run_cli: RunCli, tiny_weights: Path, pictures:
     assert again.profile.engines[0].memory is not None
 
 
+def test_passes_are_left_out_by_name(run_cli: RunCli, eam_checkpoint: Path, tmp_path: Path) -> None:
+    common = ["export", eam_checkpoint, "-o", tmp_path / "x.onnx", "--exporter", "torchscript", "--no-measure"]
+    outcome = run_cli(*common, "--without", "add_position", "--without", "gather_tokens", "--json")
+    rewrites = Export.model_validate(only_document(outcome)).frozen.rewrites
+    missing = {"add_position", "gather_tokens", "window_order", "merge_gathers"}
+    assert "freeze_heads" in rewrites and not missing.intersection(rewrites)
+    assert "left out of the passes: add_position, gather_tokens, merge_gathers, window_order" in outcome.err
+    refused = run_cli(*common, "--without", "add_position", "--without", "freeze_heads")
+    assert "the pass freeze_heads can't be left out" in only_error(refused, 2)
+
+
 def test_everything_from_random_weights_says_so_to_people(run_cli: RunCli, pictures: Path, tmp_path: Path) -> None:
     checkpoint, model = tmp_path / "x.eam.safetensors", tmp_path / "x.onnx"
     data = ["--data", pictures, "--images", 3]

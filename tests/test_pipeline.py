@@ -203,6 +203,7 @@ FROM_FREEZE, FROM_EXPORT = STAGES[:-1], STAGES[1:-1]
         ({"export": {"batch": 1}}, FROM_EXPORT),
         ({"export": {"opset": 18}}, FROM_EXPORT),
         ({"export": {"fold_preprocess": True}}, FROM_EXPORT),
+        ({"export": {"without": ["add_position"]}}, FROM_EXPORT),
         ({"evaluate": {"split": "all"}}, ["evaluate"]),
         ({"evaluate": {"images": 5}}, ["evaluate"]),
         ({"profile": {"min_runs": 3}}, ["profile"]),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -31,10 +32,11 @@ from eamdeploy.host.stock_export import Exporter, StockExport, export_stock
 from eamdeploy.images import normalize
 from eamdeploy.observer import SILENT, Observer
 from eamdeploy.parity import REFERENCE_IMAGES, TOLERANCES, ParityReport, ReferenceSet, reference_path
-from eamdeploy.passes.base import PassResult, run_passes
+from eamdeploy.passes.base import run_passes
+from eamdeploy.passes.class_token_only import ClassTokenOnly
 from eamdeploy.passes.fold_preprocess import FoldPreprocess
 from eamdeploy.passes.freeze_heads import AttentionModule, check_accounted
-from eamdeploy.passes.order import Parts, plan_passes
+from eamdeploy.passes.order import Parts, plan_passes, with_dependents
 from eamdeploy.passes.requantize_maps import RequantizeMaps
 from eamdeploy.source import ImageSource
 from eamdeploy.trt_flavour import plan_trt
@@ -54,6 +56,7 @@ def export(
     opset: int | None = None,
     exporter: Exporter = "auto",
     fold_preprocess: bool = False,
+    without: Iterable[str] = (),
     trt: TrtVersion | None = None,
     images: ImageSource | None = None,
     measure: bool = False,
@@ -69,6 +72,7 @@ def export(
         batch: fixed batch size, or None for a dynamic one.
         opset: by default 17, and 16 where TensorRT does not know LayerNormalization.
         fold_preprocess: the input is pixels, uint8, and the patch embedding normalizes them; not for TensorRT.
+        without: passes of `passes.order` that are left out, and with them those that depend on them.
         trt: the TensorRT that must take the graph; None for ONNX Runtime.
         images: where the reference images come from; seeded synthetic ones if None.
         measure: also time the model against its unfrozen twin on ONNX Runtime CPU, about 3 seconds.
@@ -88,14 +92,19 @@ def export(
             "TensorRT is not given pixels", expected="a float32 input", got="uint8", hint="Leave --fold-preprocess out."
         )
     opset = _choose_opset(opset, trt)
+    left_out = with_dependents(without)
     loaded = checkpoints.load(checkpoint)
     header, requantized = loaded.header, 0
     if trt is not None and capabilities(trt).integer_maps:
         loaded, requantized = int8_checkpoint(loaded)
     live = load_reference(loaded, frozen=False, where=str(checkpoint))
     modules = _attention_modules(loaded, live, opset)
+    if ClassTokenOnly.name in left_out:  # then every row is computed, and of frozen maps every row must be there
+        modules = [replace(module, read_tokens=None) for module in modules]
     pixels, source = _reference_pixels(loaded, images, observer)
     observer.note(f"exporting {header.timm_model}" + (" with random weights" if header.weights == RANDOM else ""))
+    if left_out:
+        observer.note(f"left out of the passes: {', '.join(sorted(left_out))}")
     stock = export_stock(live.model, header.preprocessing.size, batch=batch, opset=opset, exporter=exporter)
     card = ModelCard(
         timm_model=header.timm_model,
@@ -111,12 +120,12 @@ def export(
     frozen = load_reference(loaded, frozen=True, where=str(checkpoint))
     changes = {"freezing": header.freezing, "rewrites": [RequantizeMaps.name] if requantized else []}
     has = parts(live.model)
-    model = _rewrite(stock, modules, has, card.model_copy(update=changes), trt)
+    model = _rewrite(stock, modules, has, card.model_copy(update=changes), trt, left_out)
     drafts = [_prove(model, frozen, pixels, source)]
     if requantized:
         observer.note(f"{requantized} rows of frozen maps do not fit INT8 and are quantized anew")
     unfrozen = [replace(module, frozen=None) for module in modules]
-    twin = _rewrite(stock, unfrozen, has, card, trt) if baseline is not None or measure else None
+    twin = _rewrite(stock, unfrozen, has, card, trt, left_out) if baseline is not None or measure else None
     if twin is not None and baseline is not None:  # a twin that is only timed needs no proof
         drafts.append(_prove(twin, live, pixels, source))
     gain = measure_gain(model.data, twin.data, usable_cores()) if twin is not None and measure else None
@@ -127,11 +136,11 @@ def export(
 
 @dataclass(frozen=True)
 class _Rewritten:
-    """A rewritten model: the file's bytes, the card in it, what the passes did, and its number of nodes."""
+    """A rewritten model: the file's bytes, the card in it, and its number of nodes before the passes and after."""
 
     data: bytes
     card: ModelCard
-    results: list[PassResult]
+    nodes_stock: int
     nodes: int
 
 
@@ -190,20 +199,26 @@ def _integer_maps(frozen: FrozenMaps, shape: AttentionShape, quantizer: Quantize
 
 
 def _rewrite(
-    stock: StockExport, modules: list[AttentionModule], has: Parts, card: ModelCard, trt: TrtVersion | None
+    stock: StockExport,
+    modules: list[AttentionModule],
+    has: Parts,
+    card: ModelCard,
+    trt: TrtVersion | None,
+    without: frozenset[str],
 ) -> _Rewritten:
-    """`stock` after all passes, its card in its metadata."""
+    """`stock` after all passes but those, its card in its metadata."""
     graph = to_graph(stock.model)
+    nodes_stock = len(graph.nodes)
     how = card.preprocessing
     fold = FoldPreprocess(how.mean, how.std) if card.takes_pixels else None
-    results = run_passes(graph, plan_passes(modules, has, fold))
+    results = run_passes(graph, plan_passes(modules, has, fold, without))
     model = to_model(graph)
     check_accounted(model, modules)
     if trt is not None:
         results += [result for result in run_passes(graph, plan_trt(trt)) if result.rewritten]
         model = to_model(graph)
     card = card.model_copy(update={"rewrites": [*card.rewrites, *(result.name for result in results)]})
-    return _Rewritten(with_card(model, card).SerializeToString(), card, results, len(model.graph.node))
+    return _Rewritten(with_card(model, card).SerializeToString(), card, nodes_stock, len(model.graph.node))
 
 
 def _prove(model: _Rewritten, reference: LoadedModel, pixels: NDArray[np.uint8], source: str) -> _Draft:
@@ -228,7 +243,7 @@ def _write(draft: _Draft, path: Path, files: ExitStack) -> ExportedModel:
         file=str(path),
         digest=digest_bytes(draft.model.data),
         bytes=len(draft.model.data),
-        nodes_stock=draft.model.results[0].nodes_before,
+        nodes_stock=draft.model.nodes_stock,
         nodes=draft.model.nodes,
         rewrites=draft.model.card.rewrites,
         exporter=draft.model.card.exporter,

@@ -127,7 +127,7 @@ def _export(item: Sourced[Export], sources: Sources) -> Command:
         "--no-measure": record.gain is None,
         "--json": True,
     }
-    unknown = "--batch, --opset, --target, --exporter, --data"
+    unknown = "--batch, --opset, --target, --exporter, --without, --data"
     missing = f"the checkpoint, {unknown}" if checkpoint == "CHECKPOINT" else unknown
     return Command(item.file, f"{command_line('export', options, checkpoint)} > {shlex.quote(item.file)}", missing)
 

@@ -127,7 +127,7 @@ def commands_of(folder: Path, records: dict[str, Record], monkeypatch: pytest.Mo
         (
             export(),
             "eamdeploy export CHECKPOINT -o model.onnx --baseline base.onnx --json > r.json",
-            "the checkpoint, --batch, --opset, --target, --exporter, --data",
+            "the checkpoint, --batch, --opset, --target, --exporter, --without, --data",
         ),
         (RunState(), "eamdeploy run CONFIG.toml", "the name of the configuration file"),
     ],
