@@ -17,6 +17,7 @@ from study import Study
 from eamdeploy.accuracy import Predict
 from eamdeploy.engines.provenance import usable_cores
 from eamdeploy.engines.registry import open_runner
+from eamdeploy.errors import MissingDependency
 from eamdeploy.profiling.timing import Call
 
 Family = Literal["peer", "ours"]
@@ -99,12 +100,15 @@ def make(plan: Plan, study: Study) -> Candidate | Skipped:
     """The plan's engine with what it says of the images.
 
     Raises:
-        Exception: an engine of ours can't be made or run; a peer that can't is skipped.
+        Exception: an engine of ours can't be made or run; a peer that can't is skipped, and what needs a package that
+            is not here.
     """
     try:
         engine = plan.make(study)
         with engine.open(usable_cores(), 1) as predict:
             return Candidate(plan, engine, study.logits(predict, engine.folder, 1))
+    except MissingDependency as err:
+        return Skipped(plan, str(err))
     except Exception as err:  # every peer has its own kinds
         if plan.family == "ours":
             raise

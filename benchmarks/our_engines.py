@@ -2,47 +2,53 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
-from candidates import Engine, Open, Plan, Runtime, open_onnx
+from candidates import Engine, Plan, Runtime, open_onnx
 from floor import Arithmetic
 from peer_engines import OPSET
 from study import Study, code_digest
 
 import eamdeploy
 from eamdeploy import build_ort, export, freeze
-from eamdeploy.engines.base import read_manifest
+from eamdeploy.accuracy import Predict
+from eamdeploy.activation_ranges import Calibration
+from eamdeploy.engines.base import ProviderName, read_manifest
 from eamdeploy.host.options import FreezeOptions, Score
+from eamdeploy.ort_form import AS_EXPORTED, OrtForm
 
 SPARSITIES = (0.0, 0.2, 0.5)
 REFERENCE_IMAGES = 16
+CALIBRATION_IMAGES = 64
 
 
 @dataclass(frozen=True)
 class Flavour:
-    """A way to make an engine of an exported model.
+    """A way to make an engine of a frozen model.
 
     Attributes:
-        build: writes the engine to its second argument; the study has images for calibration.
-        open: how that is loaded.
+        form, provider: what `build-ort` is asked for.
+        compiled: for one batch size, as its runtime compiles the graph for that; else the batch is dynamic, as the
+            peers' on the same runtime.
     """
 
     name: str
     runtime: Runtime
     arithmetic: Arithmetic
-    build: Callable[[Path, Path, Study], object]
-    open: Callable[[Path], Open] = lambda engine: partial(open_onnx, engine)
+    form: OrtForm
+    provider: ProviderName = "cpu"
+    compiled: bool = False
 
 
 FLAVOURS = (
-    Flavour("FP32", "onnxruntime", "fp32", lambda model, engine, study: build_ort(model, engine)),
-    # accuracy is a column of its own here, so the gate may pass anything
-    Flavour(
-        "INT8", "onnxruntime", "int8", PLACEHOLDER
-    ),
+    Flavour("FP32", "onnxruntime", "fp32", OrtForm(fused_attention=True)),
+    Flavour("INT8", "onnxruntime", "int8", OrtForm(fused_attention=True, int8="dynamic")),
+    Flavour("OpenVINO FP32", "openvino", "fp32", AS_EXPORTED, "openvino", compiled=True),
+    Flavour("OpenVINO INT8", "openvino", "int8", OrtForm(int8="static"), "openvino", compiled=True),
 )
 
 
@@ -67,25 +73,54 @@ def _name(flavour: Flavour, sparsity: float) -> str:
 
 
 def _make(flavour: Flavour, sparsity: float, study: Study) -> Engine:
-    code = code_digest(Path(eamdeploy.__file__).parent, Path(__file__))
-    stem = f"ours-{code}-{sparsity:g}"
-    model = study.once(stem, partial(_export, study, sparsity)) / "model.onnx"
-    folder = study.once(
-        f"{stem}-{flavour.name.replace(' ', '-')}",
-        lambda folder: flavour.build(model, folder / "engine.ort.onnx", study),
-    )
-    engine = folder / "engine.ort.onnx"
-    return Engine(folder, (engine,), model, flavour.open(engine), _frozen(engine))
+    engine = _engine(flavour, sparsity, study, 1)
+    model = _model(sparsity, study, 1 if flavour.compiled else None)
+    return Engine(engine.parent, (engine,), model, partial(_open, flavour, sparsity, study), _frozen(engine))
 
 
-def _export(study: Study, sparsity: float, folder: Path) -> None:
-    """Frozen by sensitivity, which is not worth its time where nothing is frozen or the weights are random."""
+@contextmanager
+def _open(flavour: Flavour, sparsity: float, study: Study, threads: int, batch: int) -> Iterator[Predict]:
+    with open_onnx(_engine(flavour, sparsity, study, batch), threads, batch) as predict:
+        yield predict
+
+
+def _engine(flavour: Flavour, sparsity: float, study: Study, batch: int) -> Path:
+    """The engine for that batch size, made or found; accuracy is a column of its own, so the gate may pass anything."""
+    fixed = batch if flavour.compiled else None
+    model = _model(sparsity, study, fixed)
+    calibration = Calibration(replace(study.settings.even, limit=CALIBRATION_IMAGES))
+
+    def build(folder: Path) -> None:
+        build_ort(
+            model,
+            folder / "engine.ort.onnx",
+            form=flavour.form,
+            provider=flavour.provider,
+            calibration=calibration if flavour.form.int8 == "static" else None,
+            min_agreement=0 if flavour.form.int8 else None,
+        )
+
+    return study.once(f"{model.parent.name}-{flavour.name.replace(' ', '-')}", build) / "engine.ort.onnx"
+
+
+def _model(sparsity: float, study: Study, batch: int | None) -> Path:
+    """Exported for that batch size; None for a dynamic one."""
+    even = study.settings.even
+    stem = f"ours-{code_digest(Path(eamdeploy.__file__).parent, Path(__file__))}-{sparsity:g}"
+    checkpoint = study.once(stem, partial(_freeze, study, sparsity)) / "model.eam.safetensors"
+    reference = replace(even, limit=REFERENCE_IMAGES)
+
+    def write(folder: Path) -> None:
+        export(checkpoint, folder / "model.onnx", batch=batch, opset=OPSET, images=reference)
+
+    return study.once(f"{stem}-batch-{batch or 'dynamic'}", write) / "model.onnx"
+
+
+def _freeze(study: Study, sparsity: float, folder: Path) -> None:
+    """By sensitivity, which is not worth its time where nothing is frozen or the weights are random."""
     score: Score = "variance" if study.is_random or sparsity == 0 else "sensitivity"
     options = FreezeOptions(sparsity=sparsity, score=score, score_images=study.settings.score_images)
-    even = study.settings.even
-    checkpoint = folder / "model.eam.safetensors"
-    freeze(study.spec, even, checkpoint, options, overrides=study.overrides)
-    export(checkpoint, folder / "model.onnx", opset=OPSET, images=replace(even, limit=REFERENCE_IMAGES))
+    freeze(study.spec, study.settings.even, folder / "model.eam.safetensors", options, overrides=study.overrides)
 
 
 def _frozen(engine: Path) -> str:
