@@ -17,9 +17,9 @@ import eamdeploy
 from eamdeploy import build_ort, export, freeze
 from eamdeploy.accuracy import Predict
 from eamdeploy.activation_ranges import Calibration
-from eamdeploy.engines.base import ProviderName, read_manifest
+from eamdeploy.engines.base import read_manifest
 from eamdeploy.host.options import FreezeOptions, Score
-from eamdeploy.ort_form import AS_EXPORTED, OrtForm
+from eamdeploy.ort_form import OrtForm
 
 SPARSITIES = (0.0, 0.2, 0.5)
 REFERENCE_IMAGES = 16
@@ -31,7 +31,7 @@ class Flavour:
     """A way to make an engine of a frozen model.
 
     Attributes:
-        form, provider: what `build-ort` is asked for.
+        form: what `build-ort` is asked for.
         compiled: for one batch size, as its runtime compiles the graph for that; else the batch is dynamic, as the
             peers' on the same runtime.
     """
@@ -40,15 +40,14 @@ class Flavour:
     runtime: Runtime
     arithmetic: Arithmetic
     form: OrtForm
-    provider: ProviderName = "cpu"
     compiled: bool = False
 
 
 FLAVOURS = (
     Flavour("FP32", "onnxruntime", "fp32", OrtForm(fused_attention=True)),
     Flavour("INT8", "onnxruntime", "int8", OrtForm(fused_attention=True, int8="dynamic")),
-    Flavour("OpenVINO FP32", "openvino", "fp32", AS_EXPORTED, "openvino", compiled=True),
-    Flavour("OpenVINO INT8", "openvino", "int8", OrtForm(int8="static"), "openvino", compiled=True),
+    Flavour("OpenVINO FP32", "openvino", "fp32", OrtForm(provider="openvino"), compiled=True),
+    Flavour("OpenVINO INT8", "openvino", "int8", OrtForm(int8="static", provider="openvino"), compiled=True),
 )
 
 
@@ -94,8 +93,7 @@ def _engine(flavour: Flavour, sparsity: float, study: Study, batch: int) -> Path
         build_ort(
             model,
             folder / "engine.ort.onnx",
-            form=flavour.form,
-            provider=flavour.provider,
+            forms=[flavour.form],
             calibration=calibration if flavour.form.int8 == "static" else None,
             min_agreement=0 if flavour.form.int8 else None,
         )

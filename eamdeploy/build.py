@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from eamdeploy.artifact import require_output, write_bytes
-from eamdeploy.engines.base import Manifest, ProviderName
+from eamdeploy.engines.base import Manifest
 from eamdeploy.engines.ort_providers import require_provider
 from eamdeploy.engines.provenance import usable_cores
 from eamdeploy.engines.registry import load_backend
 from eamdeploy.errors import ConfigError, host_packages
 from eamdeploy.observer import SILENT, Observer
-from eamdeploy.ort_form import AS_EXPORTED, OrtForm, candidates
-from eamdeploy.parity import TOLERANCES, ReferenceSet, reduced_tolerance, reference_path
+from eamdeploy.ort_form import AS_EXPORTED, OrtForm
+from eamdeploy.parity import ReferenceSet, reduced_tolerance, reference_path
 
 if TYPE_CHECKING:
     from eamdeploy.activation_ranges import Calibration
@@ -29,32 +30,29 @@ def build_ort(
     output: Path,
     *,
     threads: int | None = None,
-    form: OrtForm = AS_EXPORTED,
-    tune: bool = False,
+    forms: Sequence[OrtForm] = (AS_EXPORTED,),
     calibration: Calibration | None = None,
     reference: Path | None = None,
     check: bool = True,
     min_agreement: float | None = None,
-    provider: ProviderName = "cpu",
     observer: Observer = SILENT,
 ) -> Manifest:
     """`output` is an ONNX Runtime engine that gives the model's reference logits; its manifest lies beside it.
 
     Args:
         threads: the engine's default number of threads; every usable core if None.
-        form: how the model is specialised; any but the exported one needs the packages onnx and onnx-graphsurgeon here.
-        tune: instead, the fastest on this machine of the forms that pass the gate, with INT8 if `form` has it. All are
-            timed in turns, which the manifest keeps.
+        forms: how the model is specialised, and which execution provider runs it, here and wherever the manifest goes
+            along. Of several (see `candidates`) the fastest on this machine that passes the gate is kept, and the times
+            of all in the manifest. A fused or an INT8 one needs the packages onnx and onnx-graphsurgeon here.
         calibration: images for static INT8; its ranges are kept beside the engine unless it names a cache.
         reference: the reference set; the one that `export` left beside the model if None.
         check: run the parity gate; without it the manifest says that the engine was not checked.
         min_agreement: with INT8, percent of the reference images that need the reference's first class; None for that
             of tolerance `reduced-engine`.
-        provider: what of ONNX Runtime runs it, here and wherever the manifest goes along.
 
     Raises:
         ConfigError: a file can't be read or written, an option is of no use, or there is no reference set.
-        UnsupportedGraph: the model has nothing that the form would change.
+        UnsupportedGraph: the model has nothing that a form would change.
         EngineError: ONNX Runtime can't load or run the model, or not on that provider.
         ParityError: the engine's logits are not the reference's; what was at `output` stays.
         MissingDependency: ONNX Runtime is not installed here, or has no such provider, or a package for the conversion.
@@ -63,17 +61,12 @@ def build_ort(
     load_backend("ort")
     from eamdeploy import ort_build
 
-    kinds = (None, *require_provider(provider).int8)
-    if form.int8 not in kinds:
-        raise ConfigError(
-            f"no engine in {form.int8} INT8 is built for provider {provider}",
-            hint="Give --calib-data too: static INT8 suits it."
-            if "static" in kinds
-            else "Leave --int8 or --provider out.",
-        )
-    if form.int8 is None and min_agreement is not None:
+    for form in forms:
+        require_provider(form.provider)
+    any_int8 = any(form.int8 for form in forms)
+    if min_agreement is not None and not any_int8:
         raise ConfigError("an FP32 engine is held to FP32's noise", hint="Leave --min-agreement out, or use --int8.")
-    if form.int8 is None and calibration is not None:
+    if calibration is not None and not any_int8:
         raise ConfigError("calibration images are of use for INT8 alone", hint="Give --int8 too.")
     request = ort_build.Request(
         model=model,
@@ -81,13 +74,9 @@ def build_ort(
         threads=threads or usable_cores(),
         calibration=_with_cache(calibration, output),
         reference=_reference(model, reference) if check else None,
-        tolerance=TOLERANCES["f32-engine"] if form.int8 is None else reduced_tolerance(min_agreement),
-        provider=provider,
+        reduced=reduced_tolerance(min_agreement),
     )
-    if tune:
-        forms = candidates(int8=form.int8 is not None, calibrated=calibration is not None)
-        return ort_build.build_fastest(request, [each for each in forms if each.int8 in kinds], observer)
-    return ort_build.build(request, form, observer)
+    return ort_build.build(request, forms, observer)
 
 
 def build_trt(

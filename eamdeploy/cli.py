@@ -314,8 +314,12 @@ def build_ort(
     output: Output,
     threads: options.Threads = None,
     provider: Annotated[
-        ProviderName, typer.Option(help="Execution provider of ONNX Runtime that runs it; doctor lists what is here.")
-    ] = "cpu",
+        ProviderName | None,
+        typer.Option(
+            help="Execution provider of ONNX Runtime that runs it; doctor lists what is here.",
+            show_default="cpu; with --tune all that are here",
+        ),
+    ] = None,
     fused_attention: Annotated[
         bool, typer.Option("--fused-attention", help="Live attention as ONNX Runtime's own MultiHeadAttention.")
     ] = False,
@@ -341,22 +345,26 @@ def build_ort(
     """Build an ONNX Runtime engine and prove that it computes what the model means (exit 3 if not)."""
     from eamdeploy.activation_ranges import calibration_with
     from eamdeploy.build import build_ort as run_build
-    from eamdeploy.ort_form import OrtForm
+    from eamdeploy.engines.ort_providers import installed_providers
+    from eamdeploy.ort_form import Int8, OrtForm, candidates
 
     calibration = calibration_with(calib_data, calib_images, calib_split, calib_method, calib_cache, skip_bad=skip_bad)
-    form = OrtForm(fused_attention, None if not int8 else "dynamic" if calibration is None else "static")
+    if tune:
+        providers = installed_providers() if provider is None else [provider]
+        forms = candidates(providers, int8=int8, calibrated=calibration is not None)
+    else:
+        kind: Int8 = "dynamic" if calibration is None else "static"
+        forms = [OrtForm(fused_attention, kind if int8 else None, provider or "cpu")]
     with context.obj as terminal:
         result = run_build(
             model,
             output,
             threads=threads,
-            form=form,
-            tune=tune,
+            forms=forms,
             calibration=calibration,
             reference=reference,
             check=check,
             min_agreement=min_agreement,
-            provider=provider,
             observer=terminal,
         )
     print_result(result, show.manifest(result), as_json=as_json)

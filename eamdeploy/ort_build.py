@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -12,13 +12,12 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from eamdeploy.engines import ort
-from eamdeploy.engines.base import Manifest, ProviderName, TriedForm, publish
-from eamdeploy.engines.ort_providers import PROVIDERS
+from eamdeploy.engines.base import Manifest, TriedForm, publish
 from eamdeploy.engines.registry import open_runners
-from eamdeploy.errors import EngineError, ParityError, UnsupportedGraph, host_packages
+from eamdeploy.errors import DeviceError, EamDeployError, EngineError, ParityError, UnsupportedGraph, host_packages
 from eamdeploy.observer import Observer
-from eamdeploy.ort_form import AS_EXPORTED, OrtForm
-from eamdeploy.parity import ReferenceSet, Tolerance
+from eamdeploy.ort_form import OrtForm
+from eamdeploy.parity import TOLERANCES, ReferenceSet, Tolerance
 from eamdeploy.profiling.inputs import random_images
 from eamdeploy.profiling.timing import Call, Schedule, SpeedUp, runs_of, speed_up, time_sittings
 
@@ -35,8 +34,7 @@ class Request:
 
     Attributes:
         reference: images and logits of the model; None leaves the engine unchecked, and its manifest says so.
-        tolerance: what the engine is held to.
-        provider: what of ONNX Runtime runs it.
+        reduced: what INT8 is held to; other forms are held to FP32's noise.
     """
 
     model: Path
@@ -44,8 +42,7 @@ class Request:
     threads: int
     calibration: Calibration | None
     reference: ReferenceSet | None
-    tolerance: Tolerance
-    provider: ProviderName = "cpu"
+    reduced: Tolerance
 
 
 @dataclass(frozen=True)
@@ -56,42 +53,46 @@ class _Candidate:
     checked: ort.Checked
 
 
-def build(request: Request, form: OrtForm, observer: Observer) -> Manifest:
-    """The engine in this form is in place, with its manifest.
-
-    Raises:
-        ConfigError, UnsupportedGraph, EngineError, ParityError, MissingDependency: as `build_ort` says.
-    """
-    data = ort.read_model(request.model, request.output)
-    checked = _checked(request, form, data, observer)
-    publish(request.output, checked.data, checked.manifest)
-    return checked.manifest
-
-
-def build_fastest(
+def build(
     request: Request, forms: Sequence[OrtForm], observer: Observer, schedule: Schedule = TUNING_SCHEDULE
 ) -> Manifest:
     """The engine in the fastest of the forms that pass the gate is in place; its manifest says what else was tried.
 
-    A later form is chosen over the first only where the interval of its speed-up excludes 1.
+    A later form is chosen over the first only where the interval of its speed-up excludes 1. One alone is not timed.
 
     Raises:
-        ParityError, EngineError, UnsupportedGraph: no form passes; the first one's reason.
+        ParityError, EngineError, DeviceError, UnsupportedGraph: no form passes; the first one's reason.
         ConfigError, MissingDependency: as `build_ort` says.
     """
     data = ort.read_model(request.model, request.output)
     passed: list[_Candidate] = []
-    refused: dict[OrtForm, str] = {}
-    failures = []
+    refused: dict[OrtForm, EamDeployError] = {}
     for form in forms:
-        observer.note(f"building: {form.name}")
+        if len(forms) > 1:
+            observer.note(f"building: {form.name}")
         try:
             passed.append(_Candidate(form, _checked(request, form, data, observer)))
-        except (ParityError, EngineError, UnsupportedGraph) as err:
-            failures.append(err)
-            refused[form] = str(err)
+        except (ParityError, EngineError, DeviceError, UnsupportedGraph) as err:
+            refused[form] = err
     if not passed:
-        raise failures[0]
+        raise next(iter(refused.values()))
+    chosen, tried = (
+        (passed[0], None) if len(forms) == 1 else _choose(request, forms, passed, refused, observer, schedule)
+    )
+    manifest = chosen.checked.manifest.model_copy(update={"tried": tried})
+    publish(request.output, chosen.checked.data, manifest)
+    return manifest
+
+
+def _choose(
+    request: Request,
+    forms: Sequence[OrtForm],
+    passed: Sequence[_Candidate],
+    refused: Mapping[OrtForm, EamDeployError],
+    observer: Observer,
+    schedule: Schedule,
+) -> tuple[_Candidate, list[TriedForm]]:
+    """The fastest candidate, and what is to be told of every form."""
     observer.note(f"timing {len(passed)} forms in turns")
     times, speed_ups = _timed(passed, request.threads, schedule)
     best = fastest(speed_ups)
@@ -99,10 +100,7 @@ def build_fastest(
         candidate.form: _tried(candidate.form, times[index], speed_ups[index], chosen=index == best)
         for index, candidate in enumerate(passed)
     }
-    tried = [rows.get(form) or TriedForm(form=form.name, refused=refused[form]) for form in forms]
-    manifest = passed[best].checked.manifest.model_copy(update={"tried": tried})
-    publish(request.output, passed[best].checked.data, manifest)
-    return manifest
+    return passed[best], [rows.get(form) or TriedForm(form=form.name, refused=str(refused[form])) for form in forms]
 
 
 def fastest(speed_ups: Sequence[SpeedUp | None]) -> int:
@@ -113,7 +111,7 @@ def fastest(speed_ups: Sequence[SpeedUp | None]) -> int:
 
 def _checked(request: Request, form: OrtForm, data: bytes, observer: Observer) -> ort.Checked:
     engine = data
-    if form != AS_EXPORTED:
+    if not form.is_exported:
         with host_packages(*_CONVERSION):
             from eamdeploy.ort_model import convert
         engine = convert(data, form, str(request.model), request.calibration, observer)
@@ -124,9 +122,9 @@ def _checked(request: Request, form: OrtForm, data: bytes, observer: Observer) -
         model=data,
         threads=request.threads,
         reference=request.reference,
-        tolerance=request.tolerance,
-        settings={**PROVIDERS[request.provider].settings, **form.settings},
-        provider=request.provider,
+        tolerance=request.reduced if form.int8 else TOLERANCES["f32-engine"],
+        settings=form.settings,
+        provider=form.provider,
     )
 
 

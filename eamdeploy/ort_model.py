@@ -14,7 +14,7 @@ from eamdeploy.artifact import ModelCard
 from eamdeploy.errors import ConfigError, EngineError, UnsupportedGraph
 from eamdeploy.graph.model import card_of, to_graph, to_model, with_card
 from eamdeploy.observer import SILENT, Observer
-from eamdeploy.ort_form import AS_EXPORTED, OrtForm
+from eamdeploy.ort_form import OrtForm
 from eamdeploy.ort_int8 import dynamic_int8
 from eamdeploy.passes.base import Pass, PlannedPass, run_passes
 from eamdeploy.passes.float_maps import FloatMaps
@@ -37,7 +37,7 @@ def convert(
         UnsupportedGraph: it has no live attention that can be fused.
         EngineError: it is no ONNX model, or ONNX Runtime's quantizer or calibrator fails.
     """
-    if form == AS_EXPORTED:
+    if form.is_exported:
         return data
     try:
         model = onnx.load_model_from_string(data)

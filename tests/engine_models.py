@@ -16,7 +16,7 @@ from eamdeploy.images import normalize
 from eamdeploy.observer import SILENT
 from eamdeploy.ort_build import Request
 from eamdeploy.ort_build import build as build_form
-from eamdeploy.ort_form import AS_EXPORTED
+from eamdeploy.ort_form import OrtForm
 from eamdeploy.parity import TOLERANCES, ReferenceSet
 
 SIZE, PATCH, N, D, HEADS, CLASSES = 8, 4, 4, 16, 2, 5
@@ -115,5 +115,5 @@ def build(
     model: Path, output: Path, *, threads: int, reference: ReferenceSet | None, provider: ProviderName = "cpu"
 ) -> Manifest:
     """The model as it is has become an engine of ONNX Runtime."""
-    request = Request(model, output, threads, None, reference, TOLERANCES["f32-engine"], provider)
-    return build_form(request, AS_EXPORTED, SILENT)
+    request = Request(model, output, threads, None, reference, TOLERANCES["f32-engine"])
+    return build_form(request, [OrtForm(provider=provider)], SILENT)

@@ -46,13 +46,9 @@ def test_threads_are_every_usable_core_unless_told(model: Path) -> None:
     ("kind", "provider", "hint"),
     [("dynamic", "openvino", "--calib-data"), ("dynamic", "cuda", "out"), ("static", "cuda", "out")],
 )
-def test_int8_that_a_provider_gains_nothing_from_is_refused(
-    kind: Int8, provider: ProviderName, hint: str, model: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    names = ["OpenVINOExecutionProvider", "CUDAExecutionProvider"]
-    monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: names)
+def test_int8_that_a_provider_gains_nothing_from_is_refused(kind: Int8, provider: ProviderName, hint: str) -> None:
     with pytest.raises(ConfigError, match=rf"{kind} INT8 is built for provider {provider}.*{hint}"):
-        build_ort(model, model.with_name("x.ort.onnx"), threads=1, form=OrtForm(int8=kind), provider=provider)
+        OrtForm(int8=kind, provider=provider)
 
 
 def test_the_version_is_that_of_the_onnx_runtime_that_is_loaded(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:

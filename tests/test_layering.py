@@ -45,7 +45,7 @@ LAYERS: dict[str, set[str]] = {
     "engines": {"accuracy", "artifact", "devices", "errors", "images", "parity"},
     "ort_tools": set(),
     "activation_ranges": {"artifact", "engines", "errors", "folder", "images", "observer", "ort_tools", "source"},
-    "ort_form": set(),
+    "ort_form": {"engines", "errors"},
     "ort_int8": {"errors", "graph", "ort_tools"},
     "ort_model": {
         *("activation_ranges", "artifact", "errors", "graph", "observer", "ort_form", "ort_int8", "passes"),

@@ -17,7 +17,7 @@ from eamdeploy.engines.base import Manifest, TriedForm, manifest_path
 from eamdeploy.engines.registry import open_runner
 from eamdeploy.errors import ConfigError, EngineError, ParityError, UnsupportedGraph
 from eamdeploy.observer import SILENT
-from eamdeploy.ort_build import Request, build_fastest, fastest
+from eamdeploy.ort_build import Request, build, fastest
 from eamdeploy.ort_form import AS_EXPORTED, OrtForm, candidates
 from eamdeploy.ort_model import convert
 from eamdeploy.parity import TOLERANCES, ReferenceSet, reference_path
@@ -27,6 +27,7 @@ from eamdeploy.source import ImageSource
 QUICK = Schedule(warmup_ms=0, min_seconds=0, min_runs=8, sittings=2)
 FUSED = OrtForm(fused_attention=True)
 STATIC = OrtForm(int8="static")
+ON_OPENVINO = OrtForm(int8="static", provider="openvino")
 
 
 @pytest.fixture
@@ -47,14 +48,14 @@ def calibration(pictures: Path, tmp_path: Path) -> Calibration:
     return Calibration(ImageSource(pictures), cache=tmp_path / "ranges.json")
 
 
-def request(model: Path, calibration: Calibration | None = None, tolerance: str = "f32-engine") -> Request:
+def request(model: Path, calibration: Calibration | None = None) -> Request:
     return Request(
         model=model,
         output=model.with_name("x.ort.onnx"),
         threads=1,
         calibration=calibration,
         reference=ReferenceSet.load(reference_path(model)),
-        tolerance=TOLERANCES[tolerance],
+        reduced=TOLERANCES["f32-engine"],  # that no INT8 form keeps
     )
 
 
@@ -84,7 +85,7 @@ def test_every_form_is_built_checked_and_named(
     engine = model.with_name("x.ort.onnx")
     reduced = 75.0 if form.int8 else None
     images = calibration if form.int8 == "static" else None
-    manifest = build_ort(model, engine, form=form, threads=1, calibration=images, min_agreement=reduced)
+    manifest = build_ort(model, engine, forms=[form], threads=1, calibration=images, min_agreement=reduced)
     assert manifest.card is not None and manifest.card.rewrites[-len(rewrites) :] == rewrites
     assert manifest.parity is not None and manifest.parity.passed and manifest.tried is None
     assert operator in operators(engine)
@@ -95,20 +96,22 @@ def test_every_form_is_built_checked_and_named(
 
 def test_ranges_are_kept_beside_the_engine_and_used_again(model: Path, pictures: Path) -> None:
     engine = model.with_name("x.ort.onnx")
-    build_ort(model, engine, form=STATIC, calibration=Calibration(ImageSource(pictures)), min_agreement=0)
+    build_ort(model, engine, forms=[STATIC], calibration=Calibration(ImageSource(pictures)), min_agreement=0)
     kept = engine.with_name("x.ort.onnx.ranges.json")
     written = kept.stat().st_mtime_ns
-    build_ort(model, engine, form=STATIC, calibration=Calibration(ImageSource(pictures)), min_agreement=0)
+    build_ort(model, engine, forms=[STATIC], calibration=Calibration(ImageSource(pictures)), min_agreement=0)
     assert kept.stat().st_mtime_ns == written
 
 
-def test_candidates_are_the_forms_that_the_options_allow() -> None:
-    assert candidates(int8=False, calibrated=False) == [AS_EXPORTED, FUSED]
-    assert [form.name for form in candidates(int8=True, calibrated=False)] == [
-        "dynamic INT8",
-        "fused attention, dynamic INT8",
+def test_candidates_are_the_forms_that_the_options_and_providers_allow() -> None:
+    assert candidates(["cpu"], int8=False, calibrated=False) == [AS_EXPORTED, FUSED]
+    assert [form.name for form in candidates(["cpu", "openvino"], int8=False, calibrated=False)] == [
+        *("as exported", "fused attention", "as exported on openvino"),
     ]
-    assert {form.int8 for form in candidates(int8=True, calibrated=True)} == {"dynamic", "static"}
+    assert {form.int8 for form in candidates(["cpu"], int8=True, calibrated=False)} == {"dynamic"}
+    assert {form.int8 for form in candidates(["cpu"], int8=True, calibrated=True)} == {"dynamic", "static"}
+    with pytest.raises(ConfigError, match=r"no form to try on openvino.*--calib-data"):
+        candidates(["openvino"], int8=True, calibrated=False)
 
 
 def speed_up(median: float, margin: float) -> SpeedUp:
@@ -125,7 +128,7 @@ def test_a_later_form_is_kept_only_where_it_is_faster_for_certain() -> None:
 
 def test_tuning_keeps_one_form_and_all_times(model: Path) -> None:
     asked = request(model)
-    manifest = build_fastest(asked, candidates(int8=False, calibrated=False), SILENT, QUICK)
+    manifest = build(asked, candidates(["cpu"], int8=False, calibrated=False), SILENT, QUICK)
     assert Manifest.read(manifest_path(asked.output)) == manifest
     assert names(manifest) == ["as exported", "fused attention"] and manifest.tried is not None
     first, second = manifest.tried
@@ -136,9 +139,8 @@ def test_tuning_keeps_one_form_and_all_times(model: Path) -> None:
 
 
 def test_a_form_that_fails_the_gate_is_named_and_never_chosen(model: Path, calibration: Calibration) -> None:
-    """INT8 is no match for FP32's tolerance."""
     asked = request(model, calibration)
-    manifest = build_fastest(asked, [AS_EXPORTED, OrtForm(int8="dynamic"), STATIC], SILENT, QUICK)
+    manifest = build(asked, [AS_EXPORTED, OrtForm(int8="dynamic"), STATIC], SILENT, QUICK)
     assert manifest.tried is not None
     assert [(tried.chosen, tried.p50_ms is None) for tried in manifest.tried] == [
         (True, False),
@@ -155,7 +157,7 @@ def test_where_no_form_passes_nothing_is_written_and_the_first_reason_given(mode
     np.savez_compressed(reference_path(model), **loaded)
     asked = request(model)
     with pytest.raises(ParityError):
-        build_fastest(asked, [AS_EXPORTED, FUSED], SILENT, QUICK)
+        build(asked, [AS_EXPORTED, FUSED], SILENT, QUICK)
     assert not asked.output.exists() and not manifest_path(asked.output).exists()
 
 
@@ -196,19 +198,29 @@ def test_an_old_manifest_without_what_was_tried_is_still_read(model: Path) -> No
 @needs_openvino
 def test_static_int8_on_openvino(model: Path, calibration: Calibration) -> None:
     engine = model.with_name("x.ov.onnx")
-    manifest = build_ort(
-        *(model, engine), threads=1, form=STATIC, calibration=calibration, min_agreement=0, provider="openvino"
-    )
+    manifest = build_ort(model, engine, threads=1, forms=[ON_OPENVINO], calibration=calibration, min_agreement=0)
     assert manifest.provider == "openvino" and manifest.settings["session.disable_quant_qdq"] == "0"
     with open_runner(engine) as runner:
         assert len(runner.layer_times(np.zeros((1, *runner.io.input_shape[1:]), np.float32), 1)) == 1
 
 
-def test_tuning_tries_the_kinds_of_int8_that_suit_the_provider(
-    model: Path, calibration: Calibration, monkeypatch: pytest.MonkeyPatch
+def test_the_command_line_tunes_on_all_providers_or_on_the_one_that_is_named(
+    model: Path, pictures: Path, run_cli: RunCli, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     tried: list[list[OrtForm]] = []
-    monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: ["OpenVINOExecutionProvider"])
-    monkeypatch.setattr("eamdeploy.ort_build.build_fastest", lambda request, forms, observer: tried.append(forms))
-    build_ort(model, model.with_name("x.onnx"), form=STATIC, calibration=calibration, tune=True, provider="openvino")
-    assert tried == [[STATIC, OrtForm(fused_attention=True, int8="static")]]
+
+    def build(request: Request, forms: list[OrtForm], observer: object) -> Manifest:
+        tried.append(forms)
+        raise ConfigError("that is enough")
+
+    available = ["OpenVINOExecutionProvider", "CPUExecutionProvider"]
+    monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: available)
+    monkeypatch.setattr("eamdeploy.ort_build.build", build)
+    tune = ["build-ort", model, "-o", model.with_name("x.onnx"), "--tune", "--int8", "--calib-data", pictures]
+    assert run_cli(*tune).code == run_cli(*tune, "--provider", "openvino").code == 2
+    everywhere, there = tried
+    assert [form.name for form in everywhere] == [
+        *("dynamic INT8", "fused attention, dynamic INT8", "static INT8", "fused attention, static INT8"),
+        "static INT8 on openvino",
+    ]
+    assert there == [ON_OPENVINO]

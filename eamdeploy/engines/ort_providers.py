@@ -83,6 +83,7 @@ class Provider:
         beside: providers, by ONNX Runtime's names, that take what it can't before the CPU gets that.
         on_gpu: it computes on a GPU.
         int8: the kinds of INT8 that are worth building for it; see `ort_form`.
+        fused_attention: it has ONNX Runtime's operator MultiHeadAttention.
     """
 
     ort_name: str
@@ -95,6 +96,7 @@ class Provider:
     beside: tuple[str, ...] = ()
     on_gpu: bool = False
     int8: tuple[Literal["dynamic", "static"], ...] = ()
+    fused_attention: bool = False
 
 
 PROVIDERS: Mapping[ProviderName, Provider] = MappingProxyType(
@@ -111,6 +113,7 @@ PROVIDERS: Mapping[ProviderName, Provider] = MappingProxyType(
                 }
             ),
             int8=("dynamic", "static"),
+            fused_attention=True,
         ),
         "openvino": Provider(
             "OpenVINOExecutionProvider",
@@ -137,6 +140,7 @@ PROVIDERS: Mapping[ProviderName, Provider] = MappingProxyType(
             settings=MappingProxyType({"graph_optimization_level": "all", "session.disable_quant_qdq": "1"}),
             options=MappingProxyType({"use_tf32": "0"}),
             on_gpu=True,
+            fused_attention=True,
         ),
         "tensorrt": Provider(
             "TensorrtExecutionProvider",

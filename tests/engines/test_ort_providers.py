@@ -124,7 +124,7 @@ def load(model: Path, provider: ProviderName, settings: dict[str, str] | None = 
 
 
 def test_every_name_of_the_command_line_is_in_the_table() -> None:
-    assert get_type_hints(cli.build_ort)["provider"] == ProviderName
+    assert get_type_hints(cli.build_ort)["provider"] == ProviderName | None
     assert set(get_args(ProviderName)) == PROVIDERS.keys()
     assert len({provider.ort_name for provider in PROVIDERS.values()}) == len(PROVIDERS)
 
