@@ -40,7 +40,9 @@ class Flavour:
 FLAVOURS = (
     Flavour("FP32", "onnxruntime", "fp32", lambda model, engine, study: build_ort(model, engine)),
     # accuracy is a column of its own here, so the gate may pass anything
-    Flavour("INT8", "onnxruntime", "int8", PLACEHOLDER),
+    Flavour(
+        "INT8", "onnxruntime", "int8", PLACEHOLDER
+    ),
 )
 
 
