@@ -174,8 +174,5 @@ def _failure(what: str, log: BuildLog, facts: ModelFacts) -> EngineError:
     said = log.last_errors()
     node = node_named(said, facts.nodes)
     at = "" if node is None else f", at {node}"
-    return EngineError(
-        f"{what}{at}: {said}; free: {free_memory()}",
-        hint=f"{_known(said)}The whole log lies beside the engine (*.log). If memory is short: --workspace, or a smaller "
-        "--max-batch.",
-    )
+    usual = "The whole log lies beside the engine (*.log). If memory is short: --workspace, or a smaller --max-batch."
+    return EngineError(f"{what}{at}: {said}; free: {free_memory()}", hint=f"{_known(said)}{usual}")

@@ -22,12 +22,12 @@ Note = Callable[[str], None]
 def load_cache(config: Any, path: Path, note: Note) -> bool:
     """The builder's configuration uses the measurements in the file, or starts without any and says why.
 
-    Returns:
-        Whether measurements were handed over; TensorRT may still refuse them in the build.
-
     Args:
         config: an IBuilderConfig.
         note: is told when a file is damaged, or of another TensorRT or GPU.
+
+    Returns:
+        Whether measurements were handed over; TensorRT may still leave them unused.
     """
     data = _read(path)
     cache = _make(config, data) if data else None

@@ -115,7 +115,7 @@ def _dynamic_axes(graph: GraphView, can: Capabilities) -> Iterator[Place]:
 def _expanded_tokens(graph: GraphView, can: Capabilities) -> Iterator[Place]:
     """A class token, repeated as often as an open axis of some tensor says, is joined with another tensor than that.
 
-    TorchScript's exporter asks the patches for their number, and the parser takes that; the other asks the image.
+    TorchScript's exporter asks the patches for their number, which 8.6.0 took; the dynamo exporter asks the image.
     """
     if can.expanded_tokens:
         return
@@ -126,22 +126,20 @@ def _expanded_tokens(graph: GraphView, can: Capabilities) -> Iterator[Place]:
                 continue
             measured = _measured(graph, writer.input[1])
             if measured and not measured & set(node.input):
-                asked = ", ".join(sorted(measured))
-                yield Place(
-                    name_of(node),
-                    f"joins {name}, which is repeated as {asked} says, expected as a tensor says "
-                    "that it is joined with",
-                )
+                what = f"joins {name}, which is repeated as {', '.join(sorted(measured))} says"
+                yield Place(name_of(node), f"{what}, expected as a tensor says that it is joined with")
 
 
 def _measured(graph: GraphView, name: str) -> set[str]:
     """Tensors with an open axis whose Shape the values of a tensor depend on."""
-    found, names, seen = set(), [name], set()
+    found: set[str] = set()
+    names, seen = [name], set[str]()
     while names:
-        writer = graph.writer.get(names.pop())
-        if writer is None or name_of(writer) in seen:
+        current = names.pop()
+        writer = graph.writer.get(current)
+        if writer is None or current in seen:
             continue
-        seen.add(name_of(writer))
+        seen.add(current)
         if writer.op_type != "Shape":
             names += writer.input
         elif not all(isinstance(size, int) for size in graph.shapes.get(writer.input[0], (None,))):

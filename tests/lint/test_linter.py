@@ -367,8 +367,8 @@ CLEAN: dict[str, tuple[onnx.ModelProto, tuple[str, ...]]] = {
     ),
     "token for as many as the patches are": (
         model(
-            "p = Relu (x) n = Shape <start = 0, end = 1> (p) s = Concat <axis = 0> (n, one, size) e = Expand (token, s) "
-            "y = Concat <axis = 1> (e, p)",
+            "p = Relu (x) n = Shape <start = 0, end = 1> (p) s = Concat <axis = 0> (n, one, size) "
+            "e = Expand (token, s) y = Concat <axis = 1> (e, p)",
             **TOKEN,
             outputs="float[B,5,6] y",
         ),
