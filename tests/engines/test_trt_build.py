@@ -247,7 +247,9 @@ def test_int8_constants_in_an_fp16_engine_of_8_6_fail_with_what_is_known(
 def test_class_token_that_8_6_cannot_join_fails_with_what_is_known(ten: Workshop) -> None:
     said = "[graphShapeAnalyzer.cpp] Error Code 4: Miscellaneous (node_cat: error while computing output extent)"
     ten.machine.trt.fake.parse_error = said
-    with pytest.raises(EngineError, match=r"output extent\)\. TensorRT 8\.6\.0 can't join a class token.*`eamdeploy lint"):
+    with pytest.raises(
+        EngineError, match=r"output extent\)\. TensorRT 8\.6\.0 can't join a class token.*`eamdeploy lint"
+    ):
         ten.build()
 
 
