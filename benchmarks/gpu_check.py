@@ -27,7 +27,7 @@ from eamdeploy.artifact import Record
 from eamdeploy.engines.base import EngineLayers, Manifest, utc_now
 from eamdeploy.engines.provenance import machine_summary, package_versions
 from eamdeploy.engines.trt import require_device
-from eamdeploy.engines.trt_request import TrtOptions
+from eamdeploy.engines.trt_request import KeepFp32, TrtOptions
 from eamdeploy.errors import EamDeployError, ExitCode
 from eamdeploy.parity import reference_path
 from eamdeploy.profiling.profile import Extras, Profile
@@ -46,11 +46,11 @@ class Case:
 
     model: str
     precision: Precision
-    keep_fp32: Literal["norm-softmax", "norm", "none"] = "norm-softmax"
+    keep_fp32: KeepFp32 = "auto"
 
     @property
     def name(self) -> str:
-        suffix = "" if self.keep_fp32 == "norm-softmax" else f"-keep-{self.keep_fp32}"
+        suffix = "" if self.keep_fp32 == "auto" else f"-keep-{self.keep_fp32}"
         return f"{self.model}-{self.precision}{suffix}"
 
 
@@ -58,12 +58,11 @@ class Case:
 GROUPS: tuple[tuple[Case, ...], ...] = (
     (
         Case("deit-base", "fp16"),
-        Case("deit-heads-20", "fp16"),
-        Case("deit-base", "fp16", "none"),
         Case("deit-stock", "fp16"),
-        Case("deit-base-int8", "int8", "none"),
+        Case("deit-heads-20", "fp16"),
+        Case("deit-base", "fp16", "norm-softmax"),
         Case("deit-base-int8", "int8"),
-        Case("deit-heads-20-int8", "int8", "none"),
+        Case("deit-heads-20-int8", "int8"),
         Case("deit-heads-50", "fp16"),
         Case("deit-heads-100", "fp16"),
         Case("deit-layers-25", "fp16"),

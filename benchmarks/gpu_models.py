@@ -37,7 +37,7 @@ from eamdeploy.host.stock_export import export_stock
 from eamdeploy.parity import reference_path
 from eamdeploy.source import ImageSource
 
-OLDEST = TrtVersion.parse("8.6")
+FORM = TrtVersion.parse("10.3")  # INT8 maps at opset 17: `build-trt` makes floats of them where they must be
 REFERENCE_IMAGES = 32
 DEIT, SWIN = "deit_tiny_patch16_224", "swin_tiny_patch4_window7_224"
 MANTISSA_BITS = 4  # of random weights: they mean nothing, and so they pack well
@@ -91,7 +91,7 @@ def _make_deit(folder: Path, weights: Path | None, images: ImageSource, score_im
         checkpoint, output = work / f"{name}.eam.safetensors", folder / f"deit-{name}.onnx"
         checkpoints.save(subset(frozen, chosen), checkpoint)
         baseline = folder / "deit-base.onnx" if name == "heads-20" else None
-        export(checkpoint, output, baseline=baseline, trt=OLDEST, images=reference)
+        export(checkpoint, output, baseline=baseline, trt=FORM, images=reference)
     for name in ("base", "heads-20"):
         _quantize(folder / f"deit-{name}.onnx", folder / f"deit-{name}-int8.onnx", replace(images, limit=64))
     # TensorRT 8.6.0 refuses the dynamo exporter's class token: "node_cat: error while computing output extent"
@@ -104,12 +104,12 @@ def _make_swin(folder: Path, images: ImageSource, work: Path) -> None:
     state = load_model(ModelSpec(SWIN, RANDOM)).state_dict()
     save_file({name: rounded(tensor.numpy()) for name, tensor in state.items()}, weights)
     freeze(ModelSpec(SWIN, str(weights)), images, checkpoint, FreezeOptions(sparsity=0.2, score="variance"))
-    export(checkpoint, folder / "swin-heads-20.onnx", baseline=folder / "swin-base.onnx", trt=OLDEST)
+    export(checkpoint, folder / "swin-heads-20.onnx", baseline=folder / "swin-base.onnx", trt=FORM)
 
 
 def _quantize(model: Path, output: Path, images: ImageSource) -> None:
     """The model in INT8, as `build-trt --int8` would have it, with the reference set of the model itself."""
-    plan_trt_build(model, TrtOptions(int8=True), OLDEST, calibration=Calibration(images), onnx_output=output)
+    plan_trt_build(model, TrtOptions(int8=True), FORM, calibration=Calibration(images), onnx_output=output)
     reference_path(output).write_bytes(reference_path(model).read_bytes())
 
 

@@ -389,8 +389,9 @@ def build_trt(
     calib_cache: options.CalibCache = None,
     skip_bad: options.SkipBad = False,
     keep_fp32: Annotated[
-        Literal["norm-softmax", "norm", "none"], typer.Option(help="What stays FP32 with --fp16 or --bf16.")
-    ] = "norm-softmax",
+        Literal["auto", "norm-softmax", "norm", "none"],
+        typer.Option(help="What stays FP32 with --fp16 or --bf16; auto: LayerNorms that are spelled out."),
+    ] = "auto",
     workspace: options.Workspace = None,
     timing_cache: Annotated[
         Path | None, typer.Option(help="Measurements kept between builds; builds at the same time may share it.")

@@ -130,11 +130,12 @@ def compare(reference: NDArray[np.float32], got: NDArray[np.float32], tolerance:
     return _report(tolerance, len(got), max_abs, max_abs / span if span > 0 else None, where, agreement, reasons)
 
 
-def require(report: ParityReport, what: str) -> None:
+def require(report: ParityReport, what: str, hint: str | None = None) -> None:
     """The report passed.
 
     Args:
         what: what was compared, for the message: "x.ort.onnx against its reference set".
+        hint: what to try when it did not pass, besides a look at the model; None for nothing.
 
     Raises:
         ParityError: it did not; the message has its numbers.
@@ -146,7 +147,7 @@ def require(report: ParityReport, what: str) -> None:
         f"parity of {what} failed at tolerance {report.tolerance}: {report.reason}"
         f" (worst at image {image}, class {klass}; {report.n} images, first class equal for"
         f" {report.top1_agreement:.4g} %)",
-        hint="Don't use it; compare the ONNX model with its checkpoint to find where they part.",
+        hint=f"Don't use it; {hint or ''}compare the ONNX model with its checkpoint to find where they part.",
     )
 
 

@@ -47,9 +47,7 @@ def to_half(model: onnx.ModelProto, kinds: Sequence[str]) -> onnx.ModelProto:
     named.CopyFrom(model)
     for index, node in enumerate(named.graph.node):
         node.name = node.name or f"{node.op_type}_{index}"
-    steps = [
-        Step(_KINDS.get(node.op_type, node.op_type), tuple(node.input), tuple(node.output)) for node in named.graph.node
-    ]
+    steps = _steps(named)
     float16 = import_tool("transformers.float16")
     half: onnx.ModelProto = float16.convert_float_to_float16(
         named,
@@ -65,6 +63,18 @@ def to_half(model: onnx.ModelProto, kinds: Sequence[str]) -> onnx.ModelProto:
     del half.graph.node[:], half.graph.value_info[:]
     half.graph.node.extend(copies)
     return half
+
+
+def has_decomposed_norms(model: onnx.ModelProto) -> bool:
+    """Whether a LayerNorm is spelled out in `model`: TensorRT before 8.6 and operator sets before 17 know no other."""
+    steps = _steps(model)
+    return any(steps[index].kind != "normalization" for index in steps_to_keep(steps, ("normalization",)))
+
+
+def _steps(model: onnx.ModelProto) -> list[Step]:
+    return [
+        Step(_KINDS.get(node.op_type, node.op_type), tuple(node.input), tuple(node.output)) for node in model.graph.node
+    ]
 
 
 def _with_float_scales(model: onnx.ModelProto) -> list[str]:

@@ -6,6 +6,7 @@ wheels for Arm; one that only runs engines needs neither.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import onnx
@@ -13,7 +14,7 @@ import onnx.version_converter
 
 from eamdeploy.activation_ranges import Calibration, measure_ranges
 from eamdeploy.artifact import ModelCard, digest_bytes
-from eamdeploy.engines.trt_request import FrozenMap, ModelFacts, TrtModel, TrtOptions, kept_kinds
+from eamdeploy.engines.trt_request import FrozenMap, ModelFacts, TrtModel, TrtOptions, kept_kinds, what_stays_fp32
 from eamdeploy.engines.trt_versions import TrtVersion, capabilities
 from eamdeploy.errors import ConfigError, EngineError, UnsupportedGraph
 from eamdeploy.graph.model import card_of, to_graph, to_model, with_card
@@ -21,7 +22,7 @@ from eamdeploy.observer import SILENT, Observer
 from eamdeploy.passes.base import PlannedPass, run_passes
 from eamdeploy.passes.quantize_products import QuantizeProducts, calibrated_tensors
 from eamdeploy.trt_flavour import to_trt
-from eamdeploy.trt_half import HALF_SCALES_OPSET, to_half
+from eamdeploy.trt_half import HALF_SCALES_OPSET, has_decomposed_norms, to_half
 
 _VIEWS = frozenset({"Reshape", "Cast", "Identity", "Transpose", "Unsqueeze", "Expand"})
 _TEXT = {
@@ -65,7 +66,8 @@ def prepare(
     if calibration is not None:
         model, text = _quantize(model, card, calibration, path, observer)
         changes.append(text)
-    kept = kept_kinds(options)
+    decomposed = has_decomposed_norms(model)
+    kept = kept_kinds(what_stays_fp32(options, decomposed_norms=decomposed))
     if options.precision == "fp16" and capabilities(version).strongly_typed == "always":
         if options.int8:
             model = _raise_opset(model)
@@ -77,7 +79,7 @@ def prepare(
         digest=digest_bytes(data),
         data=model.SerializeToString(),
         card=card,
-        facts=_facts(model, maps, path, requantized),
+        facts=replace(_facts(model, maps, path, requantized), decomposed_norms=decomposed),
         changes=tuple(changes),
     )
 

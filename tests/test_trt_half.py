@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper
 from onnx.reference import ReferenceEvaluator
 
-from eamdeploy.trt_half import to_half
+from eamdeploy.trt_half import has_decomposed_norms, to_half
 
 BOTH = ("normalization", "softmax")
 
@@ -65,6 +65,11 @@ def test_layer_norm_of_large_values_survives(whole: bool) -> None:
     half = to_half(model, BOTH)
     onnx.checker.check_model(half, full_check=True)
     np.testing.assert_allclose(run(half, IMAGES), run(model, IMAGES), atol=2e-3)
+
+
+def test_a_layer_norm_that_is_spelled_out_is_told_from_a_whole_one() -> None:
+    assert has_decomposed_norms(layer_norm_model(whole=False))
+    assert not has_decomposed_norms(layer_norm_model(whole=True))
 
 
 def test_without_keeping_anything_squares_overflow() -> None:

@@ -325,8 +325,13 @@ def publish(output: Path, data: bytes, manifest: Manifest) -> None:
         manifest_file.write((manifest.model_dump_json(indent=2) + "\n").encode())
 
 
-def check_against_reference(runner: Runner, reference: ReferenceSet, tolerance: Tolerance) -> ParityReport:
+def check_against_reference(
+    runner: Runner, reference: ReferenceSet, tolerance: Tolerance, hint: str | None = None
+) -> ParityReport:
     """The engine gives the reference's logits for the reference's images.
+
+    Args:
+        hint: as for `parity.require`.
 
     Raises:
         ConfigError: the images don't fit the engine, or the engine has no card to preprocess by.
@@ -347,7 +352,7 @@ def check_against_reference(runner: Runner, reference: ReferenceSet, tolerance: 
     images = network_input(reference.pixels, runner.card.preprocessing, takes_pixels=runner.io.takes_pixels)
     predict = with_fixed_batch(runner.infer, runner.io.batch or min(_GATE_BATCH, len(images)))
     report = compare(reference.logits, predict(images), tolerance)
-    require(report, what)
+    require(report, what, hint)
     return report
 
 

@@ -209,7 +209,8 @@ def _run(
     changes: dict[str, Any] = {}
     with TrtRunner(loaded, cuda, manifest) as runner:
         if reference is not None:
-            changes["parity"] = check_against_reference(runner, reference, gate)
+            hint = None if request.keep_fp32 in (None, "norm-softmax") else _KEEP_MORE
+            changes["parity"] = check_against_reference(runner, reference, gate, hint)
         if request.layer_profile and manifest.device is not None:
             images = np.zeros((runner.opt_batch, *runner.io.input_shape[1:]), np.float32)
             times = runner.layer_times(images)
@@ -291,4 +292,5 @@ def require_fitting(engine: Path, built: DeviceBuild, version: TrtVersion, gpu: 
         )
 
 
+_KEEP_MORE = "try --keep-fp32 norm-softmax, or "
 _AGAIN = "Build it again on this machine with `eamdeploy build-trt`."

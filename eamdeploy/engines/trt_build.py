@@ -16,6 +16,13 @@ from eamdeploy.engines.trt_precision import Step, steps_to_keep
 from eamdeploy.engines.trt_request import BuilderRequest, ModelFacts
 from eamdeploy.errors import EngineError
 
+# What TensorRT says, and what to try; found with 8.6.0 on an H100 (docs/results.md).
+_HINTS = {
+    "params.weights.type() != DataType::kINT8": "TensorRT 8.6.0 without cuBLAS built no FP16 engine with INT8 "
+    "constants: see that cuBLAS is installed, or leave --int8 or --fp16 out.",
+    "error while computing output extent": "TensorRT 8.6.0 can't join a class token that was repeated for a dynamic "
+    "batch: export with eamdeploy, with a fixed batch, or by torch's TorchScript exporter.",
+}
 _STATISTICS = frozenset({"mean", "square root", "add", "subtract", "multiply", "power"})
 
 # Kinds of layers by TensorRT's names; those with operations are told apart by `op`.
@@ -64,9 +71,10 @@ def build_plan(
     if request.fp32_layers:
         _keep_fp32(trt, network, request)
     cache = None if request.timing_cache is None else Path(request.timing_cache)
-    if cache is not None:
-        load_cache(config, cache, note)
+    handed_over = cache is not None and load_cache(config, cache, note)
     plan = builder.build_serialized_network(network, config)
+    if handed_over and log.cache_refused:
+        note(f"timing cache {cache}: TensorRT said that it will not be used, and went on without")
     if plan is None:
         raise _failure("TensorRT could not build an engine", log, facts)
     if cache is not None:
@@ -91,10 +99,16 @@ def _parse(trt: Any, network: Any, logger: Any, model: bytes, facts: ModelFacts,
         number = error.node()
         where = " ".join(facts.nodes[number]) if 0 <= number < len(facts.nodes) else "the model"
         errors.append(f"{where}: {' '.join(error.desc().split())}")
+    said = " | ".join(errors) or log.last_errors()
     raise EngineError(
-        f"TensorRT's parser can't read the model: {' | '.join(errors) or log.last_errors()}",
-        hint="`eamdeploy lint MODEL.onnx` names rules that the model breaks.",
+        f"TensorRT's parser can't read the model: {said}",
+        hint=f"{_known(said)}`eamdeploy lint MODEL.onnx` names rules that the model breaks.",
     )
+
+
+def _known(said: str) -> str:
+    """What to try against failures that were met before; empty for others."""
+    return "".join(f"{hint} " for fragment, hint in _HINTS.items() if fragment in said)
 
 
 def _configure(trt: Any, config: Any, request: BuilderRequest) -> None:
@@ -160,7 +174,5 @@ def _failure(what: str, log: BuildLog, facts: ModelFacts) -> EngineError:
     said = log.last_errors()
     node = node_named(said, facts.nodes)
     at = "" if node is None else f", at {node}"
-    return EngineError(
-        f"{what}{at}: {said}; free: {free_memory()}",
-        hint="The whole log lies beside the engine (*.log). If memory is short: --workspace, or a smaller --max-batch.",
-    )
+    usual = "The whole log lies beside the engine (*.log). If memory is short: --workspace, or a smaller --max-batch."
+    return EngineError(f"{what}{at}: {said}; free: {free_memory()}", hint=f"{_known(said)}{usual}")

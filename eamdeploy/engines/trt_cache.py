@@ -19,20 +19,24 @@ from eamdeploy.errors import ConfigError
 Note = Callable[[str], None]
 
 
-def load_cache(config: Any, path: Path, note: Note) -> None:
+def load_cache(config: Any, path: Path, note: Note) -> bool:
     """The builder's configuration uses the measurements in the file, or starts without any and says why.
 
     Args:
         config: an IBuilderConfig.
         note: is told when a file is damaged, or of another TensorRT or GPU.
+
+    Returns:
+        Whether measurements were handed over; TensorRT may still leave them unused.
     """
     data = _read(path)
     cache = _make(config, data) if data else None
     if cache is not None and config.set_timing_cache(cache, False):
-        return
+        return True
     if data:
         note(f"timing cache {path} is damaged, or of another TensorRT or GPU: not used, and replaced after the build")
     config.set_timing_cache(_make(config, b""), False)
+    return False
 
 
 def save_cache(config: Any, path: Path, note: Note) -> None:

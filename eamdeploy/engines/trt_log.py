@@ -25,6 +25,8 @@ _LEVELS = {
     "VERBOSE": logging.DEBUG,
 }
 _KEPT_ERRORS = 3
+# 8.6.0 said these as errors from the second build with a cache on, and built: they are no reason for a failure.
+_CACHE_ERRORS = ("myelinCache.h::deserializeFromBuffer", "The timing cache will not be used!")
 _SHOWN_CHARACTERS = 300
 
 
@@ -35,7 +37,8 @@ class BuildLog:
         path: file that gets every message from INFO up, as they come; None for no file.
 
     Attributes:
-        errors: the last error messages, oldest first.
+        errors: the last error messages, oldest first, but for those about a timing cache.
+        cache_refused: whether TensorRT said that it goes on without the timing cache.
 
     Raises:
         ConfigError: the file can't be made.
@@ -43,6 +46,7 @@ class BuildLog:
 
     def __init__(self, path: Path | None = None) -> None:
         self.errors: deque[str] = deque(maxlen=_KEPT_ERRORS)
+        self.cache_refused = False
         self._file: IO[str] | None = None
         if path is not None:
             try:
@@ -53,7 +57,9 @@ class BuildLog:
     def add(self, severity: str, message: str) -> None:
         """Notes one message; `severity` is TensorRT's name for it."""
         level = _LEVELS.get(severity, logging.INFO)
-        if level >= logging.ERROR:
+        if any(text in message for text in _CACHE_ERRORS):
+            self.cache_refused = True
+        elif level >= logging.ERROR:
             self.errors.append(message)
         if self._file is not None and level >= logging.INFO:
             try:

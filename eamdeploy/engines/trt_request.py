@@ -23,11 +23,12 @@ from eamdeploy.engines.trt_versions import Capabilities, TrtVersion, capabilitie
 from eamdeploy.errors import ConfigError
 
 Precision = Literal["fp32", "fp16", "bf16"]
-KeepFp32 = Literal["norm-softmax", "norm", "none"]
+Kept = Literal["norm-softmax", "norm", "none"]
+KeepFp32 = Literal["auto", "norm-softmax", "norm", "none"]
 
 _MAX_LEVEL = 5
 _DEFAULT_MAX_BATCH = 8
-_KEPT: dict[KeepFp32, tuple[str, ...]] = {
+_KEPT: dict[Kept, tuple[str, ...]] = {
     "norm-softmax": ("normalization", "softmax"),
     "norm": ("normalization",),
     "none": (),
@@ -41,7 +42,9 @@ class TrtOptions:
     Attributes:
         precision: the lowest floating-point type that layers may compute in.
         int8: run in INT8 what QuantizeLinear/DequantizeLinear in the model say, its own or those of calibration.
-        keep_fp32: what stays FP32 in an FP16 or BF16 engine.
+        keep_fp32: what stays FP32 in an FP16 or BF16 engine. "auto": LayerNorms that are spelled out, whose squares
+            overflow FP16; one that is a layer of its own computes in FP32 inside by default, and asking for more made
+            8.6.0 compute a whole DeiT in FP32 (docs/results.md).
         workspace_bytes: most memory that a layer may use while it runs; None for TensorRT's default, all of it.
         min_batch, opt_batch, max_batch: for a model with dynamic batch; None for the default.
         builder_level: 0 (fastest build) to 5 (longest search); None for TensorRT's default, 3.
@@ -52,7 +55,7 @@ class TrtOptions:
 
     precision: Precision = "fp32"
     int8: bool = False
-    keep_fp32: KeepFp32 = "norm-softmax"
+    keep_fp32: KeepFp32 = "auto"
     workspace_bytes: int | None = None
     timing_cache: Path | None = None
     min_batch: int | None = None
@@ -88,6 +91,7 @@ class ModelFacts:
         input_shape: [B, 3, H, W] of the one input; B is None when dynamic.
         nodes: operator and name of every node, by its number in the file.
         dequantizes: has DequantizeLinear; `quantizes`: has QuantizeLinear, so activations are quantized too.
+        decomposed_norms: has a LayerNorm that is spelled out in products and sums.
         requantized: frozen maps that got other codes than the checkpoint's, in words; empty for none.
     """
 
@@ -96,6 +100,7 @@ class ModelFacts:
     nodes: tuple[tuple[str, str], ...]
     dequantizes: bool
     quantizes: bool
+    decomposed_norms: bool = False
     maps: tuple[FrozenMap, ...] = ()
     requantized: tuple[str, ...] = ()
 
@@ -132,10 +137,11 @@ class BuilderRequest(Record):
 
     Attributes:
         tensorrt: the version asked.
+        keep_fp32: what stays FP32, by the option's names and never `auto`; None for an FP32 engine.
         model_changes: what is done to the ONNX file before the parser sees it.
         network_flags: members of NetworkDefinitionCreationFlag.
         set_flags, cleared_flags: members of BuilderFlag.
-        fp32_layers: kinds of layers whose precision is set to FP32 one by one.
+        fp32_layers: kinds of layers whose precision is set to FP32 one by one; none where the model's types decide.
         shapes: min, opt and max [B, 3, H, W] of the input, for the optimization profile; empty for a fixed batch.
         memory_pools: bytes by member of MemoryPoolType.
         hardware_compatibility_level: member of HardwareCompatibilityLevel.
@@ -143,6 +149,7 @@ class BuilderRequest(Record):
 
     tensorrt: str
     precision: Precision
+    keep_fp32: Kept | None
     int8: bool
     strongly_typed: bool
     model_changes: list[str]
@@ -200,13 +207,14 @@ def make_request(version: TrtVersion, options: TrtOptions, facts: ModelFacts, ch
     return BuilderRequest(
         tensorrt=str(version),
         precision=options.precision,
+        keep_fp32=what_stays_fp32(options, decomposed_norms=facts.decomposed_norms),
         int8=options.int8,
         strongly_typed=can.strongly_typed == "always",
         model_changes=changes,
         network_flags=["EXPLICIT_BATCH"] if can.explicit_batch == "required" else [],
         set_flags=_set_flags(can, options, facts),
         cleared_flags=["TF32"] if options.precision == "fp32" else [],
-        fp32_layers=list(kept_kinds(options)) if can.layer_precision else [],
+        fp32_layers=list(_constrained(can, options, facts)),
         batch=batch,
         shapes={} if batch is None else {facts.input_name: _shapes(batch, facts)},
         memory_pools={} if options.workspace_bytes is None else {"WORKSPACE": options.workspace_bytes},
@@ -218,9 +226,24 @@ def make_request(version: TrtVersion, options: TrtOptions, facts: ModelFacts, ch
     )
 
 
-def kept_kinds(options: TrtOptions) -> tuple[str, ...]:
-    """What stays FP32 of "normalization" and "softmax"; nothing needs to be kept in an FP32 engine."""
-    return () if options.precision == "fp32" else _KEPT[options.keep_fp32]
+def what_stays_fp32(options: TrtOptions, *, decomposed_norms: bool) -> Kept | None:
+    """What stays FP32 of a model with or without LayerNorms that are spelled out; None for an FP32 engine."""
+    if options.precision == "fp32":
+        return None
+    if options.keep_fp32 == "auto":
+        return "norm" if decomposed_norms else "none"
+    return options.keep_fp32
+
+
+def kept_kinds(kept: Kept | None) -> tuple[str, ...]:
+    """The same as kinds of `trt_precision.steps_to_keep`."""
+    return () if kept is None else _KEPT[kept]
+
+
+def _constrained(can: Capabilities, options: TrtOptions, facts: ModelFacts) -> tuple[str, ...]:
+    """Kinds of layers that are constrained one by one."""
+    kept = what_stays_fp32(options, decomposed_norms=facts.decomposed_norms)
+    return kept_kinds(kept) if can.layer_precision else ()
 
 
 def _require_possible(version: TrtVersion, can: Capabilities, options: TrtOptions) -> None:
@@ -250,7 +273,7 @@ def _set_flags(can: Capabilities, options: TrtOptions, facts: ModelFacts) -> lis
     if can.precision_flags:
         flags += [] if options.precision == "fp32" else [options.precision.upper()]
         flags += ["INT8"] if facts.dequantizes or facts.quantizes else []
-    if can.layer_precision and kept_kinds(options):
+    if _constrained(can, options, facts):
         flags.append("OBEY_PRECISION_CONSTRAINTS")
     if options.version_compatible:
         flags.append("VERSION_COMPATIBLE")

@@ -58,9 +58,11 @@ class Capabilities:
         max_opset: newest operator set it knows.
         layer_normalization, gelu, attention: whether it knows these operators.
         int8_constants: INT8 initializers in front of DequantizeLinear.
-        integer_maps: such a constant computes as a frozen map. On an H100, 8.6.0 could not build it in FP16
-            ("Assertion params.weights.type() != DataType::kINT8 failed"), and in FP32 computed it wrong without a word:
-            84 % of first classes equal (docs/results.md). Later ones were not tried; the gate watches.
+        integer_maps: such a constant builds as a frozen map in FP16 too. On an H100 without cuBLAS, 8.6.0 built it in
+            FP32 alone ("Assertion params.weights.type() != DataType::kINT8 failed"; docs/results.md). 10 and later were
+            not tried.
+        expanded_tokens: joins tokens with one that was repeated for as many images as another tensor has. 8.6.0 refused
+            it ("error while computing output extent"). 10 and later were not tried.
         optional_zero_point: DequantizeLinear with two inputs.
         half_scales: FP16 and BF16 scales (from opset 19), not FP32 alone.
         int4: INT4 constants, symmetric, in blocks (from opset 21).
@@ -86,6 +88,7 @@ class Capabilities:
     attention: bool = False
     int8_constants: bool = False
     integer_maps: bool = False
+    expanded_tokens: bool = False
     optional_zero_point: bool = False
     half_scales: bool = False
     int4: bool = False
@@ -114,6 +117,7 @@ _CHANGES: tuple[tuple[tuple[int, ...], dict[str, object]], ...] = (
             "max_opset": 20,
             "gelu": True,
             "integer_maps": True,
+            "expanded_tokens": True,
             "optional_zero_point": True,
             "half_scales": True,
             "int4": True,

@@ -112,6 +112,41 @@ def _dynamic_axes(graph: GraphView, can: Capabilities) -> Iterator[Place]:
             yield Place(value.name, f"the input's axes {open_axes} are dynamic: expected none but the batch, axis 0")
 
 
+def _expanded_tokens(graph: GraphView, can: Capabilities) -> Iterator[Place]:
+    """A class token, repeated as often as an open axis of some tensor says, is joined with another tensor than that.
+
+    TorchScript's exporter asks the patches for their number, which 8.6.0 took; the dynamo exporter asks the image.
+    """
+    if can.expanded_tokens:
+        return
+    for node in graph.ops("Concat"):
+        for name in node.input:
+            writer = graph.writer.get(name)
+            if writer is None or writer.op_type != "Expand":
+                continue
+            measured = _measured(graph, writer.input[1])
+            if measured and not measured & set(node.input):
+                what = f"joins {name}, which is repeated as {', '.join(sorted(measured))} says"
+                yield Place(name_of(node), f"{what}, expected as a tensor says that it is joined with")
+
+
+def _measured(graph: GraphView, name: str) -> set[str]:
+    """Tensors with an open axis whose Shape the values of a tensor depend on."""
+    found: set[str] = set()
+    names, seen = [name], set[str]()
+    while names:
+        current = names.pop()
+        writer = graph.writer.get(current)
+        if writer is None or current in seen:
+            continue
+        seen.add(current)
+        if writer.op_type != "Shape":
+            names += writer.input
+        elif not all(isinstance(size, int) for size in graph.shapes.get(writer.input[0], (None,))):
+            found.add(writer.input[0])
+    return found
+
+
 _EXPORT = "Export again with: eamdeploy export --target trt --trt VERSION."
 
 RULES = (
@@ -135,6 +170,13 @@ RULES = (
         _narrow_integers,
         "all",
         "Feed uint8 through one Cast to float32 at the input, or use INT8 behind DequantizeLinear.",
+    ),
+    Rule(
+        "expanded-tokens",
+        _expanded_tokens,
+        "below 10.0",
+        "Export with eamdeploy, whose pass add_position does without, with a fixed batch, or by torch's TorchScript "
+        "exporter.",
     ),
     Rule("dynamic-axes", _dynamic_axes, "all", "Export with fixed height and width; only the batch has a profile."),
 )

@@ -144,7 +144,10 @@ def _build(item: Sourced[Manifest], models: Mapping[str, str]) -> Command:
     }
     unknown = [] if model in models.values() else [f"the name of the model {manifest.model_digest}"]
     if manifest.device is not None:
-        unknown.append("--keep-fp32, --timing-cache and batch sizes, but for what the settings say")
+        kept = "keep_fp32" in manifest.settings or manifest.device.precision == "fp32"
+        unknown.append(
+            f"{'' if kept else '--keep-fp32, '}--timing-cache and batch sizes, but for what the settings say"
+        )
         if _calibration(manifest.device):
             unknown.append("where the calibration images lie, --calib-split, --calib-cache")
     return Command(item.file, command_line(f"build-{manifest.backend}", options, model), "; ".join(unknown))
@@ -156,6 +159,7 @@ def _trt_options(device: DeviceBuild, settings: Mapping[str, str]) -> dict[str, 
         "--bf16": device.precision == "bf16",
         "--int8": device.int8,
         **_calibration(device),
+        "--keep-fp32": settings.get("keep_fp32"),
         "--workspace": settings.get("memory_pools.WORKSPACE"),
         "--builder-level": settings.get("builder_optimization_level"),
         "--version-compatible": device.version_compatible,

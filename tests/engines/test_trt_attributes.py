@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 from fake_tensorrt import GENERATIONS
 from real_tensorrt import RELEASES, Release, attributes, find_python310, folder_of
-from trt_workshop import FROZEN, Workshop, make_workshop, named, with_softmax
+from trt_workshop import FROZEN, Workshop, make_workshop, named, with_int8_activations, with_softmax
 
 from eamdeploy.engines.registry import open_runner
 from eamdeploy.engines.trt_api import API, missing_attributes, require_api
@@ -47,6 +47,8 @@ def use_everything(workshop: Workshop) -> None:
             workshop.build(TrtOptions(**options), check=False)
         except EamDeployError as err:
             assert "BF16" in str(err)
+    workshop.save(named(with_int8_activations(FROZEN.to_onnx())))
+    workshop.build(TrtOptions(int8=True), check=False)
     with open_runner(workshop.engine) as runner:
         assert isinstance(runner, TrtRunner)
         runner.split(np.zeros((1, 3, 8, 8), np.float32), 1)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -12,8 +13,8 @@ import onnx
 import pytest
 from engine_models import CARD, FrozenModel
 from fake_tensorrt import GENERATIONS, read_plan
-from onnx import TensorProto, helper, numpy_helper
-from trt_workshop import FROZEN, Workshop, make_workshop, named, with_softmax
+from onnx import TensorProto, numpy_helper
+from trt_workshop import FROZEN, Workshop, make_workshop, named, with_int8_activations, with_softmax
 
 from eamdeploy.engines.base import Manifest, manifest_path
 from eamdeploy.engines.trt_request import TrtOptions
@@ -36,6 +37,10 @@ def softmax_model() -> onnx.ModelProto:
     return named(with_softmax(FROZEN.to_onnx()))
 
 
+def on_8(workshop: Workshop) -> bool:
+    return str(workshop.machine.trt.fake.version).startswith("8")
+
+
 def short(names: list[str]) -> list[str]:
     return [name.rpartition("/")[2] for name in names]
 
@@ -49,16 +54,20 @@ def test_every_generation_builds_checks_and_describes(workshop: Workshop) -> Non
     device = manifest.device
     assert device is not None
     assert (device.runtime, device.gpu, device.compute_capability) == (generation, "Orin", "8.7")
-    assert device.device_memory_bytes == (4096 if generation.startswith("8") else 8192)
-    assert device.model_changes == ["frozen maps as INT8"]
+    assert device.device_memory_bytes == (4096 if on_8(workshop) else 8192)
+    maps = "frozen maps as FP32" if on_8(workshop) else "frozen maps as INT8"
+    assert device.model_changes == [maps]
     assert manifest.versions["tensorrt"] == generation
     assert Manifest.read(manifest_path(workshop.engine)) == manifest
-    assert workshop.notes == [f"for TensorRT {generation}: frozen maps as INT8"]
+    assert workshop.notes == [f"for TensorRT {generation}: {maps}"]
 
 
-def test_what_the_parser_gets_has_int8_maps(workshop: Workshop) -> None:
+def test_what_the_parser_gets_has_int8_maps_from_10_on(workshop: Workshop) -> None:
     workshop.build()
     model = onnx.load_model_from_string(read_plan(workshop.engine.read_bytes())[1])
+    if on_8(workshop):
+        assert {item.data_type for item in model.graph.initializer} == {TensorProto.FLOAT, TensorProto.INT64}
+        return
     node = next(node for node in model.graph.node if node.op_type == "DequantizeLinear")
     types = {item.name: item.data_type for item in model.graph.initializer}
     assert [types[name] for name in node.input] == [TensorProto.INT8, TensorProto.FLOAT, TensorProto.INT8]
@@ -67,10 +76,11 @@ def test_what_the_parser_gets_has_int8_maps(workshop: Workshop) -> None:
 
 def test_fp16_below_11_constrains_layers_and_from_11_converts_the_model(workshop: Workshop) -> None:
     workshop.save(softmax_model())
-    workshop.build(FP16, check=False)
+    manifest = workshop.build(FP16, check=False)
     asked, data = read_plan(workshop.engine.read_bytes())
     model = onnx.load_model_from_string(data)
-    kept = ["mean", "centred", "square", "variance", "shifted", "deviation", "normal", "logits"]
+    kept = ["mean", "centred", "square", "variance", "shifted", "deviation", "normal"]
+    assert manifest.settings["keep_fp32"] == "norm"
     if workshop.machine.trt.fake.version.startswith("11"):
         assert asked["flags"] == ["TF32"] and asked["fp32"] == []
         types = {
@@ -78,14 +88,15 @@ def test_fp16_below_11_constrains_layers_and_from_11_converts_the_model(workshop
             for item in onnx.shape_inference.infer_shapes(model).graph.value_info
         }
         wide = {node.name for node in model.graph.node if types.get(node.output[0]) == TensorProto.FLOAT}
-        assert set(kept) - {"logits"} <= set(short(list(wide)))
+        assert set(kept) <= set(short(list(wide)))
         assert types["mixed"] == TensorProto.FLOAT16 and types["grid"] == TensorProto.FLOAT16
         assert model.graph.input[0].type.tensor_type.elem_type == TensorProto.FLOAT
         assert model.graph.output[0].type.tensor_type.elem_type == TensorProto.FLOAT
     else:
-        assert asked["flags"] == ["FP16", "INT8", "OBEY_PRECISION_CONSTRAINTS", "TF32"]
+        int8 = [] if on_8(workshop) else ["INT8"]
+        assert asked["flags"] == ["FP16", *int8, "OBEY_PRECISION_CONSTRAINTS", "TF32"]
         assert short(asked["fp32"]) == kept
-        assert short(asked["fp32_outputs"]) == kept[:-2]
+        assert short(asked["fp32_outputs"]) == kept[:-1]
         assert TensorProto.FLOAT16 not in {item.data_type for item in model.graph.initializer}
 
 
@@ -104,8 +115,10 @@ def test_fp16_engine_with_another_first_class_is_not_written(workshop: Workshop)
     head = next(item for item in graph.graph.initializer if item.name == "head")
     head.CopyFrom(numpy_helper.from_array(-numpy_helper.to_array(head), "head"))
     workshop.save(graph)
-    with pytest.raises(ParityError, match="first class equal for 0 %"):
+    with pytest.raises(ParityError, match=r"first class equal for 0 %.*Don't use it; try --keep-fp32 norm-softmax, or"):
         workshop.build(FP16)
+    with pytest.raises(ParityError, match=r"first class equal for 0 %.*Don't use it; compare the ONNX model"):
+        workshop.build(replace(FP16, keep_fp32="norm-softmax"))
     assert before == (workshop.engine.read_bytes(), manifest_path(workshop.engine).read_bytes())
 
 
@@ -156,8 +169,12 @@ def test_frozen_maps_are_found_in_the_engine_whatever_became_of_them(workshop: W
     for options in (TrtOptions(), FP16):
         manifest = workshop.build(options)
         assert manifest.device is not None and manifest.device.engine_layers is not None
-        (found,) = manifest.device.engine_layers.frozen_maps
-        assert found.layer is not None and found.layer.endswith("/rows") and found.type == "Half"
+        found = [(item.layer or "nowhere", item.type) for item in manifest.device.engine_layers.frozen_maps]
+        if on_8(workshop):  # the float constant is named by the layers that read it
+            assert found and all(layer.endswith(("/maps", "/mixed")) for layer, _ in found)
+        else:
+            ((layer, kind),) = found
+            assert layer.endswith("/rows") and kind == "Half"
 
 
 def test_frozen_maps_of_a_version_without_int8_constants_are_found_too(
@@ -209,6 +226,37 @@ def test_failed_build_tells_its_last_errors_the_node_and_the_memory(workshop: Wo
     assert f"TensorRT could not build an engine, at Conv {node}: 10: Could not find" in message
     assert "GB main memory" in message and "--workspace" in message and "\n" not in message
     assert workshop.engine.read_bytes() == before
+
+
+def test_int8_constants_in_an_fp16_engine_of_8_6_fail_with_what_is_known(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    workshop = make_workshop(tmp_path, monkeypatch, "8.6")
+    foreign = FROZEN.to_onnx(card=None)
+    codes = next(item for item in foreign.graph.initializer if item.name == "codes")
+    codes.CopyFrom(numpy_helper.from_array(numpy_helper.to_array(codes).clip(0, 127).astype(np.int8), "codes"))
+    zeros = next(node for node in foreign.graph.node if node.op_type == "DequantizeLinear").input[2]
+    zero = next(item for item in foreign.graph.initializer if item.name == zeros)
+    zero.CopyFrom(numpy_helper.from_array(numpy_helper.to_array(zero).astype(np.int8), zeros))
+    workshop.save(named(foreign))
+    with pytest.raises(EngineError, match=r"kINT8 failed\. \); free: .* TensorRT 8\.6\.0 without cuBLAS built no FP16"):
+        workshop.build(FP16, check=False)
+    assert workshop.build(check=False).engine_bytes > 0
+
+
+def test_class_token_that_8_6_cannot_join_fails_with_what_is_known(ten: Workshop) -> None:
+    said = "[graphShapeAnalyzer.cpp] Error Code 4: Miscellaneous (node_cat: error while computing output extent)"
+    ten.machine.trt.fake.parse_error = said
+    with pytest.raises(
+        EngineError, match=r"output extent\)\. TensorRT 8\.6\.0 can't join a class token.*`eamdeploy lint"
+    ):
+        ten.build()
+
+
+def test_failure_that_was_never_met_has_the_usual_hint_alone(ten: Workshop) -> None:
+    ten.machine.trt.fake.build_error = "it broke"
+    with pytest.raises(EngineError, match=r"it broke; free: [^;]*GB main memory\. The whole log"):
+        ten.build()
 
 
 def test_builder_that_does_not_start_is_told(ten: Workshop) -> None:
@@ -306,21 +354,7 @@ def test_input_that_is_no_image_is_refused(ten: Workshop) -> None:
 
 
 def test_quantized_activations_are_built_with_int8(ten: Workshop) -> None:
-    model = FROZEN.to_onnx()
-    model.graph.initializer.extend(
-        [
-            helper.make_tensor("q_scale", TensorProto.FLOAT, [], [0.5]),
-            helper.make_tensor("q_zero", TensorProto.INT8, [], [0]),
-        ]
-    )
-    model.graph.node[-1].input[0] = "restored"
-    model.graph.node.insert(
-        len(model.graph.node) - 1, helper.make_node("QuantizeLinear", ["pooled", "q_scale", "q_zero"], ["q"])
-    )
-    model.graph.node.insert(
-        len(model.graph.node) - 1, helper.make_node("DequantizeLinear", ["q", "q_scale", "q_zero"], ["restored"])
-    )
-    ten.save(named(model))
+    ten.save(named(with_int8_activations(FROZEN.to_onnx())))
     manifest = ten.build(TrtOptions(int8=True), check=False)
     assert manifest.device is not None and manifest.device.int8
     assert manifest.device.engine_layers is not None and len(manifest.device.engine_layers.frozen_maps) == 1

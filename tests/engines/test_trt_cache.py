@@ -13,6 +13,7 @@ from trt_workshop import Workshop, make_workshop
 
 from eamdeploy.engines.trt_cache import load_cache, save_cache
 from eamdeploy.engines.trt_request import TrtOptions
+from eamdeploy.errors import EngineError
 
 
 @pytest.fixture
@@ -62,6 +63,23 @@ def test_failed_build_leaves_the_cache_alone(workshop: Workshop, cache: Path) ->
     with pytest.raises(Exception, match="could not build"):
         workshop.build(TrtOptions(timing_cache=cache))
     assert not cache.exists()
+
+
+def test_what_8_6_says_of_a_cache_is_no_reason_for_a_failure_and_noted_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cache: Path
+) -> None:
+    workshop = make_workshop(tmp_path, monkeypatch, "8.6")
+    workshop.build(TrtOptions(timing_cache=cache))
+    assert not any("timing cache" in note for note in workshop.notes)
+    workshop.notes.clear()
+    workshop.build(TrtOptions(timing_cache=cache))
+    said = [note for note in workshop.notes if "timing cache" in note]
+    assert said == [f"timing cache {cache}: TensorRT said that it will not be used, and went on without"]
+    log = workshop.engine.with_name("eam.plan.log").read_text()
+    assert "[ERROR] 4: The timing cache will not be used!" in log
+    workshop.machine.trt.fake.build_error = "it broke"
+    with pytest.raises(EngineError, match=r"could not build an engine: it broke; free"):
+        workshop.build(TrtOptions(timing_cache=cache))
 
 
 class Config:

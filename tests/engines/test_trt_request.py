@@ -23,10 +23,10 @@ def ask(version: str, options: TrtOptions = TrtOptions(), facts: ModelFacts = FA
 @pytest.mark.parametrize(
     ("version", "network", "flags"),
     [
-        ("8.5.2", ["EXPLICIT_BATCH"], ["FP16", "INT8", "OBEY_PRECISION_CONSTRAINTS"]),
-        ("8.6", ["EXPLICIT_BATCH"], ["FP16", "INT8", "OBEY_PRECISION_CONSTRAINTS"]),
-        ("10.3", [], ["FP16", "INT8", "OBEY_PRECISION_CONSTRAINTS"]),
-        ("10.16", [], ["FP16", "INT8", "OBEY_PRECISION_CONSTRAINTS"]),
+        ("8.5.2", ["EXPLICIT_BATCH"], ["FP16", "INT8"]),
+        ("8.6", ["EXPLICIT_BATCH"], ["FP16", "INT8"]),
+        ("10.3", [], ["FP16", "INT8"]),
+        ("10.16", [], ["FP16", "INT8"]),
         ("11.4", [], []),
     ],
 )
@@ -36,7 +36,10 @@ def test_fp16_is_flags_and_layers_below_11_and_the_models_types_from_11(
     request = ask(version, FP16)
     assert (request.network_flags, request.set_flags, request.cleared_flags) == (network, flags, [])
     assert request.strongly_typed is (version == "11.4")
-    assert request.fp32_layers == ([] if version == "11.4" else ["normalization", "softmax"])
+    assert request.fp32_layers == []
+    kept = ask(version, replace(FP16, keep_fp32="norm-softmax"))
+    assert kept.fp32_layers == ([] if version == "11.4" else ["normalization", "softmax"])
+    assert kept.set_flags == [*flags, *([] if version == "11.4" else ["OBEY_PRECISION_CONSTRAINTS"])]
 
 
 def test_fp32_engine_computes_no_products_in_tf32() -> None:
@@ -47,7 +50,7 @@ def test_fp32_engine_computes_no_products_in_tf32() -> None:
 
 
 def test_int8_flag_follows_the_models_dequantize_nodes() -> None:
-    assert ask("10.3", FP16, replace(FACTS, dequantizes=False)).set_flags == ["FP16", "OBEY_PRECISION_CONSTRAINTS"]
+    assert ask("10.3", FP16, replace(FACTS, dequantizes=False)).set_flags == ["FP16"]
 
 
 @pytest.mark.parametrize(
@@ -56,13 +59,23 @@ def test_int8_flag_follows_the_models_dequantize_nodes() -> None:
 )
 def test_what_stays_fp32_can_be_chosen(keep: str, layers: list[str], obey: bool) -> None:
     request = ask("8.6", TrtOptions(precision="fp16", keep_fp32=keep))  # type: ignore[arg-type]
-    assert request.fp32_layers == layers
+    assert request.fp32_layers == layers and request.settings()["keep_fp32"] == keep
     assert ("OBEY_PRECISION_CONSTRAINTS" in request.set_flags) is obey
+
+
+@pytest.mark.parametrize(("decomposed", "kept", "layers"), [(True, "norm", ["normalization"]), (False, "none", [])])
+def test_by_default_layer_norms_that_are_spelled_out_stay_fp32(decomposed: bool, kept: str, layers: list[str]) -> None:
+    facts = replace(FACTS, decomposed_norms=decomposed)
+    for version in ("8.5", "8.6", "10.3"):
+        request = ask(version, FP16, facts)
+        assert (request.keep_fp32, request.fp32_layers) == (kept, layers)
+    assert (ask("11.4", FP16, facts).keep_fp32, ask("11.4", FP16, facts).fp32_layers) == (kept, [])
+    assert ask("8.6", TrtOptions(), facts).keep_fp32 is None
 
 
 def test_bf16_is_for_10_alone() -> None:
     bf16 = TrtOptions(precision="bf16")
-    assert ask("10.3", bf16).set_flags == ["BF16", "INT8", "OBEY_PRECISION_CONSTRAINTS"]
+    assert ask("10.3", bf16).set_flags == ["BF16", "INT8"]
     for version in ("8.6", "11.4"):
         with pytest.raises(ConfigError, match=rf"TensorRT {version} can't make a BF16.*--fp16"):
             ask(version, bf16)
@@ -139,13 +152,14 @@ def test_version_before_8_5_is_refused() -> None:
 
 def test_request_is_json_and_its_settings_are_flat_text_without_what_is_empty() -> None:
     options = TrtOptions(precision="fp16", workspace_bytes=1 << 30, timing_cache=Path("t.cache"), cuda_graph=True)
-    request = ask("8.6", options)
+    request = ask("8.6", options, replace(FACTS, decomposed_norms=True))
     assert BuilderRequest.parse(request.model_dump_json(), "test") == request
     assert request.settings() == {
         "precision": "fp16",
+        "keep_fp32": "norm",
         "network_flags": "EXPLICIT_BATCH",
         "set_flags": "FP16,INT8,OBEY_PRECISION_CONSTRAINTS",
-        "fp32_layers": "normalization,softmax",
+        "fp32_layers": "normalization",
         "shapes.image": "[[1, 3, 8, 8], [1, 3, 8, 8], [8, 3, 8, 8]]",
         "memory_pools.WORKSPACE": str(1 << 30),
         "profiling_verbosity": "DETAILED",

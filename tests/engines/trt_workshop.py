@@ -49,6 +49,22 @@ def with_softmax(model: onnx.ModelProto) -> onnx.ModelProto:
     return model
 
 
+def with_int8_activations(model: onnx.ModelProto) -> onnx.ModelProto:
+    """`model` with Q/DQ in front of its last product."""
+    graph = model.graph
+    graph.initializer.extend(
+        [
+            helper.make_tensor("q_scale", onnx.TensorProto.FLOAT, [], [0.5]),
+            helper.make_tensor("q_zero", onnx.TensorProto.INT8, [], [0]),
+        ]
+    )
+    graph.node[-1].input[0] = "restored"
+    last = len(graph.node) - 1
+    graph.node.insert(last, helper.make_node("QuantizeLinear", ["pooled", "q_scale", "q_zero"], ["q"]))
+    graph.node.insert(last + 1, helper.make_node("DequantizeLinear", ["q", "q_scale", "q_zero"], ["restored"]))
+    return model
+
+
 class Workshop:
     """A folder with a model and its reference set, on a machine with a fake TensorRT."""
 

@@ -52,6 +52,7 @@ class Fake:
     """What a test can ask of a fake module, and what it has seen.
 
     Attributes:
+        parse_error: the parser says it of the first node.
         build_error: the builder logs it and gives no engine; `starts` False: no builder either.
         memory_short: there is no execution context.
         fused: the inspector names a fused attention.
@@ -61,6 +62,7 @@ class Fake:
     cuda: FakeCuda
     gpu: Gpu
     version: str
+    parse_error: str | None = None
     build_error: str | None = None
     starts: bool = True
     memory_short: bool = False
@@ -218,6 +220,9 @@ class OnnxParser(Recorded):
             onnx.checker.check_model(model)
         except Exception as err:  # noqa: BLE001
             say(self._logger, trt, "ERROR", f"ModelImporter: {err}")
+            return False
+        if trt.fake.parse_error is not None:
+            self._errors.append(new(trt, "ParserError", 0, trt.fake.parse_error))
             return False
         unsigned = {t.name for t in model.graph.initializer if t.data_type == onnx.TensorProto.UINT8}
         for index, node in enumerate(model.graph.node):

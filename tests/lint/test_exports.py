@@ -11,6 +11,7 @@ import pytest
 from command_line import RunCli, only_error
 from lint_models import found
 from rewriting import initializers
+from timm_graphs import Export
 from tiny_models import KWARGS, NAME, SWIN_KWARGS, SWIN_NAME, make_model, save_weights
 
 from eamdeploy import export, freeze
@@ -20,6 +21,7 @@ from eamdeploy.errors import ConfigError
 from eamdeploy.graph.model import card_of
 from eamdeploy.host.model import ModelSpec
 from eamdeploy.host.options import FreezeOptions
+from eamdeploy.host.stock_export import Exporter
 from eamdeploy.parity import ReferenceSet, reference_path
 from eamdeploy.source import ImageSource
 from eamdeploy.trt_flavour import plan_trt
@@ -28,7 +30,7 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "vit": (NAME, KWARGS),
     "swin": (SWIN_NAME, {**SWIN_KWARGS, "embed_dim": 32}),  # heads of 16 channels, the least that TensorRT fuses
 }
-TESTED_BY = {"8.5": ("8.5",), "8.6": ("8.6", "10.3", "11.4")}  # versions that one graph is for
+TESTED_BY = {"8.5": ("8.5",), "8.6": ("8.6", "10.3", "11.4"), "10.3": ("10.3", "11.4")}  # versions for one graph
 WARNINGS = {"head": set(), "row": set(), "entry": {"attention-mixed"}}
 
 
@@ -57,17 +59,29 @@ def test_our_exports_are_clean(target: str, frozen: tuple[Path, str], pictures: 
     )
     assert done.frozen.parity.passed
     model = onnx.load(output)
-    assert model.opset_import[0].version == {"8.5": 16, "8.6": 17}[target]
+    assert model.opset_import[0].version == (16 if target == "8.5" else 17)
     for version in TESTED_BY[target]:
         assert {finding.rule for finding in found(model, version)} == WARNINGS[granularity], version
         assert twin is None or found(onnx.load(twin), version) == []
-    assert any(item.dtype == np.int8 for item in initializers(model).values())
-    assert "int8_maps" in card(model).rewrites
+    integers = target == "10.3"
+    assert any(item.dtype == np.int8 for item in initializers(model).values()) is integers
+    assert ("int8_maps" if integers else "float_maps") in card(model).rewrites
 
 
-def test_one_graph_is_for_all_versions_from_8_6_on() -> None:
-    plans = [[type(item.rewrite_pass) for item in plan_trt(TrtVersion.parse(text))] for text in TESTED_BY["8.6"]]
-    assert plans[0] == plans[1] == plans[2]
+def test_one_graph_is_for_all_versions_from_10_on() -> None:
+    plans = [[type(item.rewrite_pass) for item in plan_trt(TrtVersion.parse(text))] for text in TESTED_BY["10.3"]]
+    assert plans[0] == plans[1]
+
+
+@pytest.mark.parametrize(
+    ("exporter", "batch", "rules"),
+    [("dynamo", None, {"expanded-tokens"}), ("torchscript", None, set()), ("dynamo", 2, set())],
+)
+def test_class_token_of_torchs_exporters(exporter: Exporter, batch: int | None, rules: set[str]) -> None:
+    """TensorRT 8.6.0 refused the first and took the second; it was not given the third."""
+    stock = Export("vit", exporter, batch, 17).model()
+    assert {finding.rule for finding in found(stock, "8.6") if finding.severity == "error"} == rules
+    assert "expanded-tokens" not in {finding.rule for finding in found(stock, "10.3")}
 
 
 def card(model: onnx.ModelProto) -> ModelCard:
@@ -87,7 +101,7 @@ def eight_bits(tmp_path_factory: pytest.TempPathFactory, tiny_weights: Path, pic
 def test_maps_quantized_anew_are_named_and_are_the_references_too(eight_bits: Path, tmp_path: Path) -> None:
     """Squared 8-bit codes need UINT16 and opset 21 for ONNX Runtime; for TensorRT they become INT8."""
     ours, theirs = tmp_path / "trt.onnx", tmp_path / "ort.onnx"
-    done = export(eight_bits, ours, trt=TrtVersion.parse("8.6"), batch=1)
+    done = export(eight_bits, ours, trt=TrtVersion.parse("10.3"), batch=1)
     export(eight_bits, theirs, opset=21, batch=1)
     assert done.frozen.parity.passed and done.frozen.rewrites[0] == "requantize_maps"
     made, stock = card(onnx.load(ours)), card(onnx.load(theirs))
@@ -105,9 +119,11 @@ def test_the_opset_must_be_one_that_tensorrt_knows(eight_bits: Path, tmp_path: P
 
 def test_the_command_line(run_cli: RunCli, eam_checkpoint: Path, tmp_path: Path) -> None:
     output = tmp_path / "x.onnx"
-    made = run_cli("export", eam_checkpoint, "-o", output, "--target", "trt", "--batch", 1)
+    made = run_cli("export", eam_checkpoint, "-o", output, "--target", "trt", "--trt", "10.3", "--batch", 1)
     assert made.code == 0 and "int8_maps" in made.out
     assert run_cli("lint", output, "--trt", "10.3").code == 0
+    by_default = run_cli("export", eam_checkpoint, "-o", output, "--target", "trt", "--batch", 1)
+    assert by_default.code == 0 and "float_maps" in by_default.out
     assert run_cli("export", eam_checkpoint, "-o", output, "--target", "trt", "--trt", "8.5", "--batch", 1).code == 0
     assert run_cli("lint", output, "--trt", "8.5").code == 0
     wrong = run_cli("export", eam_checkpoint, "-o", output, "--trt", "8.6")

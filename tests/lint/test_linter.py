@@ -59,6 +59,7 @@ def half(values: np.ndarray, data_type: int) -> onnx.TensorProto:
     return helper.make_tensor("half", data_type, values.shape, values.reshape(-1).tolist())
 
 
+TOKEN = {"token": np.ones((1, 1, KEYS), np.float32), "one": np.array([1]), "size": np.array([KEYS])}
 LAYER_NORM = model("y = LayerNormalization (x, gain)", gain=np.ones(KEYS, np.float32))
 
 PLANTED: dict[str, Planted] = {
@@ -120,6 +121,18 @@ PLANTED: dict[str, Planted] = {
     ),
     "dynamic height": Planted(
         "dynamic-axes", identity("float[B,H,6] x", "float[B,H,6] y"), "x", "axes [1] are dynamic"
+    ),
+    "token for as many as the image has": Planted(
+        "expanded-tokens",
+        model(
+            "n = Shape <start = 0, end = 1> (x) s = Concat <axis = 0> (n, one, size) e = Expand (token, s) "
+            "p = Relu (x) y = Concat <axis = 1> (e, p)",
+            **TOKEN,
+            outputs="float[B,5,6] y",
+        ),
+        "the Concat",
+        "joins e, which is repeated as x says",
+        BEFORE_10,
     ),
     "no rank": Planted("dynamic-axes", without_rank(), "x", "rank is not stated"),
     "uint8 map": Planted(
@@ -351,6 +364,25 @@ CLEAN: dict[str, tuple[onnx.ModelProto, tuple[str, ...]]] = {
             scales=np.full((ROWS, 2), 0.5, np.float32),
         ),
         ("11.4",),
+    ),
+    "token for as many as the patches are": (
+        model(
+            "p = Relu (x) n = Shape <start = 0, end = 1> (p) s = Concat <axis = 0> (n, one, size) "
+            "e = Expand (token, s) y = Concat <axis = 1> (e, p)",
+            **TOKEN,
+            outputs="float[B,5,6] y",
+        ),
+        VERSIONS,
+    ),
+    "token for a fixed batch": (
+        model(
+            "n = Shape <start = 0, end = 1> (x) s = Concat <axis = 0> (n, one, size) e = Expand (token, s) "
+            "p = Relu (x) y = Concat <axis = 1> (e, p)",
+            **TOKEN,
+            inputs="float[2,4,6] x",
+            outputs="float[2,5,6] y",
+        ),
+        VERSIONS,
     ),
     "uint8 image": (identity("uint8[B,4,6] x", body="y = Cast <to = 1> (x)"), VERSIONS),
     "attention": (attention(), VERSIONS),

@@ -110,6 +110,11 @@ def commands_of(folder: Path, records: dict[str, Record], monkeypatch: pytest.Mo
             "settings say",
         ),
         (
+            manifest("x.plan", card(), backend="trt", settings={"keep_fp32": "none"}, device=device_build()),
+            "eamdeploy build-trt MODEL.onnx -o r --fp16 --keep-fp32 none --layer-profile --baseline base.plan",
+            f"the name of the model {digest('x.onnx')}; --timing-cache and batch sizes, but for what the settings say",
+        ),
+        (
             manifest("x.plan", card(), backend="trt", device=device_build(int8=True, model_changes=[CALIBRATED])),
             "eamdeploy build-trt MODEL.onnx -o r --fp16 --int8 --calib-data photos --calib-images 8 --calib-method "
             "percentile --layer-profile --baseline base.plan",
