@@ -5,6 +5,7 @@ A board that converts needs the packages onnx and onnx-graphsurgeon; one that bu
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import onnx
@@ -19,7 +20,8 @@ from eamdeploy.ort_int8 import dynamic_int8
 from eamdeploy.passes.base import Pass, PlannedPass, run_passes
 from eamdeploy.passes.float_maps import FloatMaps
 from eamdeploy.passes.fused_attention import FusedAttention
-from eamdeploy.passes.quantize_products import QuantizeProducts, calibrated_tensors
+from eamdeploy.passes.integer_map_products import IntegerMapProducts, frozen_values
+from eamdeploy.passes.quantize_products import QuantizeProducts, Range, calibrated_tensors
 
 
 def convert(
@@ -49,14 +51,13 @@ def convert(
     done: list[str] = []
     ranges = None
     if form.int8 == "static":
-        if any(node.op_type == "DequantizeLinear" for node in model.graph.node):
-            # a session that keeps Q/DQ would dequantize the maps at every inference
-            model = _rewritten(model, FloatMaps(), done, f"{where} has frozen maps that can't be floats")
         ranges = _ranges(model, card, calibration, where, observer)  # the calibrator knows no fused attention
+        model = _with_integer_maps(model, ranges, done)
     if form.fused_attention:
         model = _rewritten(model, FusedAttention(), done, f"{where} has no live attention that can be fused")
     if ranges is not None:
-        model = _rewritten(model, QuantizeProducts(ranges), done, f"{where} has no product that could be INT8")
+        rewrite = QuantizeProducts(ranges, unsigned=True)
+        model = _rewritten(model, rewrite, done, f"{where} has no product that could be INT8")
     if form.int8 == "dynamic":
         model = dynamic_int8(model, where)
         done.append("dynamic_int8")
@@ -67,7 +68,7 @@ def convert(
 
 def _ranges(
     model: onnx.ModelProto, card: ModelCard | None, calibration: Calibration | None, where: str, observer: Observer
-) -> dict[str, tuple[float, float]]:
+) -> dict[str, Range]:
     if card is None or calibration is None:
         raise ConfigError(
             f"{where} can't be calibrated",
@@ -75,8 +76,16 @@ def _ranges(
             hint="Calibrate a model that eamdeploy exported, with --calib-data.",
         )
     graph = to_graph(model)
-    tensors = calibrated_tensors(graph)
+    tensors = list(dict.fromkeys([*calibrated_tensors(graph), *frozen_values(graph)]))
     return measure_ranges(to_model(graph), tensors, card.preprocessing, calibration, observer).ranges
+
+
+def _with_integer_maps(model: onnx.ModelProto, ranges: Mapping[str, Range], done: list[str]) -> onnx.ModelProto:
+    """The model with frozen maps as integers in their products, others as floats: each run would dequantize those."""
+    graph = to_graph(model)
+    plan = [PlannedPass(each, expected=None) for each in (IntegerMapProducts(ranges), FloatMaps())]
+    done += [result.name for result in run_passes(graph, plan) if result.rewritten]
+    return to_model(graph)
 
 
 def _rewritten(model: onnx.ModelProto, rewrite: Pass[Any], done: list[str], otherwise: str) -> onnx.ModelProto:

@@ -74,8 +74,12 @@ def names(manifest: Manifest) -> list[str]:
         (FUSED, ["fused_attention"], "MultiHeadAttention"),
         (OrtForm(int8="dynamic"), ["dynamic_int8"], "MatMulInteger"),
         (OrtForm(True, "dynamic"), ["fused_attention", "dynamic_int8"], "MultiHeadAttention"),
-        (STATIC, ["float_maps", "quantize_products"], "QuantizeLinear"),
-        (OrtForm(True, "static"), ["float_maps", "fused_attention", "quantize_products"], "MultiHeadAttention"),
+        (STATIC, ["integer_map_products", "quantize_products"], "QuantizeLinear"),
+        (
+            OrtForm(True, "static"),
+            ["integer_map_products", "fused_attention", "quantize_products"],
+            "MultiHeadAttention",
+        ),
     ],
     ids=lambda value: value.name if isinstance(value, OrtForm) else None,
 )

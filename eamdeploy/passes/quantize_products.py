@@ -16,7 +16,10 @@ Source:  FACTS on fused attention: INT8 fuses with Q/DQ in front of the first pr
          second product. Adds are left alone: INT8 residuals cost accuracy.
 
 Scales are max(|range|)/127, rounded up to numbers that float16 has too, so that a version which stores them so changes
-nothing. Readers of one tensor share its pair. Live attention next to frozen heads gets a pair right
+nothing. Where the runtime takes UINT8 with a zero point (`unsigned`), so are tensors that are hardly ever negative, the
+maps behind a softmax and what comes out of a GELU: with the bit that a sign would waste, DeiT-Tiny's KL divergence fell
+from 0.024 to 0.007 (OpenVINO, 200 photographs), at the same speed; with all activations so, to 0.006, but a tenth
+slower. Readers of one tensor share its pair. Live attention next to frozen heads gets a pair right
 behind its second product as well, with the scale of the pair that follows the Concat, so that it changes no value.
 """
 
@@ -35,7 +38,11 @@ from eamdeploy.graph.linear import is_classifier
 from eamdeploy.graph.skip import Refused, Skip
 from eamdeploy.graph.writer import GraphWriter
 
+Range = tuple[float, float]
+
 _LARGEST = 127
+_STEPS = 255  # of UINT8
+_HARDLY_NEGATIVE = 0.3  # of the largest value: GELU's smallest is -0.17
 _SMALLEST_SCALE = 2.0**-23  # float16 has one below it, which ONNX Runtime's converter would raise
 _ON_THE_WAY = LAYOUT_OPS | {"Concat"}
 
@@ -45,12 +52,12 @@ class Product:
     """A MatMul to compute in INT8.
 
     Attributes:
-        limits: largest magnitude of each computed operand, by the tensor's name.
+        ranges: smallest and largest value of each computed operand, by the tensor's name.
         merged: for the second product of attention beside frozen heads, where its result is read; None otherwise.
     """
 
     node: gs.Node
-    limits: Mapping[str, float]
+    ranges: Mapping[str, Range]
     merged: gs.Tensor | None
 
 
@@ -59,12 +66,13 @@ class QuantizeProducts:
 
     Args:
         ranges: smallest and largest value of computed tensors, by name, from calibration.
+        unsigned: whether tensors that are hardly ever negative are UINT8.
     """
 
     name = "quantize_products"
 
-    def __init__(self, ranges: Mapping[str, tuple[float, float]]) -> None:
-        self._ranges = ranges
+    def __init__(self, ranges: Mapping[str, Range], *, unsigned: bool = False) -> None:
+        self._ranges, self._unsigned = ranges, unsigned
 
     def match(self, graph: gs.Graph) -> list[Product | Skip]:
         """Every MatMul."""
@@ -84,18 +92,18 @@ class QuantizeProducts:
             if isinstance(tensor, gs.Constant):
                 node.inputs[index] = _dequantized_weight(GraphWriter(graph, f"{node.name}/int8"), tensor)
             else:
-                node.inputs[index] = _pair(graph, tensor, match.limits[tensor.name], tensor.name)
+                node.inputs[index] = quantized(graph, tensor, match.ranges[tensor.name], unsigned=self._unsigned)
         if match.merged is not None:
             result = node.outputs[0]
             readers = list(result.outputs)
-            dequantized = _pair(graph, result, match.limits[match.merged.name], result.name)
+            dequantized = quantized(graph, result, match.ranges[match.merged.name], unsigned=self._unsigned)
             for reader in readers:
                 reader.inputs = [dequantized if tensor is result else tensor for tensor in reader.inputs]
 
     def _product(self, graph: gs.Graph, node: gs.Node) -> Product:
         if is_classifier(graph, node):
             raise Refused("it is the classifier", node)
-        limits = {}
+        ranges = {}
         for index, tensor in enumerate(node.inputs):
             if isinstance(tensor, gs.Constant):
                 if index != 1 or tensor.values.ndim != 2:
@@ -103,16 +111,16 @@ class QuantizeProducts:
             elif _reads_integers(tensor):
                 raise Refused("an operand is integers already", node)
             else:
-                limits[tensor.name] = self._limit(tensor, node)
+                ranges[tensor.name] = self._range(tensor, node)
         merged = _merged(node)
         if merged is not None:
-            limits[merged.name] = self._limit(merged, node)
-        return Product(node, limits, merged)
+            ranges[merged.name] = self._range(merged, node)
+        return Product(node, ranges, merged)
 
-    def _limit(self, tensor: gs.Tensor, node: gs.Node) -> float:
+    def _range(self, tensor: gs.Tensor, node: gs.Node) -> Range:
         if tensor.name not in self._ranges:
             raise Refused(f"no range is known of {tensor.name}", node)
-        return max(map(abs, self._ranges[tensor.name]))
+        return self._ranges[tensor.name]
 
 
 def calibrated_tensors(graph: gs.Graph) -> list[str]:
@@ -151,17 +159,31 @@ def _way_down(tensor: gs.Tensor) -> Iterator[gs.Node]:
         tensor = node.outputs[0]
 
 
-def _pair(graph: gs.Graph, tensor: gs.Tensor, limit: float, name: str) -> gs.Tensor:
-    """`tensor` through QuantizeLinear and DequantizeLinear; the pair that it has already, if that has this scale."""
-    scale = _scales(np.array(limit))
+def quantized(graph: gs.Graph, tensor: gs.Tensor, limits: Range, *, unsigned: bool = False) -> gs.Tensor:
+    """`tensor` through QuantizeLinear and DequantizeLinear; through the pair that it has already, if that is the same.
+
+    Args:
+        limits: its smallest and largest value.
+        unsigned: whether it may be UINT8.
+    """
+    scale, zero_point = _grid(*limits, unsigned=unsigned)
     for reader in tensor.outputs:
-        if reader.op == "QuantizeLinear" and reader.inputs[1].values == scale:
+        if reader.op == "QuantizeLinear" and [item.values for item in reader.inputs[1:]] == [scale, zero_point]:
             return reader.outputs[0].outputs[0].outputs[0]
-    writer = GraphWriter(graph, f"{name}/int8")
-    constants = [writer.constant("scale", scale), writer.constant("zero_point", np.array(0, np.int8))]
+    writer = GraphWriter(graph, f"{tensor.name}/int8")
+    constants = [writer.constant("scale", scale), writer.constant("zero_point", zero_point)]
     integers = writer.node("quantized", "QuantizeLinear", [tensor, *constants], tensor.shape)
-    integers.dtype = np.int8
+    integers.dtype = zero_point.dtype
     return writer.node("dequantized", "DequantizeLinear", [integers, *constants], tensor.shape)
+
+
+def _grid(low: float, high: float, *, unsigned: bool) -> tuple[NDArray[np.float32], NDArray[np.integer[Any]]]:
+    """Scale and zero point, scalars, of the integers that stand for values from `low` to `high`."""
+    if not unsigned or -low > _HARDLY_NEGATIVE * high:
+        return _scales(np.array(max(abs(low), abs(high)))), np.array(0, np.int8)
+    low = min(low, 0.0)
+    scale = _scales(np.array((high - low) * _LARGEST / _STEPS))
+    return scale, np.array(round(-low / float(scale)), np.uint8)
 
 
 def _dequantized_weight(writer: GraphWriter, weight: gs.Constant) -> gs.Tensor:

@@ -182,3 +182,20 @@ def test_a_product_whose_result_is_scaled_is_no_classifier() -> None:
     stock = with_head(scaled=True)
     _, result = rewritten(stock, QuantizeProducts(ranges_of(stock)), 2)
     assert result.skipped == ()
+
+
+def test_tensors_that_are_hardly_negative_are_uint8_where_the_runtime_takes_it() -> None:
+    """The maps behind the softmax are 0 to 1; images, queries, keys and values have both signs."""
+    ranges = ranges_of(plain())
+    model, _ = rewritten(plain(), QuantizeProducts(ranges, unsigned=True), 7)
+    constants = initializers(model)
+    zero_points = {
+        node.input[0]: constants[node.input[2]] for node in model.graph.node if node.op_type == "QuantizeLinear"
+    }
+    unsigned = {name for name, value in zero_points.items() if value.dtype == np.uint8}
+    assert unsigned == {name for name, (low, high) in ranges.items() if -low <= 0.3 * high}
+    assert any(name.startswith("Softmax") for name in unsigned) and len(unsigned) < len(zero_points)
+    reference = run_unoptimized(plain(), IMAGES)
+    signed, _ = rewritten(plain(), QuantizeProducts(ranges), 7)
+    errors = [float(np.abs(run_unoptimized(each, IMAGES) - reference).max()) for each in (model, signed)]
+    assert errors[0] < errors[1] < 0.05 * np.ptp(reference)
