@@ -43,7 +43,7 @@ def test_the_product_is_one_of_integers_and_scaled_behind(integers: np.ndarray) 
     if integers is SQUARES:
         np.testing.assert_array_equal(stored[0].reshape(integers.shape), integers)
     reference, got = run_unoptimized(stock, IMAGES), run_unoptimized(changed, IMAGES)
-    assert 0 < np.abs(got - reference).max() < 0.02 * np.ptp(reference)
+    assert 0 < np.abs(got - reference).max() < 0.05 * np.ptp(reference)
 
 
 def test_a_finer_range_of_the_values_is_nearer() -> None:
