@@ -21,7 +21,7 @@ from eamdeploy.artifact import Preprocessing, Record, digest_bytes
 from eamdeploy.engines.provenance import package_versions
 from eamdeploy.errors import CheckpointError, ConfigError, EngineError
 from eamdeploy.folder import ImageFolder, Split, folder_digest
-from eamdeploy.images import normalize
+from eamdeploy.images import network_input
 from eamdeploy.observer import Observer
 from eamdeploy.source import ImageSource
 
@@ -32,6 +32,7 @@ Method = Literal["percentile", "minmax", "entropy"]
 
 _AT_ONCE = 4  # images whose tensors are in memory together: about 50 MB each for DeiT-Tiny
 _PERCENTILE = 99.999
+_UINT8 = 2  # of onnx.TensorProto.DataType
 
 
 @dataclass(frozen=True)
@@ -158,7 +159,8 @@ def _measure(
         "entropy": (known.Entropy, {}),
     }
     method, options = methods[calibration.method]
-    fixed = model.graph.input[0].type.tensor_type.shape.dim[0].dim_value
+    taken = model.graph.input[0].type.tensor_type
+    fixed = taken.shape.dim[0].dim_value
     at_once = fixed or _AT_ONCE
     with tempfile.TemporaryDirectory() as scratch, contextlib.redirect_stdout(io.StringIO()):  # it prints
         path = Path(scratch) / "model.onnx"
@@ -173,7 +175,7 @@ def _measure(
             )
             done = 0
             for batch in calibration.images.batches(folder, how, at_once, observer):
-                images = normalize(batch.pixels, how)
+                images = network_input(batch.pixels, how, takes_pixels=taken.elem_type == _UINT8)
                 done += len(images)
                 calibrator.collect_data(_Reader(model.graph.input[0].name, _in_runs(images, fixed)))
                 observer.progress("calibrating", done, len(folder.files))
@@ -189,7 +191,7 @@ def _bounds(item: Any) -> tuple[float, float]:
     return low, high
 
 
-def _in_runs(images: NDArray[np.float32], fixed: int) -> Iterator[NDArray[np.float32]]:
+def _in_runs(images: NDArray[Any], fixed: int) -> Iterator[NDArray[Any]]:
     """One image at a time, or where the batch is fixed all of them, the last repeated until they fill it."""
     if not fixed:
         yield from (images[index : index + 1] for index in range(len(images)))
@@ -200,9 +202,9 @@ def _in_runs(images: NDArray[np.float32], fixed: int) -> Iterator[NDArray[np.flo
 class _Reader:
     """What ONNX Runtime's calibrators read from: inputs one by one, then None."""
 
-    def __init__(self, name: str, runs: Iterator[NDArray[np.float32]]) -> None:
+    def __init__(self, name: str, runs: Iterator[NDArray[Any]]) -> None:
         self._name, self._runs = name, runs
 
-    def get_next(self) -> dict[str, NDArray[np.float32]] | None:
+    def get_next(self) -> dict[str, NDArray[Any]] | None:
         images = next(self._runs, None)
         return None if images is None else {self._name: images}

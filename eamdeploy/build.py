@@ -61,6 +61,8 @@ def build_ort(
     load_backend("ort")
     from eamdeploy import ort_build
 
+    if not forms:
+        raise ConfigError("there is nothing to build", expected="at least one form", got="none")
     for form in forms:
         require_provider(form.provider)
     any_int8 = any(form.int8 for form in forms)

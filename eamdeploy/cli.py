@@ -346,10 +346,14 @@ def build_ort(
     from eamdeploy.activation_ranges import calibration_with
     from eamdeploy.build import build_ort as run_build
     from eamdeploy.engines.ort_providers import installed_providers
+    from eamdeploy.engines.registry import load_backend
     from eamdeploy.ort_form import Int8, OrtForm, candidates
 
     calibration = calibration_with(calib_data, calib_images, calib_split, calib_method, calib_cache, skip_bad=skip_bad)
+    if tune and fused_attention:
+        raise ConfigError("--tune tries fused attention too", hint="Leave one of --tune and --fused-attention out.")
     if tune:
+        load_backend("ort")
         providers = installed_providers() if provider is None else [provider]
         forms = candidates(providers, int8=int8, calibrated=calibration is not None)
     else:

@@ -11,8 +11,9 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from eamdeploy.artifact import require_output
 from eamdeploy.engines import ort
-from eamdeploy.engines.base import Manifest, TriedForm, publish
+from eamdeploy.engines.base import Manifest, TriedForm, manifest_path, publish
 from eamdeploy.engines.registry import open_runners
 from eamdeploy.errors import DeviceError, EamDeployError, EngineError, ParityError, UnsupportedGraph, host_packages
 from eamdeploy.observer import Observer
@@ -65,6 +66,8 @@ def build(
         ConfigError, MissingDependency: as `build_ort` says.
     """
     data = ort.read_model(request.model, request.output)
+    for file in (request.output, manifest_path(request.output)):
+        require_output(file, request.model)
     passed: list[_Candidate] = []
     refused: dict[OrtForm, EamDeployError] = {}
     for form in forms:

@@ -70,21 +70,14 @@ def candidates(providers: Sequence[ProviderName], *, int8: bool, calibrated: boo
 
     Args:
         providers: those that may run it.
+        int8: INT8 is worth trying too.
         calibrated: there are images to calibrate with.
-
-    Raises:
-        ConfigError: there is none.
     """
-    kinds: list[Int8 | None] = [None] if not int8 else ["dynamic", "static"] if calibrated else ["dynamic"]
-    found = [
+    kinds: list[Int8 | None] = [None, *(("dynamic",) if int8 else ()), *(("static",) if int8 and calibrated else ())]
+    return [
         OrtForm(fused, kind, provider)
         for provider in providers
         for kind in kinds
         for fused in (False, True)
         if (kind is None or kind in PROVIDERS[provider].int8) and (not fused or PROVIDERS[provider].fused_attention)
     ]
-    if not found:
-        raise ConfigError(
-            f"there is no form to try on {' or '.join(providers)}", hint="Give --calib-data too, or leave --int8 out."
-        )
-    return found

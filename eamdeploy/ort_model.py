@@ -45,6 +45,8 @@ def convert(
         model = onnx.load_model_from_string(data)
     except Exception as err:  # protobuf's own exception is in a package that we don't depend on
         raise EngineError(f"can't convert {where}: it is damaged or no ONNX model") from err
+    if any(tensor.data_location == onnx.TensorProto.EXTERNAL for tensor in model.graph.initializer):
+        raise EngineError(f"can't convert {where}: it keeps data in a second file")
     card = card_of(model, where)
     if form.int8:
         _require_unquantized(model, where)

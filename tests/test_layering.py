@@ -65,7 +65,8 @@ LAYERS: dict[str, set[str]] = {
         *("images", "observer", "parity", "passes", "profiling", "source", "trt_flavour"),
     },
     "ort_build": {
-        *("activation_ranges", "engines", "errors", "observer", "ort_form", "ort_model", "parity", "profiling"),
+        *("activation_ranges", "artifact", "engines", "errors", "observer", "ort_form", "ort_model", "parity"),
+        "profiling",
     },
     "build": {
         *("activation_ranges", "artifact", "engines", "errors", "observer", "ort_build", "ort_form", "parity"),

@@ -108,14 +108,13 @@ def test_ranges_are_kept_beside_the_engine_and_used_again(model: Path, pictures:
 
 
 def test_candidates_are_the_forms_that_the_options_and_providers_allow() -> None:
-    assert candidates(["cpu"], int8=False, calibrated=False) == [AS_EXPORTED, FUSED]
+    assert candidates(["cpu"], int8=False, calibrated=True) == [AS_EXPORTED, FUSED]
     assert [form.name for form in candidates(["cpu", "openvino"], int8=False, calibrated=False)] == [
         *("as exported", "fused attention", "as exported on openvino"),
     ]
-    assert {form.int8 for form in candidates(["cpu"], int8=True, calibrated=False)} == {"dynamic"}
-    assert {form.int8 for form in candidates(["cpu"], int8=True, calibrated=True)} == {"dynamic", "static"}
-    with pytest.raises(ConfigError, match=r"no form to try on openvino.*--calib-data"):
-        candidates(["openvino"], int8=True, calibrated=False)
+    assert {form.int8 for form in candidates(["cpu"], int8=True, calibrated=False)} == {None, "dynamic"}
+    assert {form.int8 for form in candidates(["cpu"], int8=True, calibrated=True)} == {None, "dynamic", "static"}
+    assert candidates(["openvino"], int8=True, calibrated=False) == [OrtForm(provider="openvino")]
 
 
 def speed_up(median: float, margin: float) -> SpeedUp:
@@ -192,6 +191,27 @@ def test_options_that_are_of_no_use_are_refused(model: Path, pictures: Path, run
     assert "calibration images are of use for INT8 alone" in only_error(refused, 2)
 
 
+def test_a_form_and_tuning_are_one_too_many_and_no_form_too_few(model: Path, run_cli: RunCli) -> None:
+    engine = model.with_name("x.ort.onnx")
+    refused = run_cli("build-ort", model, "-o", engine, "--tune", "--fused-attention")
+    assert "--tune tries fused attention too" in only_error(refused, 2)
+    with pytest.raises(ConfigError, match="there is nothing to build"):
+        build_ort(model, engine, forms=[])
+
+
+def test_a_missing_folder_is_found_before_anything_is_built(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("eamdeploy.engines.ort.check", lambda *_, **__: pytest.fail("it was built"))
+    with pytest.raises(ConfigError, match="no such folder"):
+        build_ort(model, model.parent / "absent" / "x.ort.onnx", forms=[AS_EXPORTED, FUSED])
+
+
+def test_data_in_a_second_file_is_refused(model: Path) -> None:
+    loaded = onnx.load(model)
+    loaded.graph.initializer[0].data_location = onnx.TensorProto.EXTERNAL
+    with pytest.raises(EngineError, match="keeps data in a second file"):
+        convert(loaded.SerializeToString(), FUSED, "x")
+
+
 def test_an_old_manifest_without_what_was_tried_is_still_read(model: Path) -> None:
     manifest = build_ort(model, model.with_name("x.ort.onnx"), threads=1)
     text = manifest.model_dump_json(exclude={"tried"})
@@ -224,7 +244,7 @@ def test_the_command_line_tunes_on_all_providers_or_on_the_one_that_is_named(
     assert run_cli(*tune).code == run_cli(*tune, "--provider", "openvino").code == 2
     everywhere, there = tried
     assert [form.name for form in everywhere] == [
-        *("dynamic INT8", "fused attention, dynamic INT8", "static INT8", "fused attention, static INT8"),
-        "static INT8 on openvino",
+        *("as exported", "fused attention", "dynamic INT8", "fused attention, dynamic INT8", "static INT8"),
+        *("fused attention, static INT8", "as exported on openvino", "static INT8 on openvino"),
     ]
-    assert there == [ON_OPENVINO]
+    assert there == [OrtForm(provider="openvino"), ON_OPENVINO]

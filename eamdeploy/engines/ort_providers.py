@@ -74,7 +74,7 @@ class Provider:
     Attributes:
         ort_name: ONNX Runtime's name for it.
         get: how to get an ONNX Runtime that has it.
-        takes: what must run on it, or the engine is refused: `all` nodes, all `arithmetic`, or `some` of that; with
+        takes: what must run on it, or the engine is refused: `all` nodes, all `arithmetic`, or `some` node; with
             `anything` there is nowhere else.
         settings: of the sessions of an engine that is built for it, by ONNX Runtime's names.
         options: its own, but for threads; an engine's manifest can give these other values, and names no others.
@@ -253,6 +253,7 @@ def require_placed(name: ProviderName, placed: Iterable[tuple[str, str]], engine
         for where, operator in pairs
         if where != wanted and any(part in operator for part in _ARITHMETIC)
     )
+    # any operator counts: what a provider has compiled has a name of its own
     if all(where != wanted for where, _ in pairs) or (strict and elsewhere):
         raise EngineError(
             f"provider {name} does not run {engine}",

@@ -139,10 +139,14 @@ def _build(item: Sourced[Manifest], models: Mapping[str, str]) -> Command:
         "-o": item.file.removesuffix(".json"),
         "--threads": manifest.threads if manifest.backend == "ort" else None,
         "--provider": None if manifest.provider == "cpu" else manifest.provider,
-        **({} if manifest.device is None else _trt_options(manifest.device, manifest.settings)),
+        **(_ort_options(manifest) if manifest.device is None else _trt_options(manifest.device, manifest.settings)),
         "--no-check": manifest.parity is None,
     }
     unknown = [] if model in models.values() else [f"the name of the model {manifest.model_digest}"]
+    if _is_static(manifest):
+        unknown.append("where the calibration images lie, other --calib options, --min-agreement")
+    elif manifest.card is not None and "dynamic_int8" in manifest.card.rewrites:
+        unknown.append("--min-agreement")
     if manifest.device is not None:
         kept = "keep_fp32" in manifest.settings or manifest.device.precision == "fp32"
         unknown.append(
@@ -151,6 +155,19 @@ def _build(item: Sourced[Manifest], models: Mapping[str, str]) -> Command:
         if _calibration(manifest.device):
             unknown.append("where the calibration images lie, --calib-split, --calib-cache")
     return Command(item.file, command_line(f"build-{manifest.backend}", options, model), "; ".join(unknown))
+
+
+def _ort_options(manifest: Manifest) -> dict[str, Any]:
+    done = [] if manifest.card is None else manifest.card.rewrites
+    return {
+        "--fused-attention": "fused_attention" in done,
+        "--int8": "dynamic_int8" in done or _is_static(manifest),
+        "--calib-data": "IMAGES" if _is_static(manifest) else None,
+    }
+
+
+def _is_static(manifest: Manifest) -> bool:
+    return manifest.backend == "ort" and manifest.card is not None and "quantize_products" in manifest.card.rewrites
 
 
 def _trt_options(device: DeviceBuild, settings: Mapping[str, str]) -> dict[str, Any]:

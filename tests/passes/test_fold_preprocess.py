@@ -17,6 +17,7 @@ from rewriting import changed, initializers, left_alone, ops, rewritten
 from timm_graphs import Export, images_of, planned_modules
 
 from eamdeploy import build_ort, evaluate, export, inspect, profile
+from eamdeploy.activation_ranges import Calibration
 from eamdeploy.artifact import Preprocessing
 from eamdeploy.engines.ort import OrtRunner
 from eamdeploy.engines.trt_request import TrtOptions
@@ -24,6 +25,7 @@ from eamdeploy.engines.trt_versions import TrtVersion
 from eamdeploy.errors import ConfigError, EngineError, ParityError
 from eamdeploy.graph.model import card_of, to_graph, to_model
 from eamdeploy.images import normalize
+from eamdeploy.ort_form import OrtForm
 from eamdeploy.parity import TOLERANCES, ReferenceSet, compare, reference_path
 from eamdeploy.passes.base import run_passes
 from eamdeploy.passes.fold_preprocess import FoldPreprocess
@@ -182,6 +184,14 @@ def folded_engine(folded_model: Path) -> Path:
     assert manifest.parity is not None and manifest.parity.passed
     assert manifest.card is not None and manifest.card.takes_pixels
     return engine
+
+
+def test_ranges_for_static_int8_are_measured_with_pixels(folded_model: Path, pictures: Path) -> None:
+    engine, form = folded_model.with_name("tiny.int8.ort.onnx"), OrtForm(int8="static")
+    calibration = Calibration(ImageSource(pictures))
+    manifest = build_ort(folded_model, engine, forms=[form], threads=1, calibration=calibration, min_agreement=75)
+    assert manifest.parity is not None and manifest.parity.passed
+    assert manifest.card is not None and manifest.card.takes_pixels
 
 
 def test_the_card_and_the_file_say_what_the_input_is(folded_model: Path, eam_model: Path) -> None:

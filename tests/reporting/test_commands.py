@@ -97,6 +97,17 @@ def commands_of(folder: Path, records: dict[str, Record], monkeypatch: pytest.Mo
             f"the name of the model {digest('x.onnx')}",
         ),
         (
+            manifest("x.ort.onnx", card(rewrites=["fused_attention", "dynamic_int8"])),
+            "eamdeploy build-ort MODEL.onnx -o r --threads 4 --fused-attention --int8",
+            f"the name of the model {digest('x.onnx')}; --min-agreement",
+        ),
+        (
+            manifest("x.ort.onnx", card(rewrites=["integer_map_products", "quantize_products"])),
+            "eamdeploy build-ort MODEL.onnx -o r --threads 4 --int8 --calib-data IMAGES",
+            f"the name of the model {digest('x.onnx')}; where the calibration images lie, other --calib options, "
+            "--min-agreement",
+        ),
+        (
             manifest(
                 "x.plan",
                 card(),
