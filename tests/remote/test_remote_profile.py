@@ -398,7 +398,8 @@ def test_a_connection_that_breaks_in_the_middle(
 def test_whatever_ends_this_side_ends_the_board_too(board: Board, engines: Engines, how: signal.Signals) -> None:
     board.put_eamdeploy(SLOW)
     program = (
-        "import pathlib, sys\n"
+        "import pathlib, signal, sys\n"
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"  # ignored where the tests run in the background
         "from eamdeploy.remote.profile import profile_remote\n"
         "profile_remote([sys.argv[1]], [pathlib.Path(sys.argv[2])], ssh_config=pathlib.Path(sys.argv[3]))\n"
     )
