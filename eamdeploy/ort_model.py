@@ -12,8 +12,8 @@ import onnx
 
 from eamdeploy.activation_ranges import Calibration, measure_ranges
 from eamdeploy.artifact import ModelCard
-from eamdeploy.errors import ConfigError, EngineError, UnsupportedGraph
-from eamdeploy.graph.model import card_of, to_graph, to_model, with_card
+from eamdeploy.errors import ConfigError, UnsupportedGraph
+from eamdeploy.graph.model import card_of, parse_model, to_graph, to_model, with_card
 from eamdeploy.observer import SILENT, Observer
 from eamdeploy.ort_form import OrtForm
 from eamdeploy.ort_int8 import dynamic_int8
@@ -41,12 +41,7 @@ def convert(
     """
     if form.is_exported:
         return data
-    try:
-        model = onnx.load_model_from_string(data)
-    except Exception as err:  # protobuf's own exception is in a package that we don't depend on
-        raise EngineError(f"can't convert {where}: it is damaged or no ONNX model") from err
-    if any(tensor.data_location == onnx.TensorProto.EXTERNAL for tensor in model.graph.initializer):
-        raise EngineError(f"can't convert {where}: it keeps data in a second file")
+    model = parse_model(data, f"can't convert {where}")
     card = card_of(model, where)
     if form.int8:
         _require_unquantized(model, where)

@@ -17,13 +17,14 @@ from eamdeploy.artifact import ModelCard, digest_bytes
 from eamdeploy.engines.trt_request import FrozenMap, ModelFacts, TrtModel, TrtOptions, kept_kinds, what_stays_fp32
 from eamdeploy.engines.trt_versions import TrtVersion, capabilities
 from eamdeploy.errors import ConfigError, EngineError, UnsupportedGraph
-from eamdeploy.graph.model import card_of, to_graph, to_model, with_card
+from eamdeploy.graph.model import card_of, parse_model, to_graph, to_model, with_card
 from eamdeploy.observer import SILENT, Observer
 from eamdeploy.passes.base import PlannedPass, run_passes
 from eamdeploy.passes.quantize_products import QuantizeProducts, calibrated_tensors
 from eamdeploy.trt_flavour import to_trt
 from eamdeploy.trt_half import HALF_SCALES_OPSET, has_decomposed_norms, to_half
 
+_EXPORT = "Export it with `eamdeploy export`."
 _VIEWS = frozenset({"Reshape", "Cast", "Identity", "Transpose", "Unsqueeze", "Expand"})
 _TEXT = {
     "requantize_maps": "frozen maps requantized to integers up to 127",
@@ -121,20 +122,15 @@ def _raise_opset(model: onnx.ModelProto) -> onnx.ModelProto:
 
 
 def _load(data: bytes, path: Path) -> onnx.ModelProto:
-    try:
-        model = onnx.load_model_from_string(data)
-    except Exception as err:  # protobuf's own exception is in a package that we don't depend on
-        raise _unreadable(path, "it is damaged or no ONNX model") from err
+    model = parse_model(data, f"can't build from {path}", _EXPORT)
     if len(model.graph.input) != 1 or len(model.graph.output) != 1 or not model.graph.node:
         counts = f"{len(model.graph.input)} inputs and {len(model.graph.output)} outputs"
         raise _unreadable(path, f"it is no image classifier with one input and one output, but has {counts}")
-    if any(tensor.data_location == onnx.TensorProto.EXTERNAL for tensor in model.graph.initializer):
-        raise _unreadable(path, "it keeps data in a second file")
     return model
 
 
 def _unreadable(path: Path, why: str) -> EngineError:
-    return EngineError(f"can't build from {path}: {why}", hint="Export it with `eamdeploy export`.")
+    return EngineError(f"can't build from {path}: {why}", hint=_EXPORT)
 
 
 def _rewrites(model: onnx.ModelProto, path: Path) -> list[str]:

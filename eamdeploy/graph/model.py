@@ -15,10 +15,28 @@ import onnxruntime
 from onnx_graphsurgeon.logger import G_LOGGER
 
 from eamdeploy.artifact import CARD_KEY, ModelCard
-from eamdeploy.errors import UnsupportedGraph
+from eamdeploy.errors import EngineError, UnsupportedGraph
 from eamdeploy.graph.running import fill_in_shapes
 
 _ORT_FATAL, _ORT_WARNING = 4, 2
+
+
+def parse_model(data: bytes, what: str, hint: str | None = None) -> onnx.ModelProto:
+    """The model that `data` is, whole.
+
+    Args:
+        what: what can't be done without it, for the message; `hint`: what to try.
+
+    Raises:
+        EngineError: it is no ONNX model, or keeps data in a second file.
+    """
+    try:
+        model = onnx.load_model_from_string(data)
+    except Exception as err:  # protobuf's own exception is in a package that we don't depend on
+        raise EngineError(f"{what}: it is damaged or no ONNX model", hint=hint) from err
+    if any(tensor.data_location == onnx.TensorProto.EXTERNAL for tensor in model.graph.initializer):
+        raise EngineError(f"{what}: it keeps data in a second file", hint=hint)
+    return model
 
 
 def to_graph(model: onnx.ModelProto) -> gs.Graph:

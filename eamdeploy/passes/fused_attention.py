@@ -20,6 +20,7 @@ from dataclasses import dataclass
 import onnx
 import onnx_graphsurgeon as gs
 
+from eamdeploy.graph.operand import producer
 from eamdeploy.graph.running import images_of
 from eamdeploy.graph.skip import Refused, Skip
 from eamdeploy.graph.writer import GraphWriter
@@ -100,7 +101,7 @@ def _by_token(writer: GraphWriter, group: gs.Tensor) -> gs.Variable:
 
 
 def _live_attention(graph: gs.Graph, softmax: gs.Node) -> LiveAttention:
-    scores, bias = _without_bias(graph, _maker(softmax.inputs[0], softmax))
+    scores, bias = _without_bias(graph, producer(softmax.inputs[0], softmax))
     _demand(scores.op == "MatMul", "its scores are no product of queries and keys", scores)
     queries, heads = _heads_of(scores.inputs[0], _TOKENS_FIRST, scores)
     keys, key_heads = _heads_of(scores.inputs[1], _KEYS_TRANSPOSED, scores)
@@ -131,7 +132,7 @@ def _without_bias(graph: gs.Graph, node: gs.Node) -> tuple[gs.Node, gs.Tensor | 
     bias = _constant_operand(node)
     _demand(bias.shape is not None and len(bias.shape) == 4, "its bias is no constant of four dimensions", node)
     _demand(bias.shape[0] == 1 or images_of(graph) == 1, "its bias differs between images", node)
-    return _maker(_other(node, bias), node), bias
+    return producer(_other(node, bias), node), bias
 
 
 def _constant_operand(add: gs.Node) -> gs.Tensor:
@@ -145,13 +146,13 @@ def _constant_operand(add: gs.Node) -> gs.Tensor:
 
 def _heads_of(tensor: gs.Tensor, perm: Sequence[int], reader: gs.Node) -> tuple[gs.Tensor, int]:
     """The linear layer's output that `tensor` has by heads, and how many heads."""
-    transpose = _maker(tensor, reader)
+    transpose = producer(tensor, reader)
     _demand(
         transpose.op == "Transpose" and transpose.attrs.get("perm") == list(perm),
         "its heads are normalized or moved in another way",
         transpose,
     )
-    reshape = _maker(transpose.inputs[0], transpose)
+    reshape = producer(transpose.inputs[0], transpose)
     _demand(
         reshape.op == "Reshape" and isinstance(reshape.inputs[1], gs.Constant) and reshape.inputs[1].values.size == 4,
         "its heads are not split by a constant shape",
@@ -160,11 +161,6 @@ def _heads_of(tensor: gs.Tensor, perm: Sequence[int], reader: gs.Node) -> tuple[
     batch, tokens, heads, _ = map(int, reshape.inputs[1].values)
     _demand((batch, tokens) == (0, 0) and heads > 0, "its heads are not split from the channels alone", reshape)
     return reshape.inputs[0], heads
-
-
-def _maker(tensor: gs.Tensor, reader: gs.Node) -> gs.Node:
-    _demand(len(tensor.inputs) == 1, "an operand is no node's result", reader)
-    return tensor.inputs[0]
 
 
 def _reader(node: gs.Node) -> gs.Node:

@@ -35,6 +35,7 @@ from numpy.typing import NDArray
 
 from eamdeploy.graph.layout import LAYOUT_OPS
 from eamdeploy.graph.linear import is_classifier
+from eamdeploy.graph.nodes import redirect
 from eamdeploy.graph.skip import Refused, Skip
 from eamdeploy.graph.writer import GraphWriter
 
@@ -97,8 +98,7 @@ class QuantizeProducts:
             result = node.outputs[0]
             readers = list(result.outputs)
             dequantized = quantized(graph, result, match.ranges[match.merged.name], unsigned=self._unsigned)
-            for reader in readers:
-                reader.inputs = [dequantized if tensor is result else tensor for tensor in reader.inputs]
+            redirect(result, dequantized, readers)
 
     def _product(self, graph: gs.Graph, node: gs.Node) -> Product:
         if is_classifier(graph, node):
