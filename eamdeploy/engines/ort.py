@@ -51,6 +51,7 @@ from eamdeploy.engines.ort_providers import (
     PROOF,
     PROVIDERS,
     chosen_options,
+    load_libraries,
     require_placed,
     require_present,
     require_provider,
@@ -134,6 +135,7 @@ class OrtRunner:
         self.name = name or (str(model) if isinstance(model, Path) else "model in memory")
         self.provider = provider
         require_provider(provider)
+        load_libraries(provider)
         self._options = chosen_options(provider, settings, self.name)
         own = {f"{OPTION}{key}": value for key, value in self._options.items()}
         self.settings: Mapping[str, str] = MappingProxyType({**_EVERY_SESSION, **settings, **own})

@@ -11,7 +11,8 @@ documentation alone:
   with the properties; the option `num_of_threads` is deprecated, and would also make as many inference requests. They
   are not pinned: two sessions of one thread each pin that to the same core.
   It runs static INT8 in far less of the processor's time than FP32, dynamic INT8 in more.
-- **CUDA** computes products in TF32 unless it is told not to.
+- **CUDA** computes products in TF32 unless it is told not to. ONNX Runtime does not look for the libraries that pip put
+  beside it (`onnxruntime-gpu[cuda,cudnn]`); see `load_libraries`.
 - **TensorRT**, the provider, has no option against TF32; where the parity gate refuses an engine because of it,
   `NVIDIA_TF32_OVERRIDE=0` in the environment turns it off. The environment can set FP16 and INT8 too; options win
   over that. It builds its engine anew at every load: `build-trt` keeps one.
@@ -22,6 +23,8 @@ documentation alone:
 
 from __future__ import annotations
 
+import contextlib
+import io
 import json
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
@@ -199,6 +202,19 @@ def require_provider(name: ProviderName) -> Provider:
             hint=PROVIDERS[name].get,
         )
     return PROVIDERS[name]
+
+
+def load_libraries(name: ProviderName) -> None:
+    """What pip installed of CUDA and cuDNN beside ONNX Runtime is loaded, for a provider on a GPU.
+
+    Nothing happens where there is none, or ONNX Runtime is older than 1.21: the loader finds others by its own paths.
+    """
+    import onnxruntime
+
+    preload = getattr(onnxruntime, "preload_dlls", None)
+    if PROVIDERS[name].on_gpu and preload is not None:
+        with contextlib.redirect_stdout(io.StringIO()):  # it prints what is missing; a session says what it needs
+            preload()
 
 
 def chosen_options(name: ProviderName, settings: Mapping[str, str], engine: str) -> dict[str, str]:

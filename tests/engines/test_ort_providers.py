@@ -280,6 +280,29 @@ def test_a_manifest_gives_known_options_other_values_and_no_others(model: Path, 
             chosen_options(name, {f"provider.{wrong}": "evil.so", "session.x": "1"}, "x")
 
 
+@pytest.mark.parametrize(("name", "times"), [("cuda", 1), ("tensorrt", 1), ("cpu", 0), ("xnnpack", 0)])
+def test_libraries_beside_onnx_runtime_are_loaded_for_a_gpu_alone_and_nothing_is_printed(
+    name: ProviderName,
+    times: int,
+    model: Path,
+    fake: FakeRuntime,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    before: list[int] = []
+
+    def preload() -> None:
+        before.append(len(fake.asked))
+        print("Failed to load libcublas.so")  # noqa: T201
+
+    monkeypatch.setattr(onnxruntime, "preload_dlls", preload, raising=False)
+    load(model, name).close()
+    assert before == [0] * times  # before any session was made
+    assert capsys.readouterr().out == ""
+    monkeypatch.delattr(onnxruntime, "preload_dlls")
+    load(model, name).close()  # as before 1.21
+
+
 @pytest.mark.parametrize(("name", "on_gpu"), [("xnnpack", False), ("cuda", True)])
 def test_profile_says_what_an_engine_ran_on_and_looks_for_a_gpu_only_where_one_needs_it(
     name: ProviderName, on_gpu: bool, model: Path, fake: FakeRuntime, monkeypatch: pytest.MonkeyPatch
