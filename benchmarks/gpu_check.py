@@ -17,7 +17,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Literal, cast, get_args
 
 from rich.console import Console
 from rich.table import Table
@@ -33,7 +33,7 @@ from eamdeploy.parity import reference_path
 from eamdeploy.profiling.profile import Extras, Profile
 from eamdeploy.profiling.timing import Schedule
 
-Precision = Literal["fp32", "fp16", "int8"]
+Precision = Literal["fp32", "fp16", "int8", "int8-fp32"]
 
 
 @dataclass(frozen=True)
@@ -41,6 +41,8 @@ class Case:
     """One engine.
 
     Attributes:
+        model: its file's name, without the end.
+        precision: `int8` leaves to FP16 what is not quantized, `int8-fp32` to FP32.
         keep_fp32: what stays FP32 of it, as `build-trt --keep-fp32`.
     """
 
@@ -53,6 +55,22 @@ class Case:
         suffix = "" if self.keep_fp32 == "auto" else f"-keep-{self.keep_fp32}"
         return f"{self.model}-{self.precision}{suffix}"
 
+    @property
+    def int8(self) -> bool:
+        return self.precision.startswith("int8")
+
+    @classmethod
+    def parse(cls, text: str) -> Case:
+        """The case of `MODEL:PRECISION` or `MODEL:PRECISION:KEEP`.
+
+        Raises:
+            ValueError: it is not of that form, or there is no such precision or thing to keep.
+        """
+        model, precision, *keep = text.split(":")
+        if precision not in get_args(Precision) or any(each not in get_args(KeepFp32) for each in keep) or keep[1:]:
+            raise ValueError(text)
+        return cls(model, cast(Precision, precision), *cast(list[KeepFp32], keep))
+
 
 # What is compared, in the order of how much each tells; the first of a group is its baseline.
 GROUPS: tuple[tuple[Case, ...], ...] = (
@@ -63,6 +81,7 @@ GROUPS: tuple[tuple[Case, ...], ...] = (
         Case("deit-base", "fp16", "norm-softmax"),
         Case("deit-base-int8", "int8"),
         Case("deit-heads-20-int8", "int8"),
+        Case("deit-base-int8", "int8-fp32"),
         Case("deit-heads-50", "fp16"),
         Case("deit-heads-100", "fp16"),
         Case("deit-layers-25", "fp16"),
@@ -134,7 +153,12 @@ def main() -> int:
         work = arguments.keep or Path(scratch)
         work.mkdir(parents=True, exist_ok=True)
         result = run(
-            models, work, seconds=arguments.seconds, groups=GROUPS, sittings=arguments.sittings, batches=BATCHES
+            models,
+            work,
+            seconds=arguments.seconds,
+            groups=arguments.group or GROUPS,
+            sittings=arguments.sittings,
+            batches=BATCHES,
         )
     console = Console(width=200)
     console.print(table(result))
@@ -148,6 +172,14 @@ def main() -> int:
 def _parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("models", type=Path, help="folder or .tar.xz from gpu_models.py")
+    parser.add_argument(
+        "--group",
+        type=Case.parse,
+        nargs="+",
+        action="append",
+        metavar="MODEL:PRECISION[:KEEP]",
+        help="engines that take turns, the baseline first, instead of those that are always compared; may be repeated",
+    )
     parser.add_argument("--seconds", type=float, default=330.0, help="build nothing more after this long")
     parser.add_argument("--sittings", type=int, default=3, help="how often engines are loaded anew to time them")
     parser.add_argument("--keep", type=Path, help="folder in which engines and the builder's logs stay")
@@ -207,8 +239,8 @@ def run(
 def _build(case: Case, models: Path, work: Path) -> tuple[Built, Manifest | None]:
     model, engine = models / f"{case.model}.onnx", work / f"{case.name}.plan"
     options = TrtOptions(
-        precision="fp32" if case.precision == "fp32" else "fp16",
-        int8=case.precision == "int8",
+        precision="fp32" if case.precision.endswith("fp32") else "fp16",
+        int8=case.int8,
         keep_fp32=case.keep_fp32,
         timing_cache=work / "timing.cache",
     )
@@ -220,7 +252,7 @@ def _build(case: Case, models: Path, work: Path) -> tuple[Built, Manifest | None
             engine,
             options,
             check=reference_path(model).exists(),  # a stock export has none
-            min_agreement=85.0 if case.precision == "int8" else None,
+            min_agreement=85.0 if case.int8 else None,
         )
     except EamDeployError as err:
         return Built(name=case.name, build_s=time.monotonic() - start, error=str(err)), None

@@ -12,6 +12,8 @@ import pytest
 from rich.console import Console
 
 from eamdeploy.eam import checkpoint as checkpoints
+from eamdeploy.engines.trt_request import TrtOptions
+from eamdeploy.errors import EngineError
 from eamdeploy.parity import reference_path
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
@@ -93,6 +95,33 @@ def test_without_tensorrt_it_says_so_at_once(
     monkeypatch.setattr(sys, "argv", ["gpu_check.py", str(tmp_path)])
     assert gpu_check.main() == 4
     assert capsys.readouterr().err.startswith("error: TensorRT is not installed here")
+
+
+def test_a_case_is_named_by_model_precision_and_what_is_kept() -> None:
+    assert Case.parse("deit-base:fp16") == Case("deit-base", "fp16")
+    assert Case.parse("deit-base:int8-fp32:norm") == Case("deit-base", "int8-fp32", "norm")
+    assert Case.parse("a:int8-fp32").int8 and Case.parse("a:int8").int8 and not Case.parse("a:fp32").int8
+    for wrong in ("deit-base", "deit-base:fp8", "deit-base:fp16:softmax", "deit-base:fp16:norm:norm", "a:fp16:none:norm"):
+        with pytest.raises(ValueError):
+            Case.parse(wrong)
+
+
+@pytest.mark.parametrize(
+    ("precision", "lowest", "int8"),
+    [("fp32", "fp32", False), ("fp16", "fp16", False), ("int8", "fp16", True), ("int8-fp32", "fp32", True)],
+)
+def test_a_case_asks_for_its_precision(
+    precision: gpu_check.Precision, lowest: str, int8: bool, models: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[TrtOptions] = []
+
+    def refuse(model: Path, engine: Path, options: TrtOptions, **_: object) -> None:
+        asked.append(options)
+        raise EngineError("not today")
+
+    monkeypatch.setattr(gpu_check, "build_trt", refuse)
+    built, _ = gpu_check._build(Case("base", precision), models, models)
+    assert built.error == "not today" and [(each.precision, each.int8) for each in asked] == [(lowest, int8)]
 
 
 def test_an_archive_holds_the_models(models: Path, tmp_path: Path) -> None:
