@@ -89,7 +89,6 @@ GROUPS: tuple[tuple[Case, ...], ...] = (
         Case("deit-all-tokens", "fp16"),
         Case("deit-layers-50", "fp16"),
         Case("deit-base", "fp16", "norm"),
-        Case("deit-apart-position", "fp16"),
     ),
     (Case("deit-base", "fp32"), Case("deit-heads-20", "fp32"), Case("deit-heads-100", "fp32")),
     (Case("swin-base", "fp16"), Case("swin-heads-20", "fp16")),

@@ -42,6 +42,13 @@ REFERENCE_IMAGES = 32
 DEIT, SWIN = "deit_tiny_patch16_224", "swin_tiny_patch4_window7_224"
 MANTISSA_BITS = 4  # of random weights: they mean nothing, and so they pack well
 
+MODELS = (
+    *(f"deit-{name}" for name in ("base", "heads-20", "heads-25", "heads-50", "heads-100", "layers-25", "layers-50")),
+    *(f"deit-{name}" for name in ("base-int8", "heads-20-int8", "all-tokens", "stock")),
+    *("swin-base", "swin-heads-20"),
+)
+"""What is made, by the files' names; all but the stock export with a reference set."""
+
 Heads = Mapping[str, list[int]]
 
 
@@ -55,6 +62,7 @@ def main() -> None:
         data = arguments.data or _noise_images(work / "noise")
         _make_deit(folder, arguments.weights, ImageSource(data, "even"), arguments.score_images, work)
         _make_swin(folder, ImageSource(data, "even", limit=16), work)
+    assert all((folder / f"{name}.onnx").exists() for name in MODELS)
     if arguments.archive:
         pack(folder, arguments.archive)
 
@@ -94,9 +102,16 @@ def _make_deit(folder: Path, weights: Path | None, images: ImageSource, score_im
         export(checkpoint, output, baseline=baseline, trt=FORM, images=reference)
     for name in ("base", "heads-20"):
         _quantize(folder / f"deit-{name}.onnx", folder / f"deit-{name}-int8.onnx", replace(images, limit=64))
+    _export_all_tokens(work / "heads-20.eam.safetensors", folder / "deit-all-tokens.onnx", reference, work)
     # TensorRT 8.6.0 refuses the dynamo exporter's class token: "node_cat: error while computing output extent"
     stock = export_stock(load_model(spec), (224, 224), batch=None, opset=17, exporter="torchscript")
     onnx.save(stock.model, folder / "deit-stock.onnx")
+
+
+def _export_all_tokens(checkpoint: Path, output: Path, images: ImageSource, work: Path) -> None:
+    """The unfrozen model, whose last block computes all tokens."""
+    frozen = work / output.name
+    export(checkpoint, frozen, baseline=output, trt=FORM, images=images, without=("class_token_only",))
 
 
 def _make_swin(folder: Path, images: ImageSource, work: Path) -> None:

@@ -97,6 +97,12 @@ def test_without_tensorrt_it_says_so_at_once(
     assert capsys.readouterr().err.startswith("error: TensorRT is not installed here")
 
 
+def test_the_models_of_all_cases_are_made() -> None:
+    wanted = [case for group in gpu_check.GROUPS for case in group]
+    assert {case.model for case in wanted} <= set(gpu_models.MODELS)
+    assert len({case.name for case in wanted}) == len(wanted)
+
+
 def test_a_case_is_named_by_model_precision_and_what_is_kept() -> None:
     assert Case.parse("deit-base:fp16") == Case("deit-base", "fp16")
     assert Case.parse("deit-base:int8-fp32:norm") == Case("deit-base", "int8-fp32", "norm")
