@@ -110,7 +110,7 @@ def _make_deit(folder: Path, weights: Path | None, images: ImageSource, score_im
 
 def _export_all_tokens(checkpoint: Path, output: Path, images: ImageSource, work: Path) -> None:
     """The unfrozen model, whose last block computes all tokens."""
-    frozen = work / output.name
+    frozen = work / f"frozen-{output.name}"
     export(checkpoint, frozen, baseline=output, trt=FORM, images=images, without=("class_token_only",))
 
 
