@@ -12,7 +12,7 @@ from eamdeploy.engines.base import Manifest
 from eamdeploy.engines.ort_providers import require_provider
 from eamdeploy.engines.provenance import usable_cores
 from eamdeploy.engines.registry import load_backend
-from eamdeploy.errors import ConfigError, host_packages
+from eamdeploy.errors import ConfigError, conversion_packages
 from eamdeploy.observer import SILENT, Observer
 from eamdeploy.ort_form import AS_EXPORTED, OrtForm
 from eamdeploy.parity import ReferenceSet, reduced_tolerance, reference_path
@@ -21,8 +21,6 @@ if TYPE_CHECKING:
     from eamdeploy.activation_ranges import Calibration
     from eamdeploy.engines.trt_request import BuilderRequest, TrtModel, TrtOptions
     from eamdeploy.engines.trt_versions import TrtVersion
-
-_CONVERSION = ("converting a model for TensorRT", "Get it with: pip install onnx onnx-graphsurgeon")  # on a board too
 
 
 def build_ort(
@@ -175,7 +173,7 @@ def _prepare(
     for file in (onnx_output, calibration.cache if calibration else None):
         if file is not None:
             require_output(file, model)
-    with host_packages(*_CONVERSION):
+    with conversion_packages("converting a model for TensorRT"):
         from eamdeploy.trt_model import prepare
     prepared = prepare(model, version, options, calibration, observer)
     if onnx_output is not None:

@@ -21,14 +21,13 @@ from eamdeploy.engines.trt import installed_version
 from eamdeploy.engines.trt_cuda import import_cuda
 from eamdeploy.engines.trt_device import require_gpu
 from eamdeploy.engines.trt_versions import capabilities as require_supported
-from eamdeploy.errors import EamDeployError
+from eamdeploy.errors import GET_CONVERSION, EamDeployError
 from eamdeploy.profiling.machine import Machine, describe_machine
 
 _HOST_MODULES = ("torch", "timm", "onnx", "onnxscript", "onnx_graphsurgeon", "safetensors", "matplotlib", "jinja2")
 _CONVERSION_MODULES = ("onnx", "onnx_graphsurgeon")
 _REPORT_MODULES = ("matplotlib", "jinja2")
 _GET_HOST = "pip install 'eamdeploy[host]'"
-_GET_CONVERSION = "pip install onnx onnx-graphsurgeon"  # on a board, without torch
 
 T = TypeVar("T")
 
@@ -170,7 +169,7 @@ def _host_capabilities(runtime: Finding, tensorrt: Finding, gpu: Finding, cuda: 
     return [
         Capability(name="analyze, freeze, pack, export", missing=_absent(_HOST_MODULES, _GET_HOST)),
         Capability(name="build-ort", missing=_missing(runtime)),
-        Capability(name="build-trt", missing=[*_absent(_CONVERSION_MODULES, _GET_CONVERSION), *plans, *gate]),
+        Capability(name="build-trt", missing=[*_absent(_CONVERSION_MODULES, GET_CONVERSION), *plans, *gate]),
     ]
 
 

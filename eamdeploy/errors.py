@@ -7,8 +7,11 @@ else that escapes is our bug and keeps its traceback.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from enum import IntEnum
+
+GET_CONVERSION = "pip install onnx onnx-graphsurgeon"
+"""What a board converts models with; the rest of what the host has, torch above all, is not needed for that."""
 
 
 class ExitCode(IntEnum):
@@ -91,3 +94,8 @@ def host_packages(
             f"{purpose} needs the package {err.name}, which is not installed here",
             hint=hint,
         ) from err
+
+
+def conversion_packages(purpose: str) -> AbstractContextManager[None]:
+    """As `host_packages`, for what converts a model, which a board may have too."""
+    return host_packages(purpose, f"Get it with: {GET_CONVERSION}")

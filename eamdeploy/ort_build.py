@@ -15,7 +15,14 @@ from eamdeploy.artifact import require_output
 from eamdeploy.engines import ort
 from eamdeploy.engines.base import Manifest, TriedForm, manifest_path, publish
 from eamdeploy.engines.registry import open_runners
-from eamdeploy.errors import DeviceError, EamDeployError, EngineError, ParityError, UnsupportedGraph, host_packages
+from eamdeploy.errors import (
+    DeviceError,
+    EamDeployError,
+    EngineError,
+    ParityError,
+    UnsupportedGraph,
+    conversion_packages,
+)
 from eamdeploy.observer import Observer
 from eamdeploy.ort_form import OrtForm
 from eamdeploy.parity import TOLERANCES, ReferenceSet, Tolerance
@@ -25,7 +32,6 @@ from eamdeploy.profiling.timing import Call, Schedule, SpeedUp, runs_of, speed_u
 if TYPE_CHECKING:
     from eamdeploy.activation_ranges import Calibration
 
-_CONVERSION = ("converting a model", "Get it with: pip install onnx onnx-graphsurgeon")  # on a board too
 TUNING_SCHEDULE = Schedule(min_seconds=3.0, sittings=4)
 
 
@@ -115,7 +121,7 @@ def fastest(speed_ups: Sequence[SpeedUp | None]) -> int:
 def _checked(request: Request, form: OrtForm, data: bytes, observer: Observer) -> ort.Checked:
     engine = data
     if not form.is_exported:
-        with host_packages(*_CONVERSION):
+        with conversion_packages("converting a model"):
             from eamdeploy.ort_model import convert
         engine = convert(data, form, str(request.model), request.calibration, observer)
     return ort.check(

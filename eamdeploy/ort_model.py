@@ -9,11 +9,12 @@ from collections.abc import Mapping
 from typing import Any
 
 import onnx
+import onnx_graphsurgeon as gs
 
 from eamdeploy.activation_ranges import Calibration, measure_ranges
 from eamdeploy.artifact import ModelCard
 from eamdeploy.errors import ConfigError, UnsupportedGraph
-from eamdeploy.graph.model import card_of, parse_model, to_graph, to_model, with_card
+from eamdeploy.graph.model import card_of, fold_constants, parse_model, to_graph, to_model, with_card
 from eamdeploy.observer import SILENT, Observer
 from eamdeploy.ort_form import OrtForm
 from eamdeploy.ort_int8 import dynamic_int8
@@ -46,15 +47,12 @@ def convert(
     if form.int8:
         _require_unquantized(model, where)
     done: list[str] = []
-    ranges = None
-    if form.int8 == "static":
-        ranges = _ranges(model, card, calibration, where, observer)  # the calibrator knows no fused attention
-        model = _with_integer_maps(model, ranges, done)
-    if form.fused_attention:
-        model = _rewritten(model, FusedAttention(), done, f"{where} has no live attention that can be fused")
-    if ranges is not None:
-        rewrite = QuantizeProducts(ranges, unsigned=True)
-        model = _rewritten(model, rewrite, done, f"{where} has no product that could be INT8")
+    if form.fused_attention or form.int8 == "static":
+        graph = to_graph(model)
+        # measured before any pass: the calibrator knows no fused attention
+        ranges = _ranges(graph, card, calibration, where, observer) if form.int8 == "static" else None
+        done += _rewrite(graph, form, ranges, where)
+        model = to_model(graph)
     if form.int8 == "dynamic":
         model = dynamic_int8(model, where)
         done.append("dynamic_int8")
@@ -64,36 +62,50 @@ def convert(
 
 
 def _ranges(
-    model: onnx.ModelProto, card: ModelCard | None, calibration: Calibration | None, where: str, observer: Observer
-) -> dict[str, Range]:
+    graph: gs.Graph, card: ModelCard | None, calibration: Calibration | None, where: str, observer: Observer
+) -> Mapping[str, Range]:
     if card is None or calibration is None:
         raise ConfigError(
             f"{where} can't be calibrated",
             expected="a model with a card, to preprocess by, and images",
             hint="Calibrate a model that eamdeploy exported, with --calib-data.",
         )
-    graph = to_graph(model)
     tensors = list(dict.fromkeys([*calibrated_tensors(graph), *frozen_values(graph)]))
     return measure_ranges(to_model(graph), tensors, card.preprocessing, calibration, observer).ranges
 
 
-def _with_integer_maps(model: onnx.ModelProto, ranges: Mapping[str, Range], done: list[str]) -> onnx.ModelProto:
-    """The model with frozen maps as integers in their products, others as floats: each run would dequantize those."""
-    graph = to_graph(model)
+def _rewrite(graph: gs.Graph, form: OrtForm, ranges: Mapping[str, Range] | None, where: str) -> list[str]:
+    """`graph` has fused attention, if the form asks for it, and static INT8, if there are ranges.
+
+    Returns:
+        names of the passes that changed something.
+    """
+    done: list[str] = []
+    if ranges is not None:
+        done += _specialise_maps(graph, ranges)
+    if form.fused_attention:
+        done.append(_run_required(graph, FusedAttention(), f"{where} has no live attention that can be fused"))
+    if ranges is not None:
+        rewrite = QuantizeProducts(ranges, unsigned=True)
+        done.append(_run_required(graph, rewrite, f"{where} has no product that could be INT8"))
+    return done
+
+
+def _specialise_maps(graph: gs.Graph, ranges: Mapping[str, Range]) -> list[str]:
+    """Frozen maps are integers in their products, others floats, as each run would dequantize those."""
     plan = [PlannedPass(each, expected=None) for each in (IntegerMapProducts(ranges), FloatMaps())]
-    done += [result.name for result in run_passes(graph, plan) if result.rewritten]
-    return to_model(graph)
+    done = [result.name for result in run_passes(graph, plan) if result.rewritten]
+    fold_constants(graph)  # with the reshapes and gathers that floats go through
+    return done
 
 
-def _rewritten(model: onnx.ModelProto, rewrite: Pass[Any], done: list[str], otherwise: str) -> onnx.ModelProto:
-    """The model after one pass, which is added to `done`; `otherwise` says that it found nothing."""
-    graph = to_graph(model)
+def _run_required(graph: gs.Graph, rewrite: Pass[Any], otherwise: str) -> str:
+    """The pass has changed `graph`; its name. `otherwise` says that it found nothing."""
     (result,) = run_passes(graph, [PlannedPass(rewrite, expected=None)])
     if not result.rewritten:
         reasons = "; ".join(sorted({skip.reason for skip in result.skipped}))
         raise UnsupportedGraph(otherwise, got=reasons or None)
-    done.append(result.name)
-    return to_model(graph)
+    return result.name
 
 
 def _require_unquantized(model: onnx.ModelProto, where: str) -> None:

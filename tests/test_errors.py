@@ -13,6 +13,7 @@ from eamdeploy.errors import (
     MissingDependency,
     ParityError,
     UnsupportedGraph,
+    conversion_packages,
     host_packages,
 )
 
@@ -59,6 +60,12 @@ def test_missing_package_of_the_host_is_named_with_what_needs_it() -> None:
     with pytest.raises(MissingDependency, match=message) as err, host_packages("freezing"):
         import nosuchpackage.part  # type: ignore[import-not-found]  # noqa: F401
     assert isinstance(err.value.__cause__, ModuleNotFoundError)
+
+
+def test_missing_package_of_the_conversion_is_named_with_how_a_board_gets_it() -> None:
+    message = r"^converting needs the package nosuchpackage.*\. Get it with: pip install onnx onnx-graphsurgeon$"
+    with pytest.raises(MissingDependency, match=message), conversion_packages("converting"):
+        import nosuchpackage  # noqa: F401
 
 
 def test_our_own_missing_module_and_other_errors_stay_bugs() -> None:

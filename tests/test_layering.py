@@ -130,7 +130,7 @@ PACKAGES: dict[str, set[str]] = {
         "trt_half",
         "trt_model",
     },
-    "onnx_graphsurgeon": {"graph", "ort_int8", "passes"},
+    "onnx_graphsurgeon": {"graph", "ort_int8", "ort_model", "passes"},
     "safetensors": {"eam.checkpoint", "host"},
     "matplotlib": {"reporting.heatmap"},
     "jinja2": {"reporting.page"},

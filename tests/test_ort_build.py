@@ -9,13 +9,17 @@ import numpy as np
 import onnx
 import onnxruntime
 import pytest
+from attention_graphs import HEIGHT, WIDTH, GraphBuilder, H, N, ints
 from command_line import RunCli, only_error
+from engine_models import CARD
 
 from eamdeploy import build_ort
 from eamdeploy.activation_ranges import Calibration
+from eamdeploy.artifact import Preprocessing
 from eamdeploy.engines.base import Manifest, TriedForm, manifest_path
 from eamdeploy.engines.registry import open_runner
 from eamdeploy.errors import ConfigError, EngineError, ParityError, UnsupportedGraph
+from eamdeploy.graph.model import card_of, with_card
 from eamdeploy.observer import SILENT
 from eamdeploy.ort_build import Request, build, fastest
 from eamdeploy.ort_form import AS_EXPORTED, OrtForm, candidates
@@ -175,6 +179,35 @@ def test_what_can_not_be_converted(model: Path, calibration: Calibration) -> Non
     with pytest.raises(ConfigError, match="is quantized already"):
         convert(convert(data, STATIC, "x", calibration), OrtForm(int8="dynamic"), "x")
     assert convert(data, AS_EXPORTED, "x") is data
+
+
+def test_maps_that_stay_floats_are_one_constant_in_static_int8(calibration: Calibration) -> None:
+    """Two products read them, so that they can't be integers; the reshape behind them is folded."""
+    g = GraphBuilder()
+    rows = g.op("DequantizeLinear", np.ones((H * N, N), np.uint8), np.full(H * N, 1 / N, np.float32), axis=0)
+    maps = g.op("Reshape", rows, ints(1, H, N, N))
+    context = g.op("Add", g.op("MatMul", maps, g.values()), g.op("MatMul", maps, g.values()))
+    how = Preprocessing(size=(HEIGHT, WIDTH), mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5))
+    card = CARD.model_copy(update={"preprocessing": how})
+    stock = with_card(g.classify(g.project(g.merge_heads(context))), card)
+    made = onnx.load_from_string(convert(stock.SerializeToString(), STATIC, "x", calibration))
+    done = card_of(made, "x")
+    assert done is not None and done.rewrites == ["float_maps", "quantize_products"]
+    constants = {item.name for item in made.graph.initializer}
+    assert {node.op_type for node in made.graph.node if constants.issuperset(node.input)} == {"DequantizeLinear"}
+
+
+def test_dynamic_int8_alone_gets_the_file_as_it_is(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    given: list[onnx.ModelProto] = []
+
+    def quantizer(stock: onnx.ModelProto, _: str) -> onnx.ModelProto:
+        given.append(stock)
+        return stock
+
+    monkeypatch.setattr("eamdeploy.ort_model.dynamic_int8", quantizer)
+    for form in (OrtForm(int8="dynamic"), OrtForm(True, "dynamic")):
+        convert(model.read_bytes(), form, "x")
+    assert [stock == onnx.load(model) for stock in given] == [True, False]
 
 
 def test_the_command_line_tunes_and_shows_what_it_tried(model: Path, run_cli: RunCli) -> None:

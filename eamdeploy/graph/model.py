@@ -50,10 +50,19 @@ def to_graph(model: onnx.ModelProto) -> gs.Graph:
     """
     with _quiet():
         graph = gs.import_onnx(onnx.shape_inference.infer_shapes(model, data_prop=True))
+    fold_constants(graph)
+    with _quiet():
+        fill_in_shapes(graph)
+    return graph
+
+
+def fold_constants(graph: gs.Graph) -> None:
+    """`graph` computes nothing from constants alone, but for what it dequantizes; dead nodes are gone, the others in
+    topological order.
+    """
+    with _quiet():
         graph.fold_constants()
         graph.cleanup().toposort()
-        fill_in_shapes(graph)
-        return graph
 
 
 def to_model(graph: gs.Graph) -> onnx.ModelProto:

@@ -20,7 +20,7 @@ from dataclasses import dataclass
 import onnx
 import onnx_graphsurgeon as gs
 
-from eamdeploy.graph.operand import producer
+from eamdeploy.graph.operand import only_consumer, producer
 from eamdeploy.graph.running import images_of
 from eamdeploy.graph.skip import Refused, Skip
 from eamdeploy.graph.writer import GraphWriter
@@ -105,18 +105,18 @@ def _live_attention(graph: gs.Graph, softmax: gs.Node) -> LiveAttention:
     _demand(scores.op == "MatMul", "its scores are no product of queries and keys", scores)
     queries, heads = _heads_of(scores.inputs[0], _TOKENS_FIRST, scores)
     keys, key_heads = _heads_of(scores.inputs[1], _KEYS_TRANSPOSED, scores)
-    apply = _reader(softmax)
+    apply = only_consumer(softmax.outputs[0], softmax)
     _demand(apply.op == "MatMul" and apply.inputs[0] is softmax.outputs[0], "its maps are not multiplied", softmax)
     values, value_heads = _heads_of(apply.inputs[1], _TOKENS_FIRST, apply)
     _demand(heads == key_heads == value_heads, "queries, keys and values have different heads", softmax)
     context = apply.outputs[0]
     groups: tuple[gs.Tensor, ...] = (context,)
-    transpose = _reader(apply)
+    transpose = only_consumer(apply.outputs[0], apply)
     if transpose.op == "Concat":
         _demand(transpose.attrs.get("axis") == _HEADS, "heads are put together along another axis", transpose)
-        groups, transpose = tuple(transpose.inputs), _reader(transpose)
+        groups, transpose = tuple(transpose.inputs), only_consumer(transpose.outputs[0], transpose)
     _demand(transpose.op == "Transpose" and transpose.attrs.get("perm") == _TOKENS_FIRST, "heads stay apart", transpose)
-    merge = _reader(transpose)
+    merge = only_consumer(transpose.outputs[0], transpose)
     _demand(merge.op == "Reshape", "heads are not merged", merge)
     for group in groups:
         _demand(group.shape is not None and len(group.shape) == 4, "a context has no known shape", softmax)
@@ -161,12 +161,6 @@ def _heads_of(tensor: gs.Tensor, perm: Sequence[int], reader: gs.Node) -> tuple[
     batch, tokens, heads, _ = map(int, reshape.inputs[1].values)
     _demand((batch, tokens) == (0, 0) and heads > 0, "its heads are not split from the channels alone", reshape)
     return reshape.inputs[0], heads
-
-
-def _reader(node: gs.Node) -> gs.Node:
-    readers = node.outputs[0].outputs
-    _demand(len(readers) == 1, "a result is read by more than one node", node)
-    return readers[0]
 
 
 def _other(add: gs.Node, one: gs.Tensor) -> gs.Tensor:

@@ -148,11 +148,12 @@ def batch_written_out(g: GraphBuilder) -> onnx.ModelProto:
     [
         (scaled, "its scores are no product of queries and keys"),
         (bias_of_the_image, "what is added to its scores is computed from the image"),
-        (map_read_twice, "a result is read by more than one node"),
+        (map_read_twice, " has 2 consumers, not one"),
         (other_bias_for_each_image, "its bias differs between images"),
         (three_dimensions, "its bias is no constant of four dimensions"),
         (batch_written_out, "its heads are not split from the channels alone"),
     ],
 )
 def test_what_it_refuses(spelled: Callable[[GraphBuilder], onnx.ModelProto], reason: str) -> None:
-    assert left_alone(spelled(GraphBuilder()), FusedAttention()) == [reason]
+    (found,) = left_alone(spelled(GraphBuilder()), FusedAttention())
+    assert found.endswith(reason)
