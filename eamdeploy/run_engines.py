@@ -38,7 +38,7 @@ def build_stage(config: RunConfig, observer: Observer) -> Stage:
         )
         form = chosen_form(manifest, forms)
         if len(forms) > 1:
-            observer.note(f"fastest: {form.name}; so is its unfrozen twin built")
+            observer.note(f"chosen: {form.name}; the unfrozen twin is built in the same form")
         build_ort(
             twin,
             twin_engine,

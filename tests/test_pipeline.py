@@ -380,16 +380,18 @@ def test_model_and_twin_are_built_evaluated_and_profiled_in_the_form_asked_for(p
     assert report.profile.baseline is not None and report.profile.baseline.digest == built[1].engine_digest
     asked["build"]["min_agreement"] = 1  # another gate for the same files
     assert run_again(project, asked).ran == ["build", "report"]
-    assert run_again(project).ran == STAGES[2:]
+    asked["build"]["fused_attention"] = False
+    assert run_again(project, asked).ran == STAGES[2:]
+    assert [rewrites(manifest) for manifest in manifests(project)] == [["dynamic_int8"]] * 2
 
 
-@pytest.mark.parametrize(("most", "used"), [(64, 10), (4, 4)])
+@pytest.mark.parametrize(("most", "asked", "used"), [(64, None, 10), (4, None, 4), (64, 7, 7)])
 def test_static_int8_is_calibrated_with_the_pictures_to_calibrate_on(
-    project: Path, monkeypatch: pytest.MonkeyPatch, most: int, used: int
+    project: Path, monkeypatch: pytest.MonkeyPatch, most: int, asked: int | None, used: int
 ) -> None:
     monkeypatch.setattr(run_engines, "CALIBRATION_IMAGES", most)
-    changes: dict[str, dict[str, object]] = {"build": {"int8": True, "calibrate": True, "min_agreement": 0}}
-    assert run_again(project, changes).ran == STAGES[2:]
+    changes = {"build": {"int8": True, "calibrate": True, "min_agreement": 0}, "calibrate": {"images": asked}}
+    assert "build" in run_again(project, changes).ran
     assert [rewrites(manifest) for manifest in manifests(project)] == [["quantize_products"]] * 2
     for name in ("model", "baseline"):
         ranges = ActivationRanges.read(project / "out" / f"{name}.ort.onnx.ranges.json")
@@ -408,26 +410,26 @@ def test_pictures_count_for_the_build_where_they_calibrate_it(project: Path, cal
 
 @pytest.mark.parametrize(
     ("fastest", "form"),
-    [(0, []), (1, ["fused_attention"]), (3, ["fused_attention", "dynamic_int8"])],
-    ids=["as exported", "fused", "fused INT8"],
+    [(0, []), (1, ["fused_attention"]), (3, ["fused_attention", "dynamic_int8"]), (4, ["quantize_products"])],
+    ids=["as exported", "fused", "fused INT8", "static INT8"],
 )
 def test_the_twin_of_a_tuned_model_is_built_in_the_form_that_won(
     project: Path, monkeypatch: pytest.MonkeyPatch, fastest: int, form: list[str]
 ) -> None:
-    """Which of the four wins is a fake; that they are built, timed and named is not."""
+    """Which of the six wins is a fake; that they are built, timed and named is not."""
     quick = Schedule(warmup_ms=0, min_seconds=0, min_runs=4, sittings=1)
     monkeypatch.setattr(ort_build, "build", partial(ort_build.build, schedule=quick))
     monkeypatch.setattr(ort_build, "fastest", lambda speed_ups: fastest)
     notes = Notes()
-    build = BuildConfig(tune=True, int8=True, providers=("cpu",), min_agreement=0)
+    build = BuildConfig(tune=True, int8=True, calibrate=True, providers=("cpu",), min_agreement=0)
     config = load_config(project / "run.toml").model_copy(update={"build": build})
     # the exported file itself is what the finished run has evaluated and profiled
     assert run(config, observer=notes).ran == (STAGES[2:] if form else ["build", "report"])
     model, twin = manifests(project)
     assert rewrites(model) == rewrites(twin) == form
-    assert model.tried is not None and len(model.tried) == 4 and twin.tried is None
-    assert sum(text.startswith("timing 4 forms") for text in notes.texts) == 1
-    assert any(text.startswith(f"fastest: {model.tried[fastest].form};") for text in notes.texts)
+    assert model.tried is not None and len(model.tried) == 6 and twin.tried is None
+    assert sum(text.startswith("timing 6 forms") for text in notes.texts) == 1
+    assert any(text.startswith(f"chosen: {model.tried[fastest].form};") for text in notes.texts)
     assert run(config).ran == []
 
 
