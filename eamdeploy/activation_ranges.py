@@ -30,6 +30,9 @@ if TYPE_CHECKING:
 
 Method = Literal["percentile", "minmax", "entropy"]
 
+CALIBRATION_IMAGES = 64
+"""At most that many, unless another number is asked for."""
+
 _AT_ONCE = 4  # images whose tensors are in memory together: about 50 MB each for DeiT-Tiny
 _PERCENTILE = 99.999
 _UINT8 = 2  # of onnx.TensorProto.DataType

@@ -12,6 +12,7 @@ from rich.console import Console
 
 from eamdeploy import cli_options as options
 from eamdeploy import show, show_profile
+from eamdeploy.activation_ranges import CALIBRATION_IMAGES
 from eamdeploy.artifact import require_output
 from eamdeploy.console import Terminal, print_result
 from eamdeploy.engines.base import ProviderName
@@ -327,7 +328,7 @@ def build_ort(
         bool, typer.Option("--int8", help="Linear layers in INT8; activations as they come, or by --calib-data.")
     ] = False,
     calib_data: options.CalibData = None,
-    calib_images: options.CalibImages = 64,
+    calib_images: options.CalibImages = CALIBRATION_IMAGES,
     calib_split: options.Split = "all",
     calib_method: options.CalibMethod = "percentile",
     calib_cache: options.CalibCache = None,
@@ -345,20 +346,16 @@ def build_ort(
     """Build an ONNX Runtime engine and prove that it computes what the model means (exit 3 if not)."""
     from eamdeploy.activation_ranges import calibration_with
     from eamdeploy.build import build_ort as run_build
-    from eamdeploy.engines.ort_providers import installed_providers
-    from eamdeploy.engines.registry import load_backend
-    from eamdeploy.ort_form import Int8, OrtForm, candidates
+    from eamdeploy.ort_form import forms_for
 
     calibration = calibration_with(calib_data, calib_images, calib_split, calib_method, calib_cache, skip_bad=skip_bad)
-    if tune and fused_attention:
-        raise ConfigError("--tune tries fused attention too", hint="Leave one of --tune and --fused-attention out.")
-    if tune:
-        load_backend("ort")
-        providers = installed_providers() if provider is None else [provider]
-        forms = candidates(providers, int8=int8, calibrated=calibration is not None)
-    else:
-        kind: Int8 = "dynamic" if calibration is None else "static"
-        forms = [OrtForm(fused_attention, kind if int8 else None, provider or "cpu")]
+    forms = forms_for(
+        None if provider is None else [provider],
+        fused_attention=fused_attention,
+        int8=int8,
+        calibrated=calibration is not None,
+        tune=tune,
+    )
     with context.obj as terminal:
         result = run_build(
             model,
@@ -387,7 +384,7 @@ def build_trt(
         bool, typer.Option("--int8", help="Linear layers and live attention in INT8, or what the model's own Q/DQ say.")
     ] = False,
     calib_data: options.CalibData = None,
-    calib_images: options.CalibImages = 64,
+    calib_images: options.CalibImages = CALIBRATION_IMAGES,
     calib_split: options.Split = "all",
     calib_method: options.CalibMethod = "percentile",
     calib_cache: options.CalibCache = None,
@@ -625,8 +622,8 @@ def run(
     as_json: options.AsJson = False,
 ) -> None:
     """Run all stages from a configuration file; what has not changed is not run again."""
-    from eamdeploy.pipeline import load_config
     from eamdeploy.pipeline import run as run_all
+    from eamdeploy.run_config import load_config
 
     loaded = load_config(config)
     with context.obj as terminal:

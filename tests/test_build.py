@@ -44,7 +44,7 @@ def test_threads_are_every_usable_core_unless_told(model: Path) -> None:
 
 @pytest.mark.parametrize(
     ("kind", "provider", "hint"),
-    [("dynamic", "openvino", "--calib-data"), ("dynamic", "cuda", "out"), ("static", "cuda", "out")],
+    [("dynamic", "openvino", "calibrate"), ("dynamic", "cuda", "out"), ("static", "cuda", "out")],
 )
 def test_int8_that_a_provider_gains_nothing_from_is_refused(kind: Int8, provider: ProviderName, hint: str) -> None:
     with pytest.raises(ConfigError, match=rf"{kind} INT8 is built for provider {provider}.*{hint}"):

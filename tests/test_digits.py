@@ -16,7 +16,7 @@ from PIL import Image
 
 from eamdeploy.cli_options import parse_model_kwargs, split_model_kwargs
 from eamdeploy.eam import checkpoint as checkpoints
-from eamdeploy.pipeline import load_config
+from eamdeploy.run_config import load_config
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 README = REPOSITORY / "models/README.md"

@@ -80,9 +80,19 @@ LAYERS: dict[str, set[str]] = {
         *("artifact", "documents", "eam", "engines", "errors", "evaluation", "host", "parity", "profiling"),
         *("remote", "run_state"),
     },
+    "run_config": {"artifact", "engines", "errors", "folder", "ort_form"},
+    "run_stage": {"artifact", "engines", "run_config", "source"},
+    "run_host": {
+        *("artifact", "errors", "folder", "host", "observer", "parity", "reporting", "run_config", "run_stage"),
+        "source",
+    },
+    "run_engines": {
+        *("activation_ranges", "artifact", "build", "eam", "engines", "evaluation", "folder", "observer", "ort_form"),
+        *("parity", "profiling", "run_config", "run_stage"),
+    },
     "pipeline": {
-        *("artifact", "build", "eam", "engines", "errors", "evaluation", "folder", "host"),
-        *("observer", "parity", "profiling", "reporting", "run_state", "source"),
+        *("artifact", "eam", "errors", "evaluation", "observer", "profiling", "reporting"),
+        *("run_config", "run_engines", "run_host", "run_stage", "run_state"),
     },
     "show_profile": {"artifact", "devices", "profiling"},
     "show": {
@@ -94,7 +104,7 @@ LAYERS: dict[str, set[str]] = {
     "cli": {
         *("activation_ranges", "artifact", "build", "cli_options", "console", "diagnosis", "engines"),
         *("errors", "evaluation", "host", "inspection", "lint", "ort_form", "pipeline", "profiling", "remote"),
-        *("reporting", "show", "show_profile", "source"),
+        *("reporting", "run_config", "show", "show_profile", "source"),
     },
 }
 HOST_ONLY = {"graph", "passes", "host", "lint", "ort_int8", "ort_model", "trt_flavour", "trt_half", "trt_model"}
@@ -103,15 +113,15 @@ HOST_ONLY = {"graph", "passes", "host", "lint", "ort_int8", "ort_model", "trt_fl
 PACKAGES: dict[str, set[str]] = {
     "numpy": set(LAYERS),
     "pydantic": {
-        *("artifact", "devices", "eam", "engines", "host", "inspection", "pipeline", "profiling", "remote"),
-        "run_state",
+        *("artifact", "devices", "eam", "engines", "host", "inspection", "profiling", "remote"),
+        *("run_config", "run_state"),
     },
     "PIL": {"images"},
     "psutil": {"diagnosis", "profiling"},
     "rich": {"cli", "console", "show", "show_profile"},
     "typer": {"cli", "cli_options"},
-    "tomli": {"pipeline"},
-    "tomllib": {"pipeline"},  # Python's own from 3.11
+    "tomli": {"run_config"},
+    "tomllib": {"run_config"},  # Python's own from 3.11
     "onnxruntime": {
         *("engines.ort", "engines.ort_providers", "engines.registry", "graph.model", "graph.running", "ort_tools"),
     },

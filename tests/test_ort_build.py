@@ -227,7 +227,7 @@ def test_options_that_are_of_no_use_are_refused(model: Path, pictures: Path, run
 def test_a_form_and_tuning_are_one_too_many_and_no_form_too_few(model: Path, run_cli: RunCli) -> None:
     engine = model.with_name("x.ort.onnx")
     refused = run_cli("build-ort", model, "-o", engine, "--tune", "--fused-attention")
-    assert "--tune tries fused attention too" in only_error(refused, 2)
+    assert "tuning tries fused attention too" in only_error(refused, 2)
     with pytest.raises(ConfigError, match="there is nothing to build"):
         build_ort(model, engine, forms=[])
 

@@ -2,6 +2,8 @@ from __future__ import annotations
 
 import json
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -9,16 +11,22 @@ from pathlib import Path
 import pytest
 from tiny_models import KWARGS, NAME, draw_pictures, make_model, save_weights
 
-from eamdeploy import pipeline, run
+from eamdeploy import ort_build, run, run_engines
+from eamdeploy.activation_ranges import ActivationRanges
 from eamdeploy.artifact import digest_file
 from eamdeploy.eam import checkpoint as checkpoints
 from eamdeploy.engines.base import Manifest
 from eamdeploy.errors import ConfigError
 from eamdeploy.evaluation import EvaluationReport
+from eamdeploy.observer import SILENT
+from eamdeploy.ort_form import AS_EXPORTED
 from eamdeploy.parity import ReferenceSet
-from eamdeploy.pipeline import RunConfig, RunReport, load_config
+from eamdeploy.pipeline import RunReport
 from eamdeploy.profiling.profile import Extras, Profile, profile
+from eamdeploy.profiling.timing import Schedule
 from eamdeploy.reporting import heatmap
+from eamdeploy.run_config import BuildConfig, RunConfig, load_config
+from eamdeploy.run_stage import engine_inputs
 from eamdeploy.run_state import RunState
 
 STAGES = ["freeze", "export", "build", "evaluate", "profile", "report"]
@@ -67,7 +75,7 @@ def make_cheap(patch: pytest.MonkeyPatch) -> None:
     def draw(scores: object, *, score_name: str, frozen: object, shares: object, title: str, path: Path) -> None:
         path.write_text(f"{title}, {score_name}: {frozen}, {shares}")
 
-    patch.setattr(pipeline, "profile", partial(profile, extras=Extras(fresh=False, power=False)))
+    patch.setattr(run_engines, "profile", partial(profile, extras=Extras(fresh=False, power=False)))
     patch.setattr(heatmap, "draw_heatmap", draw)
 
 
@@ -188,7 +196,7 @@ def test_force_runs_everything(project: Path) -> None:
 
 # --- what makes a stage run again ------------------------------------------------------------------------------------
 
-FROM_FREEZE, FROM_EXPORT = STAGES[:-1], STAGES[1:-1]
+FROM_FREEZE, FROM_EXPORT, FROM_BUILD = STAGES[:-1], STAGES[1:-1], STAGES[2:-1]
 
 
 @pytest.mark.parametrize(
@@ -204,6 +212,9 @@ FROM_FREEZE, FROM_EXPORT = STAGES[:-1], STAGES[1:-1]
         ({"export": {"opset": 18}}, FROM_EXPORT),
         ({"export": {"fold_preprocess": True}}, FROM_EXPORT),
         ({"export": {"without": ["add_position"]}}, FROM_EXPORT),
+        ({"build": {"fused_attention": True}}, FROM_BUILD),
+        ({"build": {"int8": True, "min_agreement": 0}}, FROM_BUILD),
+        ({"build": {"providers": ["cpu"]}}, []),
         ({"evaluate": {"split": "all"}}, ["evaluate"]),
         ({"evaluate": {"images": 5}}, ["evaluate"]),
         ({"profile": {"min_runs": 3}}, ["profile"]),
@@ -344,6 +355,104 @@ def test_output_folder_that_cannot_be_made_is_an_error(project: Path) -> None:
         run(config)
 
 
+# --- other forms of the engines --------------------------------------------------------------------------------------
+
+
+def manifests(project: Path) -> list[Manifest]:
+    return [Manifest.read(project / "out" / f"{name}.ort.onnx.json") for name in ("model", "baseline")]
+
+
+def rewrites(manifest: Manifest) -> list[str]:
+    """What was done to the exported model."""
+    assert manifest.card is not None
+    names = ("fused_attention", "dynamic_int8", "quantize_products")
+    return [name for name in manifest.card.rewrites if name in names]
+
+
+def test_model_and_twin_are_built_evaluated_and_profiled_in_the_form_asked_for(project: Path) -> None:
+    asked = {"build": {"fused_attention": True, "int8": True, "min_agreement": 0}}
+    report = run_again(project, asked)
+    built = manifests(project)
+    assert [rewrites(manifest) for manifest in built] == [["fused_attention", "dynamic_int8"]] * 2
+    assert {manifest.parity.tolerance for manifest in built if manifest.parity} == {"reduced-engine at 0 %"}
+    assert report.evaluation is not None and report.evaluation.model_digest == built[0].engine_digest
+    assert report.profile.engines[0].digest == built[0].engine_digest
+    assert report.profile.baseline is not None and report.profile.baseline.digest == built[1].engine_digest
+    asked["build"]["min_agreement"] = 1  # another gate for the same files
+    assert run_again(project, asked).ran == ["build", "report"]
+    asked["build"]["fused_attention"] = False
+    assert run_again(project, asked).ran == STAGES[2:]
+    assert [rewrites(manifest) for manifest in manifests(project)] == [["dynamic_int8"]] * 2
+
+
+@pytest.mark.parametrize(("most", "asked", "used"), [(64, None, 10), (4, None, 4), (64, 7, 7)])
+def test_static_int8_is_calibrated_with_the_pictures_to_calibrate_on(
+    project: Path, monkeypatch: pytest.MonkeyPatch, most: int, asked: int | None, used: int
+) -> None:
+    monkeypatch.setattr(run_engines, "CALIBRATION_IMAGES", most)
+    changes = {"build": {"int8": True, "calibrate": True, "min_agreement": 0}, "calibrate": {"images": asked}}
+    assert "build" in run_again(project, changes).ran
+    assert [rewrites(manifest) for manifest in manifests(project)] == [["quantize_products"]] * 2
+    for name in ("model", "baseline"):
+        ranges = ActivationRanges.read(project / "out" / f"{name}.ort.onnx.ranges.json")
+        assert (ranges.images, ranges.source) == (used, "pictures")
+    assert run_again(project, changes).ran == []
+
+
+@pytest.mark.parametrize(("calibrate", "same"), [(True, False), (False, True)])
+def test_pictures_count_for_the_build_where_they_calibrate_it(project: Path, calibrate: bool, same: bool) -> None:
+    config = load_config(project / "run.toml")
+    config = config.model_copy(update={"build": BuildConfig(int8=True, calibrate=calibrate)})
+    before = run_engines.build_stage(config, SILENT).inputs
+    redraw(project, index=4)
+    assert (run_engines.build_stage(config, SILENT).inputs == before) == same
+
+
+@pytest.mark.parametrize(
+    ("fastest", "form"),
+    [(0, []), (1, ["fused_attention"]), (3, ["fused_attention", "dynamic_int8"]), (4, ["quantize_products"])],
+    ids=["as exported", "fused", "fused INT8", "static INT8"],
+)
+def test_the_twin_of_a_tuned_model_is_built_in_the_form_that_won(
+    project: Path, monkeypatch: pytest.MonkeyPatch, fastest: int, form: list[str]
+) -> None:
+    """Which of the six wins is a fake; that they are built, timed and named is not."""
+    quick = Schedule(warmup_ms=0, min_seconds=0, min_runs=4, sittings=1)
+    monkeypatch.setattr(ort_build, "build", partial(ort_build.build, schedule=quick))
+    monkeypatch.setattr(ort_build, "fastest", lambda speed_ups: fastest)
+    notes = Notes()
+    build = BuildConfig(tune=True, int8=True, calibrate=True, providers=("cpu",), min_agreement=0)
+    config = load_config(project / "run.toml").model_copy(update={"build": build})
+    # the exported file itself is what the finished run has evaluated and profiled
+    assert run(config, observer=notes).ran == (STAGES[2:] if form else ["build", "report"])
+    model, twin = manifests(project)
+    assert rewrites(model) == rewrites(twin) == form
+    assert model.tried is not None and len(model.tried) == 6 and twin.tried is None
+    assert sum(text.startswith("timing 6 forms") for text in notes.texts) == 1
+    assert any(text.startswith(f"chosen: {model.tried[fastest].form};") for text in notes.texts)
+    assert run(config).ran == []
+
+
+def test_one_file_on_another_provider_is_another_engine(project: Path) -> None:
+    config = load_config(project / "run.toml")
+    on_cpu = engine_inputs(config)
+    for manifest in manifests(project):
+        manifest.model_copy(update={"provider": "openvino"}).write(project / "out" / f"{manifest.engine}.json")
+    elsewhere = engine_inputs(config)
+    assert elsewhere["engines"] == on_cpu["engines"]
+    assert "providers" not in on_cpu and elsewhere["providers"] == ["openvino", "openvino"]
+
+
+def test_the_runtime_is_loaded_to_tell_its_version() -> None:
+    """Of several packages that bring the module, only the loaded one knows."""
+    code = (
+        "import sys; from eamdeploy.run_stage import runtime_versions as v; sys.exit('onnxruntime' not in v(['cpu']))"
+    )
+    hidden = "import importlib.metadata as m; m.version = lambda name: (_ for _ in ()).throw(m.PackageNotFoundError)"
+    done = subprocess.run([sys.executable, "-c", f"{hidden}; {code}"], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+
+
 # --- the configuration -----------------------------------------------------------------------------------------------
 
 
@@ -371,6 +480,21 @@ def test_paths_are_relative_to_the_configuration(project: Path, monkeypatch: pyt
         ('batch = "dynamic"', 'batch = "many"', "export.batch: Input should be a valid integer"),
         ('split = "odd"', 'split = "third"', "evaluate.split: Input should be 'all', 'even' or 'odd'"),
         ("threads = 1", "threads = 0", "profile.threads: Input should be greater than or equal to 1"),
+        *(
+            ("[profile]", f"[build]\n{keys}\n[profile]", message)
+            for keys, message in (
+                ("calibrate = true", "build.calibrate: it is of use for INT8 alone"),
+                ("min_agreement = 0", "build.min_agreement: it is of use for INT8 alone"),
+                ("int8 = true\nmin_agreement = 101", "build.min_agreement: Input should be less than or equal to 100"),
+                ("tune = true\nfused_attention = true", "build.tune: tuning tries fused attention too"),
+                ('providers = ["cpu", "openvino"]', "build.providers: several providers can only be tried"),
+                ('providers = ["openvino"]\nfused_attention = true', "build.providers: provider openvino has no fused"),
+                ('providers = ["openvino"]\nint8 = true', "build.providers: no engine in dynamic INT8 is built for"),
+                ('providers = ["xnnpack"]\nint8 = true\ntune = true', "build.providers: no form in INT8 can be tried"),
+                ('providers = ["tpu"]', "build.providers.0: Input should be 'cpu'"),
+                ("providers = []", "build.providers: Tuple should have at least 1 item"),
+            )
+        ),
         ("[profile]", "[profil]", "profil: Extra inputs are not permitted"),
         ("[profile]", "[profile", "cannot read the configuration"),
     ],
@@ -408,6 +532,7 @@ def test_defaults_are_those_of_the_commands(tmp_path: Path) -> None:
     (tmp_path / "x.toml").write_text('output = "o"\n[model]\nname = "a"\n[calibrate]\ndata = "d"\n')
     config = load_config(tmp_path / "x.toml")
     assert FreezeOptions(**config.freeze.model_dump()) == FreezeOptions()
+    assert config.build.forms() == [AS_EXPORTED]
     assert json.loads(config.model_dump_json())["profile"] == {
         "threads": None,
         "batch": 1,

@@ -17,6 +17,7 @@ _PACKAGES = (
     "onnxruntime-openvino",
     "tensorrt",
     "onnx",
+    "onnx-graphsurgeon",
     "torch",
     "timm",
 )
