@@ -17,7 +17,9 @@ from onnx import TensorProto, numpy_helper
 from trt_workshop import FROZEN, Workshop, make_workshop, named, with_int8_activations, with_softmax
 
 from eamdeploy.engines.base import Manifest, manifest_path
-from eamdeploy.engines.trt_request import TrtOptions
+from eamdeploy.engines.trt import _is_mostly_fp32
+from eamdeploy.engines.trt_request import ModelFacts, TrtOptions, make_request
+from eamdeploy.engines.trt_versions import TrtVersion
 from eamdeploy.errors import ConfigError, DeviceError, EngineError, ParityError
 
 FP16 = TrtOptions(precision="fp16")
@@ -120,6 +122,30 @@ def test_fp16_engine_with_another_first_class_is_not_written(workshop: Workshop)
     with pytest.raises(ParityError, match=r"first class equal for 0 %.*Don't use it; compare the ONNX model"):
         workshop.build(replace(FP16, keep_fp32="norm-softmax"))
     assert before == (workshop.engine.read_bytes(), manifest_path(workshop.engine).read_bytes())
+
+
+def test_fp16_engine_as_large_as_fp32s_is_said(workshop: Workshop) -> None:
+    workshop.build(FP16)  # a fake's engine holds the model that it was given
+    said = [note for note in workshop.notes if "most of it computes in FP32, though FP16 is allowed" in note]
+    chooses = not str(workshop.machine.trt.fake.version).startswith("11")
+    assert len(said) == chooses
+    assert not chooses or "eam.plan.log" in said[0]
+
+
+@pytest.mark.parametrize(
+    ("options", "plan_bytes", "mostly"),
+    [
+        (TrtOptions(precision="fp16"), 570, False),
+        (TrtOptions(precision="fp16"), 1100, True),
+        (TrtOptions(precision="bf16"), 1100, True),
+        (TrtOptions(precision="fp32"), 1100, False),
+        (TrtOptions(precision="fp16", int8=True), 1100, False),  # the model's weights are INT8
+    ],
+)
+def test_the_size_tells_what_an_engine_computes_in(options: TrtOptions, plan_bytes: int, mostly: bool) -> None:
+    facts = ModelFacts("x", (None, 3, 8, 8), nodes=(), dequantizes=options.int8, quantizes=options.int8)
+    request = make_request(TrtVersion.parse("10.3"), options, facts, [])
+    assert _is_mostly_fp32(request, plan_bytes, 1000) is mostly
 
 
 def test_maps_that_had_to_be_requantized_are_held_to_top_1_and_said(ten: Workshop) -> None:
