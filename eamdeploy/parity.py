@@ -35,12 +35,15 @@ class Tolerance:
         max_abs: largest |Δ| of any logit.
         span_fraction: largest |Δ| of any logit as a share of max − min of the reference's logits.
         top1_agreement: percent of images that need the same first class, in [0, 100].
+        tie_fraction: classes whose logits the reference has no farther apart than this share of max − min are tied, and
+            any of them may be first.
     """
 
     name: str
     max_abs: float
     span_fraction: float
     top1_agreement: float
+    tie_fraction: float = 0.0
 
 
 TOLERANCES: Mapping[str, Tolerance] = MappingProxyType(
@@ -51,8 +54,11 @@ TOLERANCES: Mapping[str, Tolerance] = MappingProxyType(
             Tolerance("f32-reassoc", max_abs=1e-4, span_fraction=1e-4, top1_agreement=100.0),
             # another runtime's float32 kernels (erf, exp, blocked sums) through a dozen layers
             Tolerance("f32-engine", max_abs=2e-3, span_fraction=1e-3, top1_agreement=100.0),
-            # FP16, BF16 or INT8 arithmetic, or maps requantized for it: only what the model decides is held to
-            Tolerance("reduced-engine", max_abs=math.inf, span_fraction=math.inf, top1_agreement=99.0),
+            # FP16, BF16 or INT8 arithmetic, or maps requantized for it: only what the model decides is held to. FP16
+            # alone moved logits of a DeiT-Tiny by 0.0024 of their span: a choice by less is no decision.
+            Tolerance(
+                "reduced-engine", max_abs=math.inf, span_fraction=math.inf, top1_agreement=99.0, tie_fraction=5e-3
+            ),
         )
     }
 )
@@ -85,6 +91,7 @@ class ParityReport(Record):
         max_rel: `max_abs` ÷ (max − min of the reference's logits); None as above or when those are all equal.
         where: image and class index of that difference, or of the first logit that is not finite.
         top1_agreement: percent of images with the same first class.
+        ties: images with another first class that the tolerance calls tied with the reference's.
         reason: what failed; None when it passed.
     """
 
@@ -95,6 +102,7 @@ class ParityReport(Record):
     max_rel: float | None
     where: tuple[int, int]
     top1_agreement: float
+    ties: int = 0
     reason: str | None
 
 
@@ -109,25 +117,33 @@ def compare(reference: NDArray[np.float32], got: NDArray[np.float32], tolerance:
         ParityError: shapes or dtypes differ, or there is nothing to compare.
     """
     _require_comparable(reference, got)
-    agreement = 100.0 * float(np.mean(reference.argmax(axis=1) == got.argmax(axis=1)))
+    same = reference.argmax(axis=1) == got.argmax(axis=1)
+    agreement = 100.0 * float(np.mean(same))
     for name, logits in (("reference", reference), ("result", got)):
         finite = np.isfinite(logits)
         if not finite.all():
             where = _index(~finite)
             reason = f"the {name} has {np.count_nonzero(~finite)} logits that are not finite"
-            return _report(tolerance, len(got), None, None, where, agreement, [reason])
+            return _report(tolerance, len(got), None, None, where, agreement, 0, [reason])
     difference = np.abs(got.astype(np.float64) - reference.astype(np.float64))
     where = _index(difference == difference.max())
     max_abs = float(difference[where])
     span = float(reference.max()) - float(reference.min())
+    behind = reference.max(axis=1) - np.take_along_axis(reference, got.argmax(axis=1)[:, None], axis=1)[:, 0]
+    tied = ~same & (behind <= tolerance.tie_fraction * span)
     reasons = []
     if max_abs > tolerance.max_abs:
         reasons.append(f"max |Δ logit| {max_abs:.3g} > {tolerance.max_abs:g}")
     if max_abs > tolerance.span_fraction * span:
         reasons.append(f"max |Δ logit| {max_abs:.3g} > {tolerance.span_fraction:g} of the logits' span {span:.3g}")
-    if agreement < tolerance.top1_agreement:
-        reasons.append(f"first class equal for {agreement:.4g} % of the images < {tolerance.top1_agreement:g} %")
-    return _report(tolerance, len(got), max_abs, max_abs / span if span > 0 else None, where, agreement, reasons)
+    accepted = 100.0 * float(np.mean(same | tied))
+    if accepted < tolerance.top1_agreement:
+        or_tied = " or tied" if tied.any() else ""
+        reasons.append(
+            f"first class equal{or_tied} for {accepted:.4g} % of the images < {tolerance.top1_agreement:g} %"
+        )
+    max_rel, ties = max_abs / span if span > 0 else None, int(np.count_nonzero(tied))
+    return _report(tolerance, len(got), max_abs, max_rel, where, agreement, ties, reasons)
 
 
 def require(report: ParityReport, what: str, hint: str | None = None) -> None:
@@ -158,6 +174,7 @@ def _report(
     max_rel: float | None,
     where: tuple[int, int],
     agreement: float,
+    ties: int,
     reasons: list[str],
 ) -> ParityReport:
     return ParityReport(
@@ -168,6 +185,7 @@ def _report(
         max_rel=max_rel,
         where=where,
         top1_agreement=agreement,
+        ties=ties,
         reason="; ".join(reasons) or None,
     )
 

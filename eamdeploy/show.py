@@ -145,6 +145,7 @@ def manifest(built: Manifest) -> RenderableType:
     if built.parity is not None:
         agreement = built.parity.top1_agreement
         equal = "every top-1 equal" if agreement == 100 else f"top-1 equal for {agreement:.4g} %"
+        equal += f", tied for {built.parity.ties} more" if built.parity.ties else ""
         parity = f"max |Δ logit| {built.parity.max_abs:.1e} on {built.parity.n} images, {equal}"
     shown = fields(
         f"Engine {built.engine}",

@@ -135,6 +135,28 @@ def test_reduced_precision_is_held_to_99_percent_of_the_first_classes_and_to_fin
     assert not compare(reference, got, TOLERANCES["reduced-engine"]).passed
 
 
+@pytest.mark.parametrize(("gap", "ties"), [(0.04, 2), (0.06, 0)])
+def test_reduced_precision_may_choose_between_classes_that_the_reference_has_tied(gap: float, ties: int) -> None:
+    reference = np.zeros((32, 5), np.float32)
+    reference[:, 0], reference[:, 4] = 5, -5  # a span of 10, of which half a percent is a tie
+    reference[:3, 1] = 5 - gap
+    got = reference.copy()
+    got[:2, 1] += 0.1
+    report = compare(reference, got, TOLERANCES["reduced-engine"])
+    assert (report.passed, report.ties, report.top1_agreement) == (ties == 2, ties, 100 * 30 / 32)
+    assert not compare(reference, got, ENGINE).passed
+    got[9, 2] = 7  # far behind in the reference
+    report = compare(reference, got, TOLERANCES["reduced-engine"])
+    assert not report.passed and report.reason is not None
+    or_tied = " or tied" if ties else ""
+    assert report.reason == f"first class equal{or_tied} for {100 * (29 + ties) / 32:.4g} % of the images < 99 %"
+
+
+def test_a_report_from_before_ties_were_told_has_none() -> None:
+    old = compare(logits(), logits(), ENGINE).model_dump(exclude={"ties"})
+    assert ParityReport(**old).ties == 0
+
+
 def reference_set() -> ReferenceSet:
     pixels = np.random.default_rng(0).integers(0, 256, (4, 8, 8, 3), np.uint8)
     return ReferenceSet(pixels, logits(), "4 images of calibration folder digits")

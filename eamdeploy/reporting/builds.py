@@ -57,8 +57,9 @@ def _build_facts(manifest: Manifest) -> Facts:
     checked = "NOT CHECKED"
     if parity is not None:
         worst = "not finite" if parity.max_abs is None else f"max |Δ logit| {numbers.scientific(parity.max_abs)}"
+        tied = f", tied for {parity.ties} more" if parity.ties else ""
         checked = (
-            f"{worst}, first class equal for {parity.top1_agreement:.4g} % of {parity.n} images "
+            f"{worst}, first class equal for {parity.top1_agreement:.4g} % of {parity.n} images{tied} "
             f"(tolerance {parity.tolerance})"
         )
     facts = {
