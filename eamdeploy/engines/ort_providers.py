@@ -1,7 +1,7 @@
 """The execution providers of ONNX Runtime that an engine can be built for: one table, and what it takes to trust one.
 
-Facts behind the table, for OpenVINO from a DeiT-Tiny on x86 with onnxruntime-openvino 1.24.1, for the others from their
-documentation alone:
+Facts behind the table, from a DeiT-Tiny: for OpenVINO on x86 with onnxruntime-openvino 1.24.1, for CUDA on an H100 with
+onnxruntime-gpu 1.31.1; for the others from their documentation alone:
 
 - **OpenVINO** compiles the whole graph itself, with the maps as UINT8 or INT8 behind DequantizeLinear. ONNX Runtime's
   optimizations before it changed neither the processor's time nor the logits, and neither did folding the maps by
@@ -138,7 +138,7 @@ PROVIDERS: Mapping[ProviderName, Provider] = MappingProxyType(
         ),
         "cuda": Provider(
             "CUDAExecutionProvider",
-            get=f"{_INSTEAD} onnxruntime-gpu (x86); on a Jetson the wheel for its JetPack.",
+            get=f"{_INSTEAD} 'onnxruntime-gpu[cuda,cudnn]' (x86); on a Jetson the wheel for its JetPack.",
             takes="arithmetic",
             settings=MappingProxyType({"graph_optimization_level": "all", "session.disable_quant_qdq": "1"}),
             options=MappingProxyType({"use_tf32": "0"}),
