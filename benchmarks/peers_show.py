@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 from collections.abc import Sequence
+from math import ceil
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -105,25 +106,28 @@ def _or_blank(value: float | None, form: str) -> str:
 
 
 def draw(result: Peers, path: Path) -> None:
-    """`path` (.png or .svg) shows agreement against latency, a row for each model and a panel for each run."""
+    """`path` (.png or .svg) shows agreement against latency, a panel for each run, two side by side."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    columns = max(len(model.combinations) for model in result.models)
+    columns = min(2, max(len(model.combinations) for model in result.models))
+    lines = [ceil(len(model.combinations) / columns) for model in result.models]
     width = columns * _PANEL[0] + _KEY
-    figure = Figure(figsize=(width, len(result.models) * _PANEL[1]), layout="constrained")
+    figure = Figure(figsize=(width, sum(lines) * _PANEL[1]), layout="constrained")
     FigureCanvasAgg(figure)
-    grid = figure.add_gridspec(len(result.models), columns + 1, width_ratios=[*[_PANEL[0]] * columns, _KEY])
-    for line, model in enumerate(result.models):
-        for column, combination in enumerate(model.combinations):
-            axes = figure.add_subplot(grid[line, column])
+    grid = figure.add_gridspec(sum(lines), columns + 1, width_ratios=[*[_PANEL[0]] * columns, _KEY])
+    for index, model in enumerate(result.models):
+        top = sum(lines[:index])
+        for place, combination in enumerate(model.combinations):
+            line, column = divmod(place, columns)
+            axes = figure.add_subplot(grid[top + line, column])
             _draw_panel(axes, model, combination)
             axes.set_title(
                 f"{model.model}\n{combination.threads} threads, batch {combination.batch}", fontsize=9, color=_INK
             )
             if column == 0:
                 axes.set_ylabel("agreement with the FP32 model, %", fontsize=8)
-        _draw_key(figure.add_subplot(grid[line, columns]), _run_rows(model))
+        _draw_key(figure.add_subplot(grid[top, columns]), _run_rows(model))
     drawn = io.BytesIO()
     figure.savefig(drawn, format=path.suffix.removeprefix("."), dpi=130)
     write_bytes(path, drawn.getvalue())
