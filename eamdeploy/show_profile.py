@@ -122,6 +122,7 @@ def _caveats(measured: Profile, everyone: list[EngineProfile]) -> list[str]:
     lines = list(dict.fromkeys([*measured.device_before.warnings, *measured.device_after.warnings]))
     lines += [f"throttled: {reason}" for reason in measured.device_after.throttling]
     lines += [f"{item.engine}: {item.latency.warning}" for item in everyone if item.latency.warning]
+    lines += [] if measured.sensor is None else measured.sensor.warnings()
     lines += [f"{item.engine}: {text}" for item in everyone if item.power for text in item.power.warnings]
     lines += [f"{item.engine}: its parity was not checked" for item in everyone if item.parity is None]
     if any(item.model is not None and item.model.weights == "random" for item in everyone):

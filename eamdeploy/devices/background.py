@@ -5,14 +5,16 @@ from __future__ import annotations
 import threading
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from types import TracebackType
 
-from eamdeploy.devices.base import Reading
+from eamdeploy.devices.base import Reading, SensorNotes
+from eamdeploy.devices.rails import total_rails
 from eamdeploy.errors import DeviceError
 
 _PATIENCE_S = 15.0  # for the first reading: tegrastats on a cold board takes seconds to start
 _FAREWELL_S = 5.0  # for the thread to end
+_EXAMPLE_LENGTH = 160
 
 
 class BackgroundSensor(ABC):
@@ -28,15 +30,15 @@ class BackgroundSensor(ABC):
         self._stopped = threading.Event()
         self._news = threading.Condition()
         self._readings: list[Reading] = []
-        self._skipped = 0
-        self._last_skipped = ""
-        self._failure: Exception | None = None
+        self._rails_seen: dict[str, None] = {}
+        self._notes = SensorNotes(source=source)
         self._thread = threading.Thread(target=self._run, name=f"sensor {source}", daemon=True)
 
     @property
-    @abstractmethod
     def total_rails(self) -> tuple[str, ...]:
-        """As `Sensor` says."""
+        """As `Sensor` says, of all rails that were read so far: one that can't be read at first may come later."""
+        with self._news:
+            return total_rails(self._rails_seen)
 
     @abstractmethod
     def watch(self, stopped: threading.Event) -> None:
@@ -49,47 +51,43 @@ class BackgroundSensor(ABC):
         """One more reading."""
         with self._news:
             self._readings.append(reading)
+            self._rails_seen.update(dict.fromkeys(reading.power_mw))
             self._news.notify_all()
 
     def skip(self, what: str) -> None:
-        """One more reading that could not be understood."""
+        """One more reading of which nothing could be used: `what` it said."""
         with self._news:
-            self._skipped += 1
-            self._last_skipped = what
+            self._change(skipped=self._notes.skipped + 1, skipped_example=_shortened(what))
+
+    def leave_out(self, *what: str) -> None:
+        """So many values or fields of a reading could not be used, while others of it were."""
+        if what:
+            with self._news:
+                self._change(left_out=self._notes.left_out + len(what), left_out_example=_shortened(what[-1]))
 
     @property
     def skipped(self) -> int:
-        """Readings so far that could not be understood."""
+        """Readings so far of which nothing could be used."""
+        return self.notes.skipped
+
+    @property
+    def notes(self) -> SensorNotes:
+        """What could not be read so far, and why reading stopped by itself, if it did."""
         with self._news:
-            return self._skipped
+            return self._notes
 
     def readings(self) -> list[Reading]:
-        """All readings since it was opened, oldest first.
-
-        Raises:
-            DeviceError: reading stopped by itself.
-        """
+        """All readings since it was opened, oldest first; those before it stopped by itself, if it did."""
         with self._news:
-            if self._failure is not None:
-                if isinstance(self._failure, DeviceError):
-                    raise self._failure
-                raise DeviceError(f"{self.source} stopped: {self._failure}") from self._failure
             return list(self._readings)
 
     def __enter__(self) -> BackgroundSensor:
         self._thread.start()
         try:
             with self._news:
-                told = self._news.wait_for(lambda: self._readings or self._failure, self._patience_s)
-            self.readings()
-            if not told:
-                raise DeviceError(
-                    f"{self.source} gave no reading",
-                    expected=f"one within {self._patience_s:g} s",
-                    got=f"{self.skipped} that can't be understood, the last: {self._last_skipped!r}"
-                    if self.skipped
-                    else "nothing",
-                )
+                self._news.wait_for(lambda: self._readings or self._notes.failure is not None, self._patience_s)
+                if not self._readings:
+                    raise _no_reading(self._notes, self._patience_s)
         except BaseException:
             self._close()
             raise
@@ -106,28 +104,54 @@ class BackgroundSensor(ABC):
         self._thread.join(_FAREWELL_S)
 
     def _run(self) -> None:
-        failure: Exception | None = None
+        failure: str | None = None
         try:
             self.watch(self._stopped)
             if not self._stopped.is_set():
-                failure = DeviceError(f"{self.source} stopped by itself")
-        except Exception as err:  # noqa: BLE001 - readings() raises it in the thread that measures
-            failure = err
+                failure = f"{self.source} stopped by itself"
+        except DeviceError as err:
+            failure = str(err)
+        except Exception as err:  # noqa: BLE001 - whatever a driver or a service raises, it must not end a measurement
+            failure = f"{self.source} stopped: {err or type(err).__name__}"
         with self._news:
             if not self._stopped.is_set():
-                self._failure = failure
+                self._change(failure=failure)
             self._news.notify_all()
+
+    def _change(self, **changes: object) -> None:
+        self._notes = self._notes.model_copy(update=changes)
+
+
+def _no_reading(notes: SensorNotes, patience_s: float) -> DeviceError:
+    if notes.failure is not None:
+        return DeviceError(notes.failure)
+    return DeviceError(
+        f"{notes.source} gave no reading",
+        expected=f"one within {patience_s:g} s",
+        got=f"{notes.skipped} that can't be understood, the last: {notes.skipped_example!r}"
+        if notes.skipped
+        else "nothing",
+    )
+
+
+def _shortened(text: str) -> str:
+    """`text` in one line that can be printed, and not too long."""
+    line = "".join(each if each.isprintable() else "\N{REPLACEMENT CHARACTER}" for each in " ".join(text.split()))
+    return line if len(line) <= _EXAMPLE_LENGTH else f"{line[:_EXAMPLE_LENGTH]}…"
+
+
+Read = Callable[[int], tuple[Reading, Sequence[str]]]
 
 
 class PolledSensor(BackgroundSensor):
     """Asks `read` about every `interval_s`.
 
     Args:
-        rails: names of the rails that are the device's total.
-        read: the reading now, given `time.monotonic_ns()`; a rail that can't be read now is left out.
+        rails: names of the rails that are the device's total; None for a board, whose rails tell.
+        read: the reading now, given `time.monotonic_ns()`, and in words what could not be read of it.
     """
 
-    def __init__(self, source: str, rails: tuple[str, ...], read: Callable[[int], Reading], interval_s: float) -> None:
+    def __init__(self, source: str, rails: tuple[str, ...] | None, read: Read, interval_s: float) -> None:
         super().__init__(source)
         self._rails = rails
         self._read = read
@@ -135,12 +159,17 @@ class PolledSensor(BackgroundSensor):
 
     @property
     def total_rails(self) -> tuple[str, ...]:
-        return self._rails
+        return super().total_rails if self._rails is None else self._rails
 
     def watch(self, stopped: threading.Event) -> None:
         due = time.monotonic()
         while True:
-            self.note(self._read(time.monotonic_ns()))
+            reading, unread = self._read(time.monotonic_ns())
+            if unread and not reading.power_mw and not reading.memory_bytes:
+                self.skip(unread[0])
+            else:
+                self.leave_out(*unread)
+                self.note(reading)
             due = max(due + self._interval_s, time.monotonic())  # a slow read delays the next, it never piles up
             if stopped.wait(due - time.monotonic()):
                 return
@@ -157,8 +186,16 @@ class EnergyCounter:
         self._wraps_at_uj = wraps_at_uj
         self._before: tuple[int, int] | None = None
 
-    def power_mw(self, at_ns: int, energy_uj: int) -> float | None:
-        """Since the last look; None at the first one, and where the counter went back for another reason."""
+    def power_mw(self, at_ns: int, energy_uj: int | None) -> float | None:
+        """Since the last look; None at the first one, and where the counter went back for another reason.
+
+        Args:
+            energy_uj: None where it can't be read now. The next look then counts as the first: the power since the
+                one before would be that of other work too.
+        """
+        if energy_uj is None:
+            self._before = None
+            return None
         before, self._before = self._before, (at_ns, energy_uj)
         if before is None or at_ns <= before[0]:
             return None

@@ -47,6 +47,42 @@ class DeviceState(Record):
     warnings: list[str] = Field(default_factory=list)
 
 
+class SensorNotes(Record):
+    """What a sensor could not read, beside the readings that it gave.
+
+    Attributes:
+        source: as `Sensor` says.
+        skipped: readings of which nothing could be used; `skipped_example`: one of them, shortened.
+        left_out: single values or fields that could not be read or are not known here, in readings whose other values
+            were used; `left_out_example`: one of them.
+        failure: why no more readings came, or none at all; None for a sensor that read to the end.
+    """
+
+    source: str
+    skipped: int = 0
+    skipped_example: str | None = None
+    left_out: int = 0
+    left_out_example: str | None = None
+    failure: str | None = None
+
+    def warnings(self) -> list[str]:
+        """The same for people, one sentence each; nothing for a sensor that read everything."""
+        found = []
+        if self.failure is not None:
+            found.append(f"power is missing or incomplete: {self.failure}")
+        if self.skipped:
+            found.append(
+                f"{self.source}: {self.skipped} readings could not be understood and were skipped, "
+                f"e.g. {self.skipped_example!r}"
+            )
+        if self.left_out:
+            found.append(
+                f"{self.source}: {self.left_out} fields could not be read or are not known here and were left out, "
+                f"e.g. {self.left_out_example!r}"
+            )
+        return found
+
+
 @dataclass(frozen=True)
 class Reading:
     """What the sensors said at one moment.
@@ -69,7 +105,8 @@ class Sensor(Protocol):
         source: where readings come from: "jtop", "tegrastats", "sysfs ina3221", "NVML".
         total_rails: rails that together are the whole of what the device draws, without counting anything twice;
             empty where that is not known.
-        skipped: readings so far that could not be understood.
+        skipped: readings so far of which nothing could be used.
+        notes: what could not be read so far, and why it stopped if it did.
     """
 
     @property
@@ -81,15 +118,20 @@ class Sensor(Protocol):
     @property
     def skipped(self) -> int: ...
 
-    def readings(self) -> list[Reading]:
-        """All readings since it was opened, oldest first.
+    @property
+    def notes(self) -> SensorNotes: ...
 
-        Raises:
-            DeviceError: reading stopped by itself, e.g. tegrastats ended.
-        """
+    def readings(self) -> list[Reading]:
+        """All readings since it was opened, oldest first; those before it stopped by itself, if it did."""
         ...
 
-    def __enter__(self) -> Sensor: ...
+    def __enter__(self) -> Sensor:
+        """It reads.
+
+        Raises:
+            DeviceError: no reading came.
+        """
+        ...
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
@@ -103,7 +145,11 @@ class Device(Protocol):
     def kind(self) -> DeviceKind: ...
 
     def state(self) -> DeviceState:
-        """The device now."""
+        """The device now; what it does not tell is left out, and said in the warnings where that matters.
+
+        Raises:
+            DeviceError: it does not answer at all any more.
+        """
         ...
 
     def sensor(self, interval_s: float) -> Sensor | None:

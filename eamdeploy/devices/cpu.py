@@ -8,6 +8,7 @@ from pathlib import Path
 from eamdeploy.devices.background import EnergyCounter, PolledSensor
 from eamdeploy.devices.base import DeviceKind, DeviceState, Reading, Sensor
 from eamdeploy.devices.sysfs import (
+    ask_number,
     board_name,
     cpu_clocks,
     memory_in_use,
@@ -70,14 +71,16 @@ class CpuDevice:
             return None
         meters = {name: EnergyCounter(read_number(path / "max_energy_range_uj")) for name, path in counters.items()}
 
-        def read(at_ns: int) -> Reading:
-            power = {}
+        def read(at_ns: int) -> tuple[Reading, list[str]]:
+            power, unread = {}, []
             for name, domain in counters.items():
-                energy_uj = read_number(domain / "energy_uj")
-                power_mw = None if energy_uj is None else meters[name].power_mw(at_ns, energy_uj)
+                energy_uj, trouble = ask_number(domain / "energy_uj")
+                power_mw = meters[name].power_mw(at_ns, energy_uj)
                 if power_mw is not None:
                     power[name] = power_mw
-            return Reading(at_ns, power, memory_in_use(self._root))
+                if energy_uj is None:
+                    unread.append(f"{name}: {trouble}")
+            return Reading(at_ns, power, memory_in_use(self._root)), unread
 
         return PolledSensor("RAPL", tuple(counters), read, interval_s)
 

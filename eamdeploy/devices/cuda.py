@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from types import ModuleType
 from typing import Any
 
@@ -51,7 +51,7 @@ class CudaDevice:
         """The GPU now; its power limit is the power mode.
 
         Raises:
-            DeviceError: the driver does not answer any more.
+            DeviceError: the driver does not answer at all any more.
         """
         nvml = self._nvml
         with _open_gpu(nvml) as gpu:
@@ -61,20 +61,22 @@ class CudaDevice:
                 unit: gpu.tell("nvmlDeviceGetClockInfo", clock)
                 for unit, clock in {"GPU": nvml.NVML_CLOCK_SM, "memory": nvml.NVML_CLOCK_MEM}.items()
             }
-            cuda = _tell(nvml, "nvmlSystemGetCudaDriverVersion")
+            cuda = gpu.tell_system("nvmlSystemGetCudaDriverVersion")
             software = {
-                "driver": _tell(nvml, "nvmlSystemGetDriverVersion"),
+                "driver": gpu.tell_system("nvmlSystemGetDriverVersion"),
                 "CUDA": None if cuda is None else f"{cuda // 1000}.{cuda % 1000 // 10}",
             }
+            name, throttling = gpu.tell("nvmlDeviceGetName"), gpu.throttling()
+            which = _which_gpu(gpu.tell_system("nvmlDeviceGetCount") or 1)
             return DeviceState(
                 kind=self.kind,
-                name=gpu.tell("nvmlDeviceGetName") or "NVIDIA GPU",
+                name=name or "NVIDIA GPU",
                 software={name: version for name, version in software.items() if version is not None},
                 power_mode=None if limit_mw is None else f"{limit_mw / 1e3:g} W",
                 clocks_mhz={unit: mhz for unit, mhz in clocks.items() if mhz is not None},
                 temperatures_c={} if celsius is None else {RAIL: celsius},
-                throttling=gpu.throttling(),
-                warnings=_which_gpu(_tell(nvml, "nvmlDeviceGetCount") or 1),
+                throttling=throttling,
+                warnings=[*which, *_did_not_answer(gpu.take_troubles())],
             )
 
     def sensor(self, interval_s: float) -> Sensor | None:
@@ -84,23 +86,48 @@ class CudaDevice:
             DeviceError: the driver does not answer any more.
         """
         with _open_gpu(self._nvml) as gpu:
-            first, second = gpu.reading(1), gpu.reading(2)  # a counter gives power from the second look on
-        if not second.power_mw and not first.memory_bytes:
-            return None
-        return _NvmlSensor(self._nvml, (RAIL,) if second.power_mw else (), interval_s)
+            _, second = gpu.reading(1), gpu.reading(2)  # a counter gives power from the second look on
+            troubles = gpu.take_troubles()
+        if second.power_mw or second.memory_bytes:
+            # a question that failed may be answered later; only a GPU that never tells its power has no total
+            return _NvmlSensor(self._nvml, (RAIL,) if second.power_mw or troubles else (), interval_s)
+        if troubles:
+            raise DeviceError(f"the NVIDIA driver does not answer any more: {troubles[0]}")
+        return None
 
 
 class _Gpu:
-    """A GPU while NVML is open."""
+    """A GPU while NVML is open.
+
+    Answers that NVML refuses with an error are None, like those that a GPU does not have, and are noted beside: one
+    question that fails must not take the answers to the others away.
+    """
 
     def __init__(self, nvml: ModuleType, handle: object) -> None:
         self._nvml = nvml
         self._handle = handle
         self._meter = EnergyCounter()
+        self._troubles: list[str] = []
 
     def tell(self, function: str, *arguments: object) -> Any:
         """NVML's answer about this GPU; None where there is none."""
-        return _tell(self._nvml, function, self._handle, *arguments)
+        return self.tell_system(function, self._handle, *arguments)
+
+    def tell_system(self, function: str, *arguments: object) -> Any:
+        """NVML's answer; None where this GPU, its driver or its owner does not give one."""
+        nvml = self._nvml
+        try:
+            return getattr(nvml, function)(*arguments)
+        except (nvml.NVMLError_NotSupported, nvml.NVMLError_FunctionNotFound, nvml.NVMLError_NoPermission):
+            return None
+        except nvml.NVMLError as err:
+            self._troubles.append(f"{function}: {err}")
+            return None
+
+    def take_troubles(self) -> list[str]:
+        """The errors since the last call of this, each with the function that was asked."""
+        troubles, self._troubles = self._troubles, []
+        return troubles
 
     def reading(self, at_ns: int) -> Reading:
         """Power and memory now.
@@ -108,11 +135,11 @@ class _Gpu:
         Power is that since the last reading, from the card's energy counter (Volta and later). The power that NVML
         tells directly, a mean over the last second from Ampere on, is taken only where there is no such counter.
         """
+        before = len(self._troubles)
         energy_mj = self.tell("nvmlDeviceGetTotalEnergyConsumption")
-        if energy_mj is None:
+        power_mw = self._meter.power_mw(at_ns, None if energy_mj is None else energy_mj * 1000)
+        if energy_mj is None and len(self._troubles) == before:  # there is no counter; else it failed this once
             power_mw = self.tell("nvmlDeviceGetPowerUsage")
-        else:
-            power_mw = self._meter.power_mw(at_ns, energy_mj * 1000)
         memory = self.tell("nvmlDeviceGetMemoryInfo")
         return Reading(
             at_ns, {} if power_mw is None else {RAIL: power_mw}, {} if memory is None else {"gpu": int(memory.used)}
@@ -139,9 +166,9 @@ class _NvmlSensor(PolledSensor):
         with _open_gpu(self._nvml) as self._gpu:
             super().watch(stopped)
 
-    def _look(self, at_ns: int) -> Reading:
+    def _look(self, at_ns: int) -> tuple[Reading, list[str]]:
         assert self._gpu is not None
-        return self._gpu.reading(at_ns)
+        return self._gpu.reading(at_ns), self._gpu.take_troubles()
 
 
 @contextmanager
@@ -154,7 +181,8 @@ def _open_gpu(nvml: ModuleType) -> Iterator[_Gpu]:
     try:
         yield _Gpu(nvml, _find_handle(nvml))
     finally:
-        nvml.nvmlShutdown()
+        with suppress(nvml.NVMLError):  # of a driver that went away: what was read is good
+            nvml.nvmlShutdown()
 
 
 def _find_handle(nvml: ModuleType) -> object:
@@ -170,18 +198,9 @@ def _find_handle(nvml: ModuleType) -> object:
     raise _no_gpu(f"{_VISIBLE} hides all")  # CUDA shows none for an empty list, −1 or a word
 
 
-def _tell(nvml: ModuleType, function: str, *arguments: object) -> Any:
-    """NVML's answer; None where this GPU, its driver or its owner does not give one.
-
-    Raises:
-        DeviceError: the driver does not answer any more.
-    """
-    try:
-        return getattr(nvml, function)(*arguments)
-    except (nvml.NVMLError_NotSupported, nvml.NVMLError_FunctionNotFound, nvml.NVMLError_NoPermission):
-        return None
-    except nvml.NVMLError as err:
-        raise DeviceError(f"the NVIDIA driver does not answer any more: {err}") from err
+def _did_not_answer(troubles: list[str]) -> list[str]:
+    """A warning that names what was asked in vain; nothing where all was answered."""
+    return [f"the NVIDIA driver did not answer: {'; '.join(troubles)}"] if troubles else []
 
 
 def _which_gpu(count: int) -> list[str]:

@@ -6,13 +6,13 @@ Source: FACTS §5.
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
 from eamdeploy.devices.background import PolledSensor
 from eamdeploy.devices.base import Reading
-from eamdeploy.devices.rails import total_rails
-from eamdeploy.devices.sysfs import memory_in_use, read_number, read_text
+from eamdeploy.devices.sysfs import ask_number, memory_in_use, read_text
 
 DRIVERS = "sys/bus/i2c/drivers"
 
@@ -30,37 +30,45 @@ class Rail:
     name: str
     files: tuple[Path, ...]
 
-    def power_mw(self) -> float | None:
-        """Now; None if it can't be read."""
-        values = [read_number(file) for file in self.files]
-        if len(values) == 1:
-            return values[0]
-        millivolts, milliamperes = values
-        return None if millivolts is None or milliamperes is None else millivolts * milliamperes / 1e3
+    def ask_power(self) -> tuple[float | None, str]:
+        """Milliwatts now and an empty text, or None and why it can't be read."""
+        values = []
+        for file in self.files:
+            number, trouble = ask_number(file)
+            if number is None:
+                return None, f"{self.name}: {trouble}"
+            values.append(number)
+        return (values[0] if len(values) == 1 else values[0] * values[1] / 1e3), ""
 
 
 def find_rails(root: Path) -> list[Rail]:
-    """Every rail that has a name and can be read, in the order of the monitors' addresses."""
+    """Every rail that has a name, in the order of the monitors' addresses; also those that can't be read now."""
     folders = root / DRIVERS
     rails = []
     for label in sorted(folders.glob("ina3221*/*/hwmon/hwmon*/in*_label")):
         channel = label.name.removeprefix("in").removesuffix("_label")
         files = (label.with_name(f"in{channel}_input"), label.with_name(f"curr{channel}_input"))
-        rails.append(Rail(read_text(label) or "", files))  # the sum of shunt voltages has a label, but no current
+        if files[1].exists():  # the sum of shunt voltages has a label, but no current
+            rails.append(Rail(read_text(label) or "", files))
     for label in sorted(folders.glob("ina3221*/*/iio:device*/rail_name_*")):
         channel = label.name.removeprefix("rail_name_")
         rails.append(Rail(read_text(label) or "", (label.with_name(f"in_power{channel}_input"),)))
-    return [rail for rail in rails if rail.name not in ("", _UNCONNECTED) and rail.power_mw() is not None]
+    return [rail for rail in rails if rail.name not in ("", _UNCONNECTED)]
 
 
 def ina3221_sensor(interval_s: float, root: Path = Path("/")) -> PolledSensor | None:
     """Sensors of the power monitors; None where there are none that can be read."""
     rails = find_rails(root)
-    if not rails:
+    if all(rail.ask_power()[0] is None for rail in rails):
         return None
+    names = Counter(rail.name for rail in rails)
+    ambiguous = [f"{name}: {count} rails have this name" for name, count in names.items() if count > 1]
+    distinct = [rail for rail in rails if names[rail.name] == 1]
 
-    def read(at_ns: int) -> Reading:
-        power = {rail.name: rail.power_mw() for rail in rails}
-        return Reading(at_ns, {name: mw for name, mw in power.items() if mw is not None}, memory_in_use(root))
+    def read(at_ns: int) -> tuple[Reading, list[str]]:
+        said = {rail.name: rail.ask_power() for rail in distinct}
+        power = {name: mw for name, (mw, _) in said.items() if mw is not None}
+        unread = [trouble for mw, trouble in said.values() if mw is None]
+        return Reading(at_ns, power, memory_in_use(root)), [*ambiguous, *unread]
 
-    return PolledSensor("sysfs ina3221", total_rails(rail.name for rail in rails), read, interval_s)
+    return PolledSensor("sysfs ina3221", None, read, interval_s)

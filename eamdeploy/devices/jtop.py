@@ -5,14 +5,13 @@ The service reads at its own pace, set by whoever connected first, so readings m
 
 from __future__ import annotations
 
+import math
 import threading
 import time
 from collections.abc import Mapping
-from typing import Any
 
 from eamdeploy.devices.background import BackgroundSensor
 from eamdeploy.devices.base import Reading
-from eamdeploy.devices.rails import total_rails
 from eamdeploy.errors import DeviceError
 
 _KB = 1024
@@ -37,11 +36,6 @@ class JtopSensor(BackgroundSensor):
     def __init__(self, interval_s: float) -> None:
         super().__init__("jtop")
         self._interval_s = interval_s
-        self._rails: tuple[str, ...] = ()
-
-    @property
-    def total_rails(self) -> tuple[str, ...]:
-        return self._rails
 
     def watch(self, stopped: threading.Event) -> None:
         import jtop
@@ -55,36 +49,62 @@ class JtopSensor(BackgroundSensor):
                 f"jtop's service stopped: {err}", hint="Look at it with: systemctl status jtop.service"
             ) from err
 
-    def _take(self, at_ns: int, power: Mapping[str, Any], memory: Mapping[str, Any]) -> None:
-        try:
-            reading = Reading(at_ns, rails_mw(power), memory_bytes(memory))
-        except (KeyError, TypeError, ValueError) as err:
-            self.skip(repr(err))
+    def _take(self, at_ns: int, power: object, memory: object) -> None:
+        rails, bad_rails = rails_mw(power)
+        used, bad_memory = memory_bytes(memory)
+        unread = [*bad_rails, *bad_memory]
+        if unread and not rails and not used:
+            self.skip("; ".join(unread))
             return
-        self._rails = self._rails or total_rails(reading.power_mw)
-        self.note(reading)
+        self.leave_out(*unread)
+        self.note(Reading(at_ns, rails, used))
 
 
-def rails_mw(power: Mapping[str, Any]) -> dict[str, float]:
-    """Power by rail of `jtop.power`.
+def rails_mw(power: object) -> tuple[dict[str, float], list[str]]:
+    """Power by rail of `jtop.power`, and in words what of it is no power.
 
     A board's input is not among the rails but the total, with its name. A total without a name is the sum of all rails,
     whether they overlap or not, and is not taken.
     """
-    rails = {str(name): float(rail["power"]) for name, rail in power["rail"].items()}
-    if "name" in power["tot"]:
-        rails[str(power["tot"]["name"])] = float(power["tot"]["power"])
-    return rails
+    if not isinstance(power, Mapping):
+        return {}, [f"power: {power!r}"]
+    rails, total = power.get("rail"), power.get("tot")
+    found = dict(rails) if isinstance(rails, Mapping) else {}
+    bad = [] if isinstance(rails, Mapping) else [f"power without rails: {power!r}"]
+    if isinstance(total, Mapping) and total.get("name") is not None:
+        found[total["name"]] = total
+    rails_found = {}
+    for name, rail in found.items():
+        number = _number(rail, "power")
+        if number is None:
+            bad.append(f"{name}: {rail!r}")
+        else:
+            rails_found[str(name)] = number
+    return rails_found, bad
 
 
-def memory_bytes(memory: Mapping[str, Any]) -> dict[str, int]:
-    """Memory in use of `jtop.memory`, whose numbers are in KB.
+def memory_bytes(memory: object) -> tuple[dict[str, int], list[str]]:
+    """Memory in use of `jtop.memory`, whose numbers are in KB, and in words what of it is no number.
 
     "nvmap" is what the GPU has of the RAM; where the kernel does not tell that (Thor), jtop gives the driver's number
     for the GPU instead: "gpu".
     """
-    ram = memory["RAM"]
-    used = {"ram": int(ram["used"]) * _KB}
+    ram = memory.get("RAM") if isinstance(memory, Mapping) else None
+    used = _number(ram, "used")
+    if not isinstance(ram, Mapping) or used is None:
+        return {}, [f"memory: {memory!r}"]
+    found = {"ram": int(used) * _KB}
     if ram.get("shared"):
-        used["gpu" if ram.get("shared_label") == "VRAM" else "nvmap"] = int(ram["shared"]) * _KB
-    return used
+        shared = _number(ram, "shared")
+        if shared is None:
+            return found, [f"shared memory: {ram['shared']!r}"]
+        found["gpu" if ram.get("shared_label") == "VRAM" else "nvmap"] = int(shared) * _KB
+    return found, []
+
+
+def _number(parts: object, name: str) -> float | None:
+    """The finite number of that name; None where there is something else."""
+    value = parts.get(name) if isinstance(parts, Mapping) else None
+    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+        return None
+    return float(value)

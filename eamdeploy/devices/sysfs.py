@@ -10,6 +10,8 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
+_WHOLE_NUMBER = re.compile(r"-?[0-9]{1,20}")  # the kernel's numbers have 64 bits
+_SAID_LENGTH = 40
 _NO_SENSOR_C = -100.0  # boards report −256 °C where no sensor is fitted or its part has no power
 
 # Cooling devices that slow the machine down. Fans cool without that, and a screen's brightness is one as well.
@@ -40,8 +42,19 @@ def read_text(path: Path) -> str | None:
 
 def read_number(path: Path) -> int | None:
     """The whole number that the file holds; None if it holds something else."""
-    text = read_text(path)
-    return int(text) if text is not None and re.fullmatch(r"-?[0-9]+", text) else None
+    number, _ = ask_number(path)
+    return number
+
+
+def ask_number(path: Path) -> tuple[int | None, str]:
+    """The whole number that the file holds and an empty text, or None and why there is none, in words for people."""
+    try:
+        text = path.read_text(errors="replace").strip("\0 \t\n")
+    except OSError as err:
+        return None, f"{path.name}: {err.strerror or err}"
+    if not _WHOLE_NUMBER.fullmatch(text):
+        return None, f"{path.name}: {text[:_SAID_LENGTH]!r} is no whole number"
+    return int(text), ""
 
 
 def board_name(root: Path) -> str | None:
@@ -93,7 +106,8 @@ def throttling(root: Path) -> list[str]:
 def cpu_clocks(root: Path) -> dict[str, Clock]:
     """Clock of every core that is on, by name ("CPU0")."""
     clocks = {}
-    folders = (root / "sys/devices/system/cpu").glob("cpu[0-9]*/cpufreq")
+    found = (root / "sys/devices/system/cpu").glob("cpu[0-9]*/cpufreq")
+    folders = [folder for folder in found if folder.parent.name[3:].isdecimal()]
     for folder in sorted(folders, key=lambda path: int(path.parent.name[3:])):
         clock = _clock(folder, "scaling_min_freq", "scaling_max_freq", "scaling_cur_freq", per_mhz=1e3)
         if clock is not None and read_number(folder.parent / "online") != 0:

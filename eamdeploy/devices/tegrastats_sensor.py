@@ -15,7 +15,6 @@ from typing import IO
 
 from eamdeploy.devices.background import BackgroundSensor
 from eamdeploy.devices.base import Reading
-from eamdeploy.devices.rails import total_rails
 from eamdeploy.devices.sysfs import memory_in_use
 from eamdeploy.devices.tegrastats import parse_line
 from eamdeploy.errors import DeviceError
@@ -23,6 +22,7 @@ from eamdeploy.errors import DeviceError
 PROGRAM = "tegrastats"
 
 _STDERR_BYTES = 2000
+_LONGEST_LINE = 1 << 16  # some hundred times a real one
 
 
 class TegrastatsSensor(BackgroundSensor):
@@ -36,12 +36,7 @@ class TegrastatsSensor(BackgroundSensor):
         super().__init__(PROGRAM)
         self._interval_ms = max(round(interval_s * 1e3), 1)
         self._root = root
-        self._rails: tuple[str, ...] = ()
         self._process: subprocess.Popen[str] | None = None
-
-    @property
-    def total_rails(self) -> tuple[str, ...]:
-        return self._rails
 
     def watch(self, stopped: threading.Event) -> None:
         program = shutil.which(PROGRAM)
@@ -53,7 +48,7 @@ class TegrastatsSensor(BackgroundSensor):
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.PIPE,
                 stderr=complaints,
-                text=True,
+                encoding="utf-8",
                 errors="replace",
                 start_new_session=True,  # so that it can be ended with its children, where it is a script
             )
@@ -76,14 +71,16 @@ class TegrastatsSensor(BackgroundSensor):
                 )
 
     def _read(self, lines: IO[str]) -> None:
-        for text in lines:
+        while text := lines.readline(_LONGEST_LINE):
             at_ns = time.monotonic_ns()
-            line = parse_line(text) if text.endswith("\n") else None
+            line = parse_line(text) if text.endswith("\n") else None  # else cut by its end, or no text at all
             if line is None:
-                self.skip(text.strip())
+                self.skip(text)
                 continue
-            self._rails = self._rails or total_rails(line.power_mw)
-            memory = {**memory_in_use(self._root), "ram": line.ram_used_bytes}
+            self.leave_out(*line.unknown)
+            memory = memory_in_use(self._root)
+            if line.ram_used_bytes is not None:
+                memory["ram"] = line.ram_used_bytes
             self.note(Reading(at_ns, line.power_mw, memory))
 
     def interrupt(self) -> None:
@@ -97,7 +94,7 @@ def _end(process: subprocess.Popen[str]) -> None:
     for number in (signal.SIGTERM, signal.SIGKILL):
         if process.poll() is not None:
             return
-        with suppress(ProcessLookupError):
+        with suppress(OSError):  # it is gone already, or another user's
             os.killpg(process.pid, number)
         with suppress(subprocess.TimeoutExpired):
             process.wait(timeout=2)

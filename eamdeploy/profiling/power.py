@@ -9,13 +9,14 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from itertools import pairwise
 from statistics import fmean
 
 from eamdeploy.artifact import Record
-from eamdeploy.devices.base import Reading, Sensor
-from eamdeploy.errors import ConfigError
+from eamdeploy.devices.base import Reading, Sensor, SensorNotes
+from eamdeploy.errors import ConfigError, DeviceError
 from eamdeploy.profiling.timing import Call, Clock
 
 _PASSES = 2
@@ -36,7 +37,7 @@ class Power(Record):
         energy_mj_per_image: mean total × time ÷ images.
         energy_above_idle_mj_per_image: the same with the idle power taken off; noise can make it negative.
         samples: readings behind the means.
-        skipped: readings in its blocks that could not be understood, or lacked a rail of the total.
+        skipped: readings in its blocks of which nothing could be used, or which lacked a rail of the total.
         seconds, images: of both blocks, from the first run's start to the last one's end.
         memory_peak_bytes: most memory of the device in use in its blocks, by name; other programs' is in it.
         warnings: what to think of the figures.
@@ -56,6 +57,19 @@ class Power(Record):
     images_per_s: float
     memory_peak_bytes: dict[str, int]
     warnings: list[str]
+
+
+@dataclass(frozen=True)
+class PowerMeasurement:
+    """What a sensor gave.
+
+    Attributes:
+        powers: of every call, in their order; None for one that did not run before the sensor stopped.
+        notes: what it could not read, and why it stopped, if it did.
+    """
+
+    powers: list[Power | None]
+    notes: SensorNotes
 
 
 @dataclass(frozen=True)
@@ -105,8 +119,10 @@ def measure_power(
     idle_seconds: float = 3.0,
     clock: Clock = time.monotonic_ns,
     sleep: Callable[[float], None] = time.sleep,
-) -> list[Power]:
+) -> PowerMeasurement:
     """Power of every call, each of which runs `batch` images.
+
+    A sensor that can't be read, or stops, is no error: what it gave before counts, and the notes say what became of it.
 
     Args:
         sensor: new, not yet open; it is closed afterwards.
@@ -116,7 +132,6 @@ def measure_power(
 
     Raises:
         ConfigError: there is no call, or a time can't be used.
-        DeviceError: the sensor can't be read, or stopped.
     """
     if not calls or batch < 1 or not (0 < seconds < float("inf") and 0 <= idle_seconds < float("inf")):
         raise ConfigError(
@@ -124,16 +139,21 @@ def measure_power(
             expected="at least 1 engine, batch of 1 or more, seconds above 0, idle_seconds of 0 or more",
             got=f"{len(calls)}, {batch}, {seconds}, {idle_seconds}",
         )
-    with sensor:
+    blocks: list[list[_Block]] = [[] for _ in calls]
+    with ExitStack() as stack:
+        try:
+            stack.enter_context(sensor)
+        except DeviceError as err:
+            return PowerMeasurement([None] * len(calls), sensor.notes.model_copy(update={"failure": str(err)}))
         idle = _rest(idle_seconds, sensor, clock, sleep)
-        blocks: list[list[_Block]] = [[] for _ in calls]
-        for _ in range(_PASSES):
-            for call, own in zip(calls, blocks, strict=True):
-                own.append(_run(call, seconds, sensor, clock))
-                sensor.readings()  # a sensor that stopped ends it here, not after minutes
-        readings, total = sensor.readings(), sensor.total_rails
+        for call, own in list(zip(calls, blocks, strict=True)) * _PASSES:
+            if sensor.notes.failure is not None:
+                break  # here, and not after minutes of work that nothing reads
+            own.append(_run(call, seconds, sensor, clock))
+        readings, total, notes = sensor.readings(), sensor.total_rails, sensor.notes
     resting = _Samples.of(idle, readings, total)
-    return [_summarize(own, batch, readings, resting, sensor.source, total) for own in blocks]
+    powers = [_summarize(own, batch, readings, resting, sensor.source, total) if own else None for own in blocks]
+    return PowerMeasurement(powers, notes)
 
 
 def _rest(seconds: float, sensor: Sensor, clock: Clock, sleep: Callable[[float], None]) -> _Block:
@@ -194,6 +214,9 @@ def _warnings(passes: Sequence[_Samples], resting: _Samples, samples: int, total
         found.append("the sensor gives no power; it may need root to read it")
     elif samples and not total:
         found.append(f"it is not known which of the rails {', '.join(rails)} are this board's total: no energy")
+    silent = _PASSES - sum(bool(each.totals_mw if total else each.all) for each in passes)
+    if samples and silent:
+        found.append(f"{silent} of the {_PASSES} passes gave no reading that could be used")
     if samples < _FEW_SAMPLES:
         found.append(f"the figures rest on {samples} readings (fewer than {_FEW_SAMPLES}): measure longer")
     elif len(resting.totals_mw) < _FEW_SAMPLES and total:

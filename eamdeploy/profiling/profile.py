@@ -10,16 +10,16 @@ from functools import partial
 from pathlib import Path
 
 from eamdeploy.artifact import ModelCard, Record, digest_file
-from eamdeploy.devices.base import Device, DeviceState
+from eamdeploy.devices.base import Device, DeviceState, SensorNotes
 from eamdeploy.devices.registry import find_device
 from eamdeploy.engines.base import LatencySplit, ProviderName, read_manifest
 from eamdeploy.engines.registry import backend_of, open_runner, open_runners, runs_on_gpu
-from eamdeploy.errors import ConfigError
+from eamdeploy.errors import ConfigError, DeviceError
 from eamdeploy.parity import ParityReport
 from eamdeploy.profiling.fresh_process import ColdStart, Memory, measure_fresh
 from eamdeploy.profiling.inputs import random_images
 from eamdeploy.profiling.machine import Machine, describe_machine
-from eamdeploy.profiling.power import Power, measure_power
+from eamdeploy.profiling.power import Power, PowerMeasurement, measure_power
 from eamdeploy.profiling.streams import Throughput, measure_throughput
 from eamdeploy.profiling.timing import (
     Call,
@@ -70,7 +70,7 @@ class EngineProfile(Record):
         split: where the time goes; None for an engine that copies nothing to a device.
         throughput: with several inferences at once; None for one at a time, which `latency` tells.
         layer_ms: time of every layer; None where that was not asked for.
-        power: while it ran alone; None where the device has no sensor, or that was not asked for.
+        power: while it ran alone; None where the device has no sensor or it gave no reading, or that was not asked for.
         speed_up: against the baseline, from runs that took turns; None for the baseline itself or without one.
     """
 
@@ -98,6 +98,8 @@ class Profile(Record):
         device_before, device_after: state of the device at the start and right after the last block.
         threads: threads of each inference.
         baseline: what the speed-ups are against.
+        sensor: what the sensors could not read while power was measured; None where there are none, or that was not
+            asked for, and where an older profile does not say.
     """
 
     machine: Machine
@@ -111,6 +113,7 @@ class Profile(Record):
     sittings: int
     baseline: EngineProfile | None
     engines: list[EngineProfile]
+    sensor: SensorNotes | None = None
 
 
 @dataclass(frozen=True)
@@ -150,7 +153,7 @@ def profile(
 
     In this order: memory and cold start, in a process for each engine; latency, with all engines loaded together and
     taking turns in several sittings; power, if the device has a sensor; then engine by engine throughput, split and
-    layers.
+    layers. A device or a sensor that stops to answer meanwhile takes no other figure away: the profile says so.
 
     Args:
         device: what the engines run on; None finds it: a Jetson, else a GPU if an engine needs one, else the processor.
@@ -159,7 +162,6 @@ def profile(
         ConfigError: no engine is given, one can't be read, or it does not take batches of this size.
         EngineError: an engine fails.
         MissingDependency: its backend is not installed here.
-        DeviceError: the device's sensors can't be read.
     """
     if not engines:
         raise ConfigError("there is nothing to profile", expected="at least 1 engine")
@@ -175,12 +177,12 @@ def profile(
     device = device or find_device(gpu=any(map(runs_on_gpu, paths)))
     with load(range(len(paths))):
         pass  # what can't be loaded, or takes another batch, fails here and not after minutes of work
-    before = device.state()
+    before = _state(device)
     fresh = [measure_fresh(path, threads=threads, batch=batch) for path in paths] if extras.fresh else []
     times = time_sittings(load, len(paths), schedule, clock)
     latencies = [summarize(runs_of(times, index), batch) for index in range(len(paths))]
     with load(range(len(paths))) as calls:
-        powers = _measure_power(device, calls, batch, extras)
+        measured = _measure_power(device, calls, batch, extras)
     alone = [_run_alone(path, threads, batch, schedule.min_seconds, extras) for path in paths]
     profiles = [
         EngineProfile(
@@ -197,7 +199,7 @@ def profile(
             split=single.split,
             throughput=single.throughput,
             layer_ms=single.layer_ms,
-            power=powers[index] if powers else None,
+            power=None if measured is None else measured.powers[index],
             speed_up=speed_up(times, 0, index) if baseline is not None and index > 0 else None,
         )
         for index, (path, single) in enumerate(zip(paths, alone, strict=True))
@@ -205,7 +207,7 @@ def profile(
     return Profile(
         machine=describe_machine(),
         device_before=before,
-        device_after=device.state(),
+        device_after=_state(device),
         threads=threads,
         batch=batch,
         warmup_ms=schedule.warmup_ms,
@@ -214,13 +216,27 @@ def profile(
         sittings=schedule.sittings,
         baseline=profiles[0] if baseline is not None else None,
         engines=profiles[1:] if baseline is not None else profiles,
+        sensor=None if measured is None else measured.notes,
     )
 
 
-def _measure_power(device: Device, calls: Sequence[Call], batch: int, extras: Extras) -> list[Power]:
-    """Power of every engine; empty where the device has no sensor, or that was not asked for."""
-    sensor = device.sensor(_SENSOR_INTERVAL_S) if extras.power else None
-    return [] if sensor is None else measure_power(sensor, calls, batch, seconds=extras.power_seconds)
+def _state(device: Device) -> DeviceState:
+    """The device now; of one that does not answer any more, what it said instead."""
+    try:
+        return device.state()
+    except (DeviceError, OSError) as err:
+        return DeviceState(kind=device.kind, name=device.kind, warnings=[f"its state could not be read: {err}"])
+
+
+def _measure_power(device: Device, calls: Sequence[Call], batch: int, extras: Extras) -> PowerMeasurement | None:
+    """Power of every engine, as far as the sensor gave it; None where there is no sensor, or that was not asked for."""
+    if not extras.power:
+        return None
+    try:
+        sensor = device.sensor(_SENSOR_INTERVAL_S)
+    except (DeviceError, OSError) as err:
+        return PowerMeasurement([None] * len(calls), SensorNotes(source=device.kind, failure=str(err)))
+    return None if sensor is None else measure_power(sensor, calls, batch, seconds=extras.power_seconds)
 
 
 @dataclass(frozen=True)

@@ -90,12 +90,14 @@ def _skipped(sources: Sources, names: Mapping[str, str]) -> Iterator[str]:
 
 
 def _devices(sources: Sources) -> Iterator[str]:
-    """What devices said of themselves, before and after."""
+    """What devices said of themselves, before and after, and what their sensors could not read."""
     for source in sources.profiles:
         name, before, after = source.short_name, source.record.device_before, source.record.device_after
         for moment, state in (("at the start", before), ("at the end", after)):
             yield from (f"{name}: slowed down {moment} of the measurement: {reason}" for reason in state.throttling)
-        yield from (f"{name}: {warning}" for warning in (*before.warnings, *after.warnings))
+        sensor = source.record.sensor
+        said = [] if sensor is None else sensor.warnings()
+        yield from (f"{name}: {warning}" for warning in (*before.warnings, *after.warnings, *said))
 
 
 def _unsteady(sources: Sources, names: Mapping[str, str]) -> Iterator[str]:

@@ -1,11 +1,12 @@
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import pytest
 from fake_jetson import AGX_ORIN_LINE, ORIN_NANO_LINE, THOR_LINE
-from hypothesis import given
+from hypothesis import given, note
 from hypothesis import strategies as st
 
 from eamdeploy.devices.tegrastats import Load, TegrastatsLine, parse_line
@@ -154,56 +155,152 @@ def test_clocks_of_parts_that_are_off_are_left_out() -> None:
 
 def test_single_bare_power_needs_the_end_of_its_line() -> None:
     whole = "RAM 1/2MB (lfb 1x4MB) CPU [1%@1] VDD_IN 4500 VDD_GPU 1200"
-    line = parse_line(f"{whole}\n")
-    assert line is not None and line.power_mw == {"VDD_IN": 4500, "VDD_GPU": 1200}
-    assert parse_line(whole) is None, "1200 may be the beginning of 12000"
+    assert parsed(f"{whole}\n").power_mw == {"VDD_IN": 4500, "VDD_GPU": 1200}
+    cut = parsed(whole)
+    assert cut.power_mw == {"VDD_IN": 4500}, "1200 may be the beginning of 12000"
+    assert cut.unknown == ("VDD_GPU 1200",)
+
+
+def without(line: TegrastatsLine, *names: str) -> TegrastatsLine:
+    """`line` without the fields of these names."""
+    gone = {"RAM": {"ram_used_bytes": None, "ram_total_bytes": None}, "CPU": {"cores": ()}}
+    gone["SWAP"] = {"swap_used_bytes": None, "swap_total_bytes": None}
+    for name in names:
+        line = replace(line, **gone.get(name, {}))  # type: ignore[arg-type]
+    return replace(
+        line,
+        units={name: load for name, load in line.units.items() if name not in names},
+        temperatures_c={name: celsius for name, celsius in line.temperatures_c.items() if name not in names},
+        power_mw={name: mw for name, mw in line.power_mw.items() if name not in names},
+    )
 
 
 @pytest.mark.parametrize(
-    ("old", "new"),
+    ("old", "new", "gone", "unknown"),
     [
-        ("RAM 6712/7620MB", "RAM 7621/7620MB"),
-        ("RAM 6712/7620MB", "RAM 6712/7620MB RAM 6712/7620MB"),
-        ("RAM 6712/7620MB", ""),
-        ("RAM 6712/7620MB", "RAM 6712/7620"),
-        ("SWAP 369/3810MB", "SWAP 369/3810"),
-        ("CPU [38%@1497", "CPU [101%@1497"),
-        ("CPU [38%@1497", "CPU [38%@149x"),
-        ("CPU [38%@1497", "CPU [x"),
-        ("CPU [", "GPU ["),
-        ("GR3D_FREQ 99%@[612]", "GR3D_FREQ 99%@[612"),
-        ("GR3D_FREQ 99%@[612]", "GR3D_FREQ 99%@[]x"),
-        ("GR3D_FREQ 99%@[612]", "GR3D_FREQ @[6a2]"),
-        ("GR3D_FREQ 99%@[612]", "GR3D_FREQ 99%@[612] GR3D_FREQ 99%@[612]"),
-        ("GR3D_FREQ 99%@[612]", "GR3D_FREQ"),
-        ("EMC_FREQ 61%@2133", "EMC_FREQ 61%@"),
-        ("tj@58.312C", "tj@58.312"),
-        ("tj@58.312C", "cpu@58.312C"),
-        ("VDD_SOC 3120mW/3659mW", "VDD_SOC 3120mW/36"),
-        ("VDD_SOC 3120mW/3659mW", "VDD_SOC 3120mW"),
-        ("VDD_SOC 3120mW/3659mW", "VDD_SOC 3120/3659"),
-        ("VDD_SOC 3120mW/3659mW", "VDD_SOC"),
-        ("VDD_SOC 3120mW/3659mW", "VDD_IN 3120mW/3659mW"),
-        ("VDD_SOC 3120mW/3659mW", "VDD_SOC 1mW/2mW/3mW/4mW"),
-        ("VDD_CPU_GPU_CV 7104mW/4944mW ", "VDD_CPU_GPU_CV 7104mW/4944mW"),
-        ("VDD_CPU_GPU_CV ", "VDD_CPU_GPU_CV  SOMETHING_NEW at all "),
-        ("10-08-2026 04:35:02 ", "10-08-2026 04:35 "),
-        ("APE 200", "APE"),
+        ("RAM 6712/7620MB", "RAM 7621/7620MB", ["RAM"], ["RAM 7621/7620MB"]),
+        ("RAM 6712/7620MB", "", ["RAM"], []),
+        ("RAM 6712/7620MB", "RAM 6712/7620", ["RAM"], ["RAM 6712/7620"]),
+        ("RAM 6712/7620MB", "RAM 6712/7620MiB", ["RAM"], ["RAM 6712/7620MiB"]),
+        ("SWAP 369/3810MB", "SWAP 369/3810", ["SWAP"], ["SWAP 369/3810"]),
+        ("SWAP 369/3810MB", "SWAP 369/3810MB SWAP 369/3810MB", ["SWAP"], None),
+        ("CPU [38%@1497", "CPU [101%@1497", ["CPU"], None),
+        ("CPU [38%@1497", "CPU [38%@149x", ["CPU"], None),
+        ("CPU [38%@1497", "CPU [x", ["CPU"], None),
+        ("CPU [", "GPU [", ["CPU"], None),
+        ("GR3D_FREQ 99%@[612]", "GR3D_FREQ 99%@[612", ["GR3D"], ["GR3D_FREQ 99%@[612"]),
+        ("GR3D_FREQ 99%@[612]", "GR3D_FREQ 99%@[]x", ["GR3D"], ["GR3D_FREQ 99%@[]x"]),
+        ("GR3D_FREQ 99%@[612]", "GR3D_FREQ @[6a2]", ["GR3D"], ["GR3D_FREQ @[6a2]"]),
+        ("GR3D_FREQ 99%@[612]", "GR3D_FREQ 99%@[612] GR3D_FREQ 98%@[612]", ["GR3D"], None),
+        ("GR3D_FREQ 99%@[612]", "GR3D_FREQ", ["GR3D"], ["GR3D_FREQ"]),
+        ("GR3D_FREQ 99%@[612]", "GR3D_FREQ off", ["GR3D"], []),
+        ("EMC_FREQ 61%@2133", "EMC_FREQ 61%@", ["EMC"], ["EMC_FREQ 61%@"]),
+        ("EMC_FREQ 61%@2133", "EMC_FREQ 61%@21 33", ["EMC"], ["EMC_FREQ 61%@21", "33"]),
+        ("tj@58.312C", "tj@58.312", ["tj"], ["tj@58.312"]),
+        ("tj@58.312C", "tj@58.312F", ["tj"], ["tj@58.312F"]),
+        ("tj@58.312C", "cpu@58.312C", ["tj", "cpu"], None),
+        ("tj@58.312C", "NEW @1600 C tj@58.312C", [], ["NEW @1600", "C"]),
+        ("tj@58.312C", "tj@58312C", ["tj"], ["tj@58312C"]),
+        ("VDD_SOC 3120mW/3659mW", "VDD_SOC 3120m", ["VDD_SOC"], ["VDD_SOC 3120m"]),
+        ("VDD_SOC 3120mW/3659mW", "VDD_SOC 3120uW/3659uW", ["VDD_SOC"], ["VDD_SOC 3120uW/3659uW"]),
+        ("VDD_SOC 3120mW/3659mW", "VDD_SOC 3.1W/3.6W", ["VDD_SOC"], ["VDD_SOC 3.1W/3.6W"]),
+        ("VDD_SOC 3120mW/3659mW", "VDD_SOC 3120mV/3659mA", ["VDD_SOC"], ["VDD_SOC 3120mV/3659mA"]),
+        ("VDD_SOC 3120mW/3659mW", "VDD_SOC 3120/3659", ["VDD_SOC"], ["VDD_SOC 3120/3659"]),
+        ("VDD_SOC 3120mW/3659mW", "VDD_SOC 3120", ["VDD_SOC"], ["VDD_SOC 3120"]),
+        ("VDD_SOC 3120mW/3659mW", "VDD_SOC", ["VDD_SOC"], ["VDD_SOC"]),
+        ("VDD_SOC 3120mW/3659mW", "VDD_SOC off", ["VDD_SOC"], ["VDD_SOC", "off"]),
+        ("VDD_SOC 3120mW/3659mW", "VDD_IN 3120mW/3659mW", ["VDD_SOC", "VDD_IN"], None),
+        ("VDD_SOC 3120mW/3659mW", "VDD_SOC 1mW/2mW/3mW/4mW", ["VDD_SOC"], ["VDD_SOC 1mW/2mW/3mW/4mW"]),
+        ("VDD_SOC 3120mW/3659mW", "VDD_SOC 31203659mW/1mW", ["VDD_SOC"], ["VDD_SOC 31203659mW/1mW"]),
+        ("VDD_SOC 3120mW/3659mW", "VDD_SOC 31 20mW/3659mW", ["VDD_SOC"], ["VDD_SOC 31", "20mW/3659mW"]),
+        ("VDD_SOC 3120mW/3659mW", "VDD_ SOC 3120mW/3659mW", ["VDD_SOC"], ["VDD_", "SOC 3120mW/3659mW"]),
+        ("VDD_CPU_GPU_CV 7104mW/4944mW ", "VDD_CPU_GPU_CV 7104mW/4944mW", ["VDD_CPU_GPU_CV", "VDD_SOC"], None),
+        (
+            "VDD_CPU_GPU_CV ",
+            "VDD_CPU_GPU_CV  SOMETHING_NEW at all ",
+            ["VDD_CPU_GPU_CV"],
+            ["VDD_CPU_GPU_CV", "SOMETHING_NEW", "at", "all 7104mW/4944mW"],
+        ),
+        ("APE 200", "APE", [], ["APE"]),
+        ("APE 200", "FAN 200", [], ["FAN 200"]),
+        ("APE 200", "PWM 12/255 UPTIME 12:30 NAME", [], ["PWM 12/255", "UPTIME 12:30", "NAME"]),
     ],
 )
-def test_line_that_says_something_else_is_not_believed(old: str, new: str) -> None:
+def test_field_that_says_something_else_is_left_out_alone(
+    old: str, new: str, gone: list[str], unknown: list[str] | None
+) -> None:
     assert ORIN_NANO_LINE.count(old) == 1
-    assert parse_line(ORIN_NANO_LINE.replace(old, new)) is None
+    line = parsed(ORIN_NANO_LINE.replace(old, new) + "\n")
+    assert replace(line, unknown=()) == without(parsed(ORIN_NANO_LINE), *gone)
+    assert line.unknown if unknown is None else list(line.unknown) == unknown
 
 
-@pytest.mark.parametrize("text", ["", "\n", "RAM", "tegrastats: Permission denied", "RAM 1/2MB", "CPU [1%@5]"])
+@pytest.mark.parametrize(
+    ("old", "new", "changed"),
+    [
+        (" ", "  ", {}),
+        (" ", "\t", {}),
+        (" ", " \t \r ", {}),
+        ("GR3D_FREQ 99%@[612]", "GR3D_FREQ 99 %@[612]", {}),
+        ("GR3D_FREQ 99%@[612]", "GR3D_FREQ 99 % @ [ 612 ]", {}),
+        ("GR3D_FREQ 99%@[612]", "GR3D_FREQ 0 %@[612,off,300]", {"GR3D": Load(0, (612, 300))}),
+        ("GR3D_FREQ 99%@[612]", "GR3D_FREQ 99 %", {"GR3D": Load(99)}),
+        ("GR3D_FREQ 99%@[612]", "GR3D_FREQ 99%@612", {}),
+        ("GR3D_FREQ 99%@[612]", "GR3D_FREQ @[612]", {"GR3D": Load(None, (612,))}),
+        ("GR3D_FREQ 99%@[612]", "GR3D 99%@612", {}),
+        ("EMC_FREQ 61%@2133", "EMC 61 %@ 2133", {}),
+        ("RAM 6712/7620MB (lfb 12x4MB)", "RAM 6712 / 7620 MB(lfb 12x4MB)", {}),
+        ("(lfb 12x4MB)", "(lfb 12x4MB) (lfb 12x4MB)", {}),
+        ("(cached 8MB)", "(cached 8MB) IRAM 0/252kB(lfb 252kB)", {}),
+        ("(cached 8MB)", "(cached 8MB) IRAM 0/252MB", {}),
+        ("(cached 8MB)", "(cached 8MB) IRAM 0/252kB (lfb 252kB) IRAM 3/1MB", {}),
+        ("CPU [", "cpu [", {}),
+        (",2%@729", " , 2 % @ 729", {}),
+        ("cpu@57.125C", "cpu@57.125C/61C", {}),
+        ("cpu@57.125C", "cpu@ 57.125 C / 61 C", {}),
+        ("tj@58.312C", "tj@58.312C CV1@-256C CV2@-256.0C", {}),
+        ("VDD_SOC 3120mW/3659mW", "VDD_SOC 3120 mW/3659 mW", {}),
+        ("VDD_SOC 3120mW/3659mW", "VDD_SOC 3120mW / 3659mW / 9999mW NC 1mW/2mW NC 3mW/4mW", {}),
+        ("VDD_SOC 3120mW/3659mW", "VDD_SOC 3120mW", {}),
+        ("VDD_SOC 3120mW/3659mW", "VDD_SOC 3120mW/36", {}),
+        ("10-08-2026 04:35:02 ", "", {}),
+        ("10-08-2026 04:35:02 ", "10-08-2026 04:35 ", {}),
+        ("10-08-2026 04:35:02 ", "2026-10-08T04:35:02 ", {}),
+        ("10-08-2026 04:35:02 ", "2026-10-08T04:35:02Z ", {}),
+        ("10-08-2026 04:35:02 ", "2026-10-08T04:35:02.123456+02:00 ", {}),
+        ("10-08-2026 04:35:02 ", "2026-10-08 04:35:02,123 +0200 ", {}),
+        ("10-08-2026 04:35:02 ", "[10/08/2026, 4:35:02 AM CEST]: ", {}),
+        ("10-08-2026 04:35:02 ", "Thu Oct 8 04:35:02 2026 ", {}),
+        ("10-08-2026 04:35:02 ", "Thu 08 Oct 2026 04:35:02 AM UTC ", None),
+        ("10-08-2026 04:35:02 ", "1791426902.123 ", {}),
+        ("10-08-2026 04:35:02 ", "04:35:02 ", {}),
+    ],
+)
+def test_the_same_in_other_words(old: str, new: str, changed: dict[str, Load] | None) -> None:
+    """`changed`: units that the other words tell otherwise; None where a part of the words is unknown."""
+    whole = parsed(ORIN_NANO_LINE)
+    assert old in ORIN_NANO_LINE
+    line = parsed(ORIN_NANO_LINE.replace(old, new) + "\r\n")
+    assert replace(line, unknown=()) == replace(whole, units={**whole.units, **(changed or {})})
+    assert (line.unknown == ()) is (changed is not None)
+
+
+@pytest.mark.parametrize("text", ["", "\n", "RAM", "tegrastats: Permission denied", "\ufffd\0\x01", "5 5 5 % @ [", "RAM x"])
 def test_other_texts_are_no_line(text: str) -> None:
     assert parse_line(text) is None
 
 
 def test_two_lines_in_one_are_none() -> None:
     assert parse_line(f"{ORIN_NANO_LINE}\n{ORIN_NANO_LINE}") is None
-    assert parse_line("RAM 1/2MB CPU [off]\nVDD_IN 3mW/3mW") is None
+    assert parse_line(f"{ORIN_NANO_LINE} {AGX_ORIN_LINE}") is None
+    assert parse_line("RAM 1/2MB CPU [off] CPU [off]") is None
+
+
+@pytest.mark.parametrize("begin", ["DD_IN 5mW/5mW", "SOC 5mW/5mW", "PU@40C", "VDD_IN 5mW/5mW", "GPU 5/5"])
+def test_first_field_of_a_line_without_its_head_is_not_believed(begin: str) -> None:
+    """`SOC` may be the rest of `VDD_SOC`."""
+    line = parsed(f"{begin} tj@41C VDD_GPU 7mW/7mW\n")
+    assert (line.power_mw, line.temperatures_c, line.unknown) == ({"VDD_GPU": 7}, {"tj": 41.0}, (begin,))
 
 
 # --- properties ------------------------------------------------------------------------------------------------------
@@ -213,10 +310,12 @@ def assert_part_of(part: TegrastatsLine | None, whole: TegrastatsLine) -> None:
     """`part` is None, or all that it says is what `whole` says."""
     if part is None:
         return
-    assert (part.ram_used_bytes, part.ram_total_bytes) == (whole.ram_used_bytes, whole.ram_total_bytes)
-    assert part.swap_used_bytes in (None, whole.swap_used_bytes)
-    assert len(part.cores) == len(whole.cores)
-    for core, of_whole in zip(part.cores, whole.cores, strict=True):
+    ram = (part.ram_used_bytes, part.ram_total_bytes)
+    assert ram in ((None, None), (whole.ram_used_bytes, whole.ram_total_bytes))
+    swap = (part.swap_used_bytes, part.swap_total_bytes)
+    assert swap in ((None, None), (whole.swap_used_bytes, whole.swap_total_bytes))
+    assert len(part.cores) in (0, len(whole.cores))
+    for core, of_whole in zip(part.cores, whole.cores, strict=bool(part.cores)):
         assert core == of_whole or (core and of_whole and core == Load(of_whole.percent)), "a clock may be left out"
     assert part.power_mw.items() <= whole.power_mw.items()
     assert part.temperatures_c.items() <= whole.temperatures_c.items()
@@ -247,6 +346,39 @@ def test_one_separator_too_few_gives_no_wrong_value(text: str, which: int) -> No
     places = [index for index, sign in enumerate(text) if sign in " /%@[]()"]
     at = places[which % len(places)]
     assert_part_of(parse_line(text[:at] + text[at + 1 :]), parsed(text))
+
+
+KNOWN_FIELD = re.compile(r"RAM|CPU|cpu|.*@.*C|.*mW.*|.*/.*|(VDD|VIN|POM|NC|GPU|SOC|CV|SYS).*|.*_|[MB]")
+"""Words that are a field or a part of one themselves, so that a line with them says something else."""
+
+words = st.text(st.characters(exclude_categories=["Z", "C"]), min_size=1, max_size=8)
+unknown_fields = st.one_of(
+    words,
+    st.builds("{} {}".format, words, words),
+    st.sampled_from(["FAN 30%", "FOO 12", "PWM off", "NEW_FREQ 0%@[1,2]", "nvme0 12GB", "(new 3)", "\ufffd", "%", "@", "99"]),
+).filter(lambda text: not any(KNOWN_FIELD.fullmatch(word) for word in text.split()))
+blanks = st.text(" \t\r\x0b\xa0", min_size=1, max_size=4)
+
+
+def fields_of(text: str) -> list[str]:
+    """The fields of a recorded line, with nothing inside of them parted."""
+    return re.findall(r"MTS fg \S+ bg \S+|\([^)]*\)|(?:RAM|SWAP|IRAM) [^ (]+|[A-Z0-9_a-z]+ (?![\w]+@)\S+|\S+", text)
+
+
+@given(st.data(), st.sampled_from(LINES))
+def test_unknown_fields_and_blanks_between_fields_change_no_power_and_no_temperature(
+    data: st.DataObject, text: str
+) -> None:
+    whole, line = parsed(f"{text}\n"), ""
+    for field in fields_of(text.removeprefix(text[:20] if text[2] == "-" else "")):
+        line += field + data.draw(blanks)
+        if data.draw(st.integers(0, 4)) == 0:
+            line += data.draw(unknown_fields) + data.draw(blanks)
+    read = parsed(f"{line}\n")
+    note(repr(line))
+    assert read.power_mw == whole.power_mw
+    assert read.temperatures_c == whole.temperatures_c
+    assert (read.ram_used_bytes, read.ram_total_bytes) == (whole.ram_used_bytes, whole.ram_total_bytes)
 
 
 @given(st.sampled_from(LINES), st.integers(0, 999), st.integers(0, 999), st.text(max_size=8))
