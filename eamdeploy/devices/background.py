@@ -112,7 +112,7 @@ class BackgroundSensor(ABC):
         except DeviceError as err:
             failure = str(err)
         except Exception as err:  # noqa: BLE001 - whatever a driver or a service raises, it must not end a measurement
-            failure = f"{self.source} stopped: {err or type(err).__name__}"
+            failure = f"{self.source} stopped: {str(err) or type(err).__name__}"
         with self._news:
             if not self._stopped.is_set():
                 self._change(failure=failure)

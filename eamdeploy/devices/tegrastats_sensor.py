@@ -73,6 +73,8 @@ class TegrastatsSensor(BackgroundSensor):
     def _read(self, lines: IO[str]) -> None:
         while text := lines.readline(_LONGEST_LINE):
             at_ns = time.monotonic_ns()
+            if not text.strip():
+                continue
             line = parse_line(text) if text.endswith("\n") else None  # else cut by its end, or no text at all
             if line is None:
                 self.skip(text)

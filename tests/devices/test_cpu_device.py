@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -89,6 +90,37 @@ def test_power_of_the_packages(tmp_path: Path) -> None:
     used_uj = 1_000_000 + 262143328850 + 1 - 262143328800
     assert second.power_mw["package-0"] == pytest.approx(used_uj * 1e6 / (second.at_ns - first.at_ns))
     assert second.power_mw["package-1"] == 0
+
+
+@pytest.mark.parametrize("energy", [None, "Permission denied", ""])
+def test_counter_that_can_not_be_read_any_more_leaves_its_package_out(tmp_path: Path, energy: str | None) -> None:
+    write_rapl(tmp_path, "intel-rapl:0", "package-0", 5)
+    write_rapl(tmp_path, "intel-rapl:1", "package-1", 5)
+    sensor = CpuDevice(tmp_path).sensor(0.01)
+    assert sensor is not None
+    path = tmp_path / "sys/class/powercap/intel-rapl:1/energy_uj"
+    with sensor:
+        wait_for(lambda: "package-1" in sensor.readings()[-1].power_mw)
+        if energy is None:
+            path.unlink()
+        else:
+            path.write_text(energy)
+        wait_for(lambda: list(sensor.readings()[-1].power_mw) == ["package-0"])
+        path.write_text("9000000")
+        broken = len(sensor.readings())
+        wait_for(lambda: "package-1" in sensor.readings()[-1].power_mw)
+        after = [reading.power_mw["package-1"] for reading in sensor.readings()[broken:] if len(reading.power_mw) > 1]
+    assert after[0] == 0, "what was used meanwhile is not that of one reading"
+    said = {None: "No such file or directory", "": "'' is no whole number"}.get(energy, "'Permission denied' is no")
+    assert (sensor.notes.left_out_example or "").startswith(f"package-1: energy_uj: {said}")
+    assert sensor.total_rails == ("package-0", "package-1")
+
+
+def wait_for(condition: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 5
+    while not condition():
+        assert time.monotonic() < deadline, "it did not come"
+        time.sleep(0.002)
 
 
 @pytest.mark.parametrize("energy", ["Permission denied", ""])

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import sys
 import time
+from collections.abc import Callable
 
 import pytest
 from fake_nvml import FakeGpu
@@ -95,19 +96,99 @@ def test_gpu_that_tells_memory_alone_has_no_total(gpu: FakeGpu) -> None:
     assert sensor is not None and sensor.total_rails == ()
 
 
-def test_gpu_that_is_lost_meanwhile_is_an_error(gpu: FakeGpu) -> None:
+def wait_for(condition: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 5
+    while not condition():
+        assert time.monotonic() < deadline, "it did not come"
+        time.sleep(0.005)
+
+
+def test_gpu_that_is_lost_meanwhile_is_noted_and_the_readings_before_are_kept(gpu: FakeGpu) -> None:
     device = CudaDevice()
     sensor = device.sensor(0.01)
     assert sensor is not None
     with sensor:
-        gpu.answers["nvmlDeviceGetTotalEnergyConsumption"] = "NVMLError_GpuIsLost"
-        time.sleep(0.2)
-        with pytest.raises(DeviceError, match="does not answer any more: GPU is lost"):
-            sensor.readings()
-    gpu.answers["nvmlDeviceGetName"] = "NVMLError_GpuIsLost"
-    with pytest.raises(DeviceError, match="GPU is lost"):
-        device.state()
+        kept = len(sensor.readings())
+        for name in gpu.answers:
+            gpu.answers[name] = "NVMLError_GpuIsLost"
+        wait_for(lambda: sensor.skipped >= 3)
+        assert len(sensor.readings()) >= kept >= 1
+    assert sensor.notes.skipped_example == "nvmlDeviceGetTotalEnergyConsumption: GPU is lost"
     assert gpu.opened == 0
+
+
+def test_gpu_that_is_lost_has_a_state_that_says_so(gpu: FakeGpu) -> None:
+    device = CudaDevice()
+    for name in gpu.answers:
+        gpu.answers[name] = "NVMLError_GpuIsLost"
+    gpu.answers["nvmlDeviceGetCount"] = 1
+    state = device.state()
+    assert (state.name, state.power_mode, state.clocks_mhz) == ("NVIDIA GPU", None, {})
+    (warning,) = state.warnings
+    assert warning.startswith("the NVIDIA driver did not answer: nvmlDeviceGetEnforcedPowerLimit: GPU is lost; nvml")
+    with pytest.raises(DeviceError, match="does not answer any more: nvml.*GPU is lost"):
+        device.sensor(0.1)
+    assert gpu.opened == 0
+
+
+@pytest.mark.parametrize(
+    ("function", "missing"),
+    [
+        ("nvmlDeviceGetTemperature", "temperatures_c"),
+        ("nvmlDeviceGetClockInfo", "clocks_mhz"),
+        ("nvmlDeviceGetEnforcedPowerLimit", "power_mode"),
+        ("nvmlSystemGetDriverVersion", "software"),
+    ],
+)
+def test_question_that_fails_takes_no_other_answer_away(gpu: FakeGpu, function: str, missing: str) -> None:
+    whole = CudaDevice().state().model_dump()
+    gpu.answers[function] = "NVMLError_InvalidArgument"
+    state = CudaDevice().state().model_dump()
+    assert {key for key in whole if whole[key] != state[key]} == {missing, "warnings"}
+    assert state["warnings"][0].startswith(f"the NVIDIA driver did not answer: {function}: Invalid Argument")
+
+
+def test_counter_that_fails_meanwhile_leaves_power_out_and_keeps_the_memory(gpu: FakeGpu) -> None:
+    """And the power that NVML tells directly, which is another quantity, does not take its place."""
+    start = time.monotonic()
+    counter = lambda: 5_000_000 + round((time.monotonic() - start) * 40_000)  # noqa: E731
+    gpu.answers["nvmlDeviceGetTotalEnergyConsumption"] = counter
+    sensor = CudaDevice().sensor(0.02)
+    assert sensor is not None
+    with sensor:
+        wait_for(lambda: "GPU" in sensor.readings()[-1].power_mw)
+        gpu.answers["nvmlDeviceGetTotalEnergyConsumption"] = "NVMLError_InvalidArgument"
+        wait_for(lambda: sensor.notes.left_out >= 2)
+        assert sensor.readings()[-1].power_mw == {}
+        assert sensor.readings()[-1].memory_bytes == {"gpu": 2 << 30}
+        gpu.answers["nvmlDeviceGetTotalEnergyConsumption"] = counter
+        failed = len(sensor.readings())
+        wait_for(lambda: "GPU" in sensor.readings()[-1].power_mw)
+        powers = [reading.power_mw.get("GPU") for reading in sensor.readings()[failed:]]
+    assert sensor.notes.left_out_example == "nvmlDeviceGetTotalEnergyConsumption: Invalid Argument"
+    assert sensor.total_rails == ("GPU",) and sensor.notes.failure is None
+    assert powers[-1] == pytest.approx(40_000, rel=0.5), "of the time after the gap alone"
+
+
+def test_memory_that_fails_keeps_the_power(gpu: FakeGpu) -> None:
+    gpu.answers["nvmlDeviceGetTotalEnergyConsumption"] = "NVMLError_NotSupported"
+    gpu.answers["nvmlDeviceGetMemoryInfo"] = "NVMLError_InvalidArgument"
+    sensor = CudaDevice().sensor(0.01)
+    assert sensor is not None
+    with sensor:
+        first = sensor.readings()[0]
+    assert (first.power_mw, first.memory_bytes) == ({"GPU": 31000}, {})
+    assert sensor.notes.left_out_example == "nvmlDeviceGetMemoryInfo: Invalid Argument"
+
+
+def test_driver_that_can_not_be_closed_takes_nothing_away(gpu: FakeGpu) -> None:
+    device = CudaDevice()
+    sensor = device.sensor(0.01)
+    assert sensor is not None
+    with sensor:
+        gpu.opened = 0  # what nvmlShutdown then answers with an error
+        wait_for(lambda: sensor.skipped >= 1)
+    assert sensor.notes.failure is None and sensor.readings()
 
 
 @pytest.mark.parametrize("error", ["NVMLError_LibraryNotFound", "NVMLError_DriverNotLoaded"])

@@ -2,11 +2,13 @@ from __future__ import annotations
 
 import os
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 from fake_jetson import FakeBoard, make_board, write_program
 
+from eamdeploy.devices.base import SensorNotes
 from eamdeploy.devices.tegrastats_sensor import TegrastatsSensor
 from eamdeploy.errors import DeviceError
 
@@ -48,12 +50,45 @@ def test_it_reads_what_tegrastats_prints(board: FakeBoard) -> None:
 
 def test_lines_that_cannot_be_understood_are_counted(board: FakeBoard) -> None:
     whole = board.lines.read_text().strip()
-    board.lines.write_text(f"{whole}\n{whole[:-3]}\nsomething else\n")
+    board.lines.write_bytes(whole.encode() + b"\nsomething else\n\xff\xfe\0garbage\n\n")
     with TegrastatsSensor(5, board.root) as sensor:
-        deadline = time.monotonic() + 5
-        while sensor.skipped < 2 and time.monotonic() < deadline:
-            time.sleep(0.01)
-        assert (len(sensor.readings()), sensor.skipped) == (1, 2)
+        wait_for(lambda: sensor.skipped == 2)
+        assert len(sensor.readings()) == 1
+    garbage = "\N{REPLACEMENT CHARACTER}" * 3 + "garbage"
+    assert sensor.notes == SensorNotes(source="tegrastats", skipped=2, skipped_example=garbage)
+
+
+def wait_for(condition: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 5
+    while not condition():
+        assert time.monotonic() < deadline, "it did not come"
+        time.sleep(0.01)
+
+
+def test_unknown_fields_are_counted_and_the_rest_of_their_line_is_read(board: FakeBoard) -> None:
+    whole = board.lines.read_text().strip()
+    strange = whole.replace(" ", "  ").replace("EMC_FREQ", "FAN 30% EMC_FREQ") + "\tNEW_THING\r"
+    board.lines.write_text(f"{strange}\n")
+    with TegrastatsSensor(5, board.root) as sensor:
+        (first,) = sensor.readings()
+    assert first.power_mw == {"VDD_GPU_SOC": 2390, "VDD_CPU_CV": 796, "VIN_SYS_5V0": 3522, "VDDQ_VDD2_1V8AO": 301}
+    assert sensor.notes == SensorNotes(source="tegrastats", left_out=2, left_out_example="NEW_THING")
+
+
+def test_line_without_memory_leaves_the_memory_to_the_kernels_files(board: FakeBoard) -> None:
+    board.lines.write_text("10-16-2023 10:59:22 VDD_IN 5mW/5mW\n")
+    with TegrastatsSensor(5, board.root) as sensor:
+        (first,) = sensor.readings()
+    assert first.power_mw == {"VDD_IN": 5} and first.memory_bytes["ram"] == 1358000 * 1024
+
+
+def test_text_without_any_line_end_is_read_in_pieces_and_skipped(board: FakeBoard) -> None:
+    line = board.lines.read_text().strip()
+    flood = "head -c 1000000 /dev/zero | tr '\\0' x"
+    write_program(board.bin / "tegrastats", lines_of(f"echo '{line}'", flood, "exec sleep 60"))
+    with TegrastatsSensor(0.1, board.root) as sensor:
+        wait_for(lambda: sensor.skipped >= 15)
+    assert len(sensor.notes.skipped_example or "") <= 161 and len(sensor.readings()) == 1
 
 
 def test_line_that_is_cut_by_the_end_is_not_read(board: FakeBoard) -> None:
@@ -84,14 +119,29 @@ def test_end_by_itself_is_an_error_with_its_stderr(board: FakeBoard, commands: t
         raise AssertionError("opened")
 
 
-def test_end_after_some_readings_is_an_error_of_the_next_look(board: FakeBoard) -> None:
+def test_end_after_some_readings_is_noted_and_they_are_kept(board: FakeBoard) -> None:
     line = board.lines.read_text().strip()
     write_program(board.bin / "tegrastats", lines_of(f"echo '{line}'", "sleep 0.3", "echo gone >&2", "exit 4"))
     with TegrastatsSensor(0.1, board.root) as sensor:
         assert len(sensor.readings()) == 1
-        time.sleep(0.8)
-        with pytest.raises(DeviceError, match="exit code 4: gone"):
-            sensor.readings()
+        wait_for(lambda: sensor.notes.failure is not None)
+        assert "exit code 4: gone" in (sensor.notes.failure or "") and len(sensor.readings()) == 1
+
+
+def test_program_that_cannot_be_run_is_an_error_with_its_reason(board: FakeBoard) -> None:
+    (board.bin / "tegrastats").write_bytes(b"\x7fELF of another machine")
+    with pytest.raises(DeviceError, match="tegrastats stopped: .*Exec format error"), TegrastatsSensor(0.1, board.root):
+        raise AssertionError("opened")
+
+
+def test_program_that_prints_nothing_useful_is_an_error_with_what_it_printed(
+    board: FakeBoard, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_program(board.bin / "tegrastats", lines_of("echo 'Segmentation fault'", "exec sleep 60"))
+    sensor = TegrastatsSensor(0.1, board.root)
+    monkeypatch.setattr(sensor, "_patience_s", 0.5)
+    with pytest.raises(DeviceError, match="1 that can't be understood, the last: 'Segmentation fault'"), sensor:
+        raise AssertionError("opened")
 
 
 def test_program_and_its_children_are_gone_afterwards(board: FakeBoard, tmp_path: Path) -> None:

@@ -9,9 +9,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from eamdeploy.devices.background import PolledSensor
-from eamdeploy.devices.base import Reading
+from eamdeploy.devices.base import Reading, SensorNotes
 from eamdeploy.errors import ConfigError, DeviceError
-from eamdeploy.profiling.power import Power, measure_power
+from eamdeploy.profiling.power import Power, PowerMeasurement, measure_power
 
 MS = 1_000_000
 
@@ -59,12 +59,17 @@ class Bench:
     def skipped(self) -> int:
         return self.lost_count
 
+    @property
+    def notes(self) -> SensorNotes:
+        stopped = self.now_ns >= self.breaks_at_ns
+        return SensorNotes(source="bench", skipped=self.lost_count, failure="bench stopped" if stopped else None)
+
     def readings(self) -> list[Reading]:
-        if self.now_ns >= self.breaks_at_ns:
-            raise DeviceError("bench stopped")
         return list(self.taken)
 
     def __enter__(self) -> Bench:
+        if self.breaks_at_ns <= 0:
+            raise DeviceError("bench gave no reading")
         self.is_open = True
         return self
 
@@ -80,7 +85,9 @@ class Bench:
         end = self.now_ns + ns
         while (tick := (self.now_ns // self.interval_ns + 1) * self.interval_ns) <= end:
             self.now_ns = tick
-            if self.count in self.lost:
+            if tick >= self.breaks_at_ns:
+                pass
+            elif self.count in self.lost:
                 self.lost_count += 1
             else:
                 rails_mw = dict(self.rails_mw)
@@ -108,6 +115,15 @@ class Bench:
     def measure(
         self, *calls: Callable[[], object], batch: int = 1, seconds: float = 1.5, idle_seconds: float = 1.2
     ) -> list[Power]:
+        measured = self.try_to_measure(*calls, batch=batch, seconds=seconds, idle_seconds=idle_seconds)
+        assert measured.notes.failure is None
+        powers = [power for power in measured.powers if power is not None]
+        assert len(powers) == len(calls)
+        return powers
+
+    def try_to_measure(
+        self, *calls: Callable[[], object], batch: int = 1, seconds: float = 1.5, idle_seconds: float = 1.2
+    ) -> PowerMeasurement:
         return measure_power(
             self, calls, batch, seconds=seconds, idle_seconds=idle_seconds, clock=self.clock, sleep=self.sleep
         )
@@ -235,19 +251,60 @@ def test_block_ends_with_the_run_that_reaches_its_time() -> None:
     assert power.energy_mj_per_image == pytest.approx(400)
 
 
-def test_sensor_that_stops_ends_the_measurement() -> None:
+def test_sensor_that_stops_ends_the_measurement_and_what_it_gave_before_is_kept() -> None:
+    """The blocks begin at 1207 ms and take 1500 ms each; the sensor stops in the second one."""
+    bench = Bench({"VDD_IN": 500})
+    bench.breaks_at_ns = 3500 * MS
+    calls = [bench.call(name, 10, {"VDD_IN": mw}) for name, mw in (("a", 1000.0), ("b", 2000.0), ("c", 3000.0))]
+    measured = bench.try_to_measure(*calls)
+    assert bench.log == "-ab" and not bench.is_open
+    assert measured.notes == SensorNotes(source="bench", failure="bench stopped")
+    first, second, third = measured.powers
+    assert first is not None and second is not None and third is None
+    assert (first.mean_mw, first.idle_mw, first.samples, first.images) == (1000, 500, 14, 150)
+    assert first.energy_mj_per_image == pytest.approx(1000 * 0.010)
+    assert first.warnings == ["1 of the 2 passes gave no reading that could be used"]
+    assert (second.mean_mw, second.samples, second.images) == (2000, 6, 150)
+    assert second.energy_mj_per_image == pytest.approx(2000 * 0.010)
+    assert second.warnings == [
+        "1 of the 2 passes gave no reading that could be used",
+        "the figures rest on 6 readings (fewer than 10): measure longer",
+    ]
+
+
+def test_sensor_that_stops_while_nothing_runs_leaves_no_figures() -> None:
+    bench = Bench({"VDD_IN": 500})
+    bench.breaks_at_ns = 300 * MS
+    measured = bench.try_to_measure(bench.call("a", 10, {"VDD_IN": 1000}))
+    assert measured == PowerMeasurement([None], SensorNotes(source="bench", failure="bench stopped"))
+    assert bench.log == "-"
+
+
+def test_sensor_that_does_not_open_leaves_no_figures() -> None:
+    bench = Bench({"VDD_IN": 500})
+    bench.breaks_at_ns = 0
+    call = bench.call("a", 10, {"VDD_IN": 1000})
+    measured = bench.try_to_measure(call, call)
+    assert measured == PowerMeasurement([None, None], SensorNotes(source="bench", failure="bench gave no reading"))
+    assert bench.log == ""
+
+
+def test_sensor_that_falls_silent_without_a_word_is_warned_about() -> None:
+    """Its thread hangs in a driver, say: the first pass has its readings, the second none."""
+    bench = Bench({"VDD_IN": 500}, lost=frozenset(range(27, 99)))
+    (power,) = bench.measure(bench.call("a", 10, {"VDD_IN": 1000}))
+    assert (power.mean_mw, power.samples) == (1000, 14)
+    assert power.warnings == ["1 of the 2 passes gave no reading that could be used"]
+
+
+def test_device_error_of_a_call_is_not_taken_for_the_sensors() -> None:
     bench = Bench({"VDD_IN": 0})
-    bench.breaks_at_ns = 2000 * MS
-    runs = 0
 
-    def run() -> None:
-        nonlocal runs
-        runs += 1
-        bench.call("a", 10, {"VDD_IN": 1})()
+    def lost() -> None:
+        raise DeviceError("the GPU is lost")
 
-    with pytest.raises(DeviceError, match="bench stopped"):
-        bench.measure(run, run, run)
-    assert runs == 150, "one block"
+    with pytest.raises(DeviceError, match="the GPU is lost"):
+        bench.measure(lost)
     assert not bench.is_open
 
 
@@ -289,11 +346,12 @@ def test_constant_power_gives_exactly_its_energy(idle: int, busy: int, ms: int, 
 
 
 def test_with_a_real_clock_and_a_real_thread() -> None:
-    def read(at_ns: int) -> Reading:
-        return Reading(at_ns, {"X": 1000.0}, {"ram": 5})
+    def read(at_ns: int) -> tuple[Reading, list[str]]:
+        return Reading(at_ns, {"X": 1000.0}, {"ram": 5}), []
 
     sensor = PolledSensor("poll", ("X",), read, interval_s=0.01)
-    (power,) = measure_power(sensor, [lambda: time.sleep(0.001)], 1, seconds=0.2, idle_seconds=0.2)
+    (power,) = measure_power(sensor, [lambda: time.sleep(0.001)], 1, seconds=0.2, idle_seconds=0.2).powers
+    assert power is not None
     assert power.mean_mw == power.idle_mw == 1000
     assert power.energy_mj_per_image == pytest.approx(1000 * power.seconds / power.images)
     assert 5 <= power.samples <= 40
