@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import shutil
 import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 from command_line import RunCli, only_error
-from fake_jetson import Generation, make_board
+from fake_jetson import ORIN_NANO_LINE, Generation, make_board, write_program
 from ssh_server import python_eamdeploy, running_boards
 
 from eamdeploy import cli_options as options
+from eamdeploy.devices.background import BackgroundSensor
 from eamdeploy.devices.base import Device
 from eamdeploy.errors import ConfigError
 from eamdeploy.profiling.profile import Profile
@@ -70,12 +72,103 @@ def test_a_jetson_is_found_and_measured(
     assert Profile.parse(found.out, "stdout").device_before.name == before.name
 
 
+@pytest.mark.parametrize(
+    ("script", "said"),
+    [
+        ("#!/bin/sh\necho 'cannot open /dev/nvhost' >&2\nexit 3\n", "got exit code 3: cannot open /dev/nvhost"),
+        ("#!/bin/sh\nwhile :; do echo Hello; sleep 0.05; done\n", "can't be understood, the last: 'Hello'"),
+        ("#!/bin/sh\nexec sleep 60\n", "tegrastats gave no reading; expected one within 0.5 s; got nothing"),
+        (None, "the power of this Jetson can't be read: jtop does not answer, tegrastats is not on PATH"),
+    ],
+)
+def test_jetson_whose_power_can_not_be_read_keeps_its_latency_and_says_why(
+    script: str | None,
+    said: str,
+    no_jtop: None,
+    eam_engine: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    run_cli: RunCli,
+) -> None:
+    measured, shown = measure_board(tmp_path, monkeypatch, run_cli, eam_engine, script)
+    (item,) = measured.engines
+    assert item.power is None and item.latency.runs == 4 and item.latency.p50_ms > 0
+    assert measured.sensor is not None and said in (measured.sensor.failure or "")
+    assert "power is missing or incomplete: " in shown and said in shown
+
+
+def test_jetson_whose_tegrastats_says_more_than_is_known_keeps_its_power(
+    no_jtop: None, eam_engine: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, run_cli: RunCli
+) -> None:
+    line = ORIN_NANO_LINE.replace(" GR3D_FREQ 99%@[612]", "  FAN 30%  GR3D_FREQ 0 %@[612] ").replace(
+        "10-08-2026 ", "2026-10-08T"
+    )
+    script = f"#!/bin/sh\nwhile :; do echo '{line}'; echo Hello; sleep 0.02; done\n"
+    measured, shown = measure_board(tmp_path, monkeypatch, run_cli, eam_engine, script)
+    (item,) = measured.engines
+    assert item.power is not None and item.power.mean_mw == 16321
+    notes = measured.sensor
+    assert notes is not None and notes.failure is None
+    assert notes.left_out >= item.power.samples and notes.left_out_example == "FAN 30%"
+    assert notes.skipped >= item.power.samples and notes.skipped_example == "Hello"
+    assert "left out, e.g. 'FAN 30%'" in shown and "were skipped, e.g. 'Hello'" in shown
+
+
+def test_jetson_whose_tegrastats_ends_meanwhile_keeps_what_it_said_before(
+    no_jtop: None, eam_engine: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, run_cli: RunCli
+) -> None:
+    """After 3 s of rest and the first pass of half a second it ends in the second one."""
+    goes_on = "$(($(date +%s%N) / 1000000 < begin + 3700))"
+    loop = f"while [ {goes_on} = 1 ]; do echo '{ORIN_NANO_LINE}'; sleep 0.05; done"
+    script = f"#!/bin/sh\nbegin=$(($(date +%s%N) / 1000000))\n{loop}\necho gone >&2\nexit 4\n"
+    measured, shown = measure_board(tmp_path, monkeypatch, run_cli, eam_engine, script)
+    (item,) = measured.engines
+    assert item.power is not None and item.power.mean_mw == 16321 and item.latency.runs == 4
+    assert measured.sensor is not None and "exit code 4: gone" in (measured.sensor.failure or "")
+    assert "exit code 4: gone" in shown
+
+
+def measure_board(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, run_cli: RunCli, engine: Path, tegrastats: str | None
+) -> tuple[Profile, str]:
+    """What `profile` gives on an Orin Nano with this tegrastats and no other source of power, and what it shows."""
+    board = make_board(tmp_path / "root", tmp_path / "bin", "jetpack6")
+    shutil.rmtree(board.root / "sys/bus")
+    (board.bin / "tegrastats").unlink()
+    if tegrastats is not None:
+        write_program(board.bin / "tegrastats", tegrastats)
+    for variable, value in board.environment.items():
+        monkeypatch.setenv(variable, value)
+    monkeypatch.setattr(BackgroundSensor.__init__, "__defaults__", (0.5,))  # its patience
+    done = run_cli("profile", engine, "--device", "jetson", *QUICK, *POWER, "--no-memory", "--json")
+    assert done.code == 0, done.err
+    return Profile.parse(done.out, "stdout"), " ".join(done.err.split())
+
+
 def test_no_jetson_here_is_exit_code_4_and_says_where_it_looked(
     eam_engine: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, run_cli: RunCli
 ) -> None:
     monkeypatch.setenv("EAMDEPLOY_ROOT", str(tmp_path))
     refused = only_error(run_cli("profile", eam_engine, "--device", "jetson"), 4)
     assert str(tmp_path / "etc/nv_tegra_release") in refused and str(tmp_path / "proc/device-tree") in refused
+
+
+def test_what_a_sensor_could_not_read_comes_back_over_ssh(eam_engine: Path, tmp_path: Path, run_cli: RunCli) -> None:
+    jetson = make_board(tmp_path / "root", tmp_path / "bin", "jetpack6")
+    shutil.rmtree(jetson.root / "sys/bus")
+    write_program(jetson.bin / "tegrastats", "#!/bin/sh\necho 'cannot open /dev/nvhost' >&2\nexit 3\n")
+    with running_boards(tmp_path) as boards:
+        board = boards.start("one")
+        variables = f"EAMDEPLOY_ROOT={jetson.root} PATH={jetson.bin}:$PATH"
+        board.put_program("eamdeploy", f'#!/bin/sh\n{variables} exec {python_eamdeploy()} "$@"\n')
+        named = ["--ssh-config", boards.ssh_config, "--device", board.alias, *QUICK, *POWER, "--no-memory"]
+        done = run_cli("profile", eam_engine, *named, "--json")
+    assert done.code == 0, done.err
+    (measured,) = RemoteProfiles.parse(done.out, "stdout").profiles.values()
+    (item,) = measured.engines
+    assert measured.device_before.kind == "jetson" and item.power is None and item.latency.runs == 4
+    assert measured.sensor is not None and "exit code 3: cannot open /dev/nvhost" in (measured.sensor.failure or "")
+    assert "power is missing or incomplete: tegrastats ended by itself" in " ".join(done.err.split())
 
 
 def test_machines_over_ssh(eam_engine: Path, tmp_path: Path, run_cli: RunCli) -> None:

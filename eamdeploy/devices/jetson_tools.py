@@ -12,7 +12,7 @@ from eamdeploy.devices.sysfs import Clock
 _TIMEOUT_S = 10.0
 _CLOCK = re.compile(
     r"^(?P<unit>[\w.-]+):?[ \t]+(?:Online=(?P<online>\d) +)?(?:Governor=\S+ +)?"
-    r"MinFreq=(?P<low>\d+) MaxFreq=(?P<high>\d+) CurrentFreq=(?P<now>\d+)(?: FreqOverride=(?P<held>\d))?",
+    r"MinFreq=(?P<low>\d{1,15}) MaxFreq=(?P<high>\d{1,15}) CurrentFreq=(?P<now>\d{1,15})(?: FreqOverride=(?P<held>\d))?",
     re.ASCII | re.MULTILINE,
 )
 
@@ -73,7 +73,7 @@ def parse_power_mode(text: str) -> PowerMode | None:
     for index, line in enumerate(lines):
         _, label, name = line.partition("NV Power Mode:")
         if label and name.strip():
-            numbers = [int(each) for each in lines[index + 1 :] if re.fullmatch("[0-9]+", each)]
+            numbers = [int(each) for each in lines[index + 1 :] if re.fullmatch("[0-9]{1,9}", each)]
             return PowerMode(name.strip(), numbers[0] if numbers else None)
     return None
 

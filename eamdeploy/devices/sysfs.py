@@ -74,7 +74,7 @@ def processor_name(root: Path) -> str | None:
 def memory_in_use(root: Path) -> dict[str, int]:
     """Bytes in use: "ram" is what is not available to new programs; "nvmap", on Jetsons, what the GPU has of it."""
     text = read_text(root / "proc/meminfo") or ""
-    fields = {name: 1024 * int(count) for name, count in re.findall(r"^(\w+):\s+(\d+) kB", text, re.MULTILINE)}
+    fields = {name: 1024 * int(count) for name, count in re.findall(r"^(\w+):\s+(\d{1,15}) kB", text, re.MULTILINE)}
     used = {}
     if {"MemTotal", "MemAvailable"} <= fields.keys():
         used["ram"] = fields["MemTotal"] - fields["MemAvailable"]

@@ -135,7 +135,7 @@ def measure_here(engine: Path, threads: int | None, batch: int) -> FreshProcess:
 def nvmap_bytes(clients: Path = Path("/sys/kernel/debug/nvmap/iovmm/clients")) -> int | None:
     """Memory that a Tegra GPU's driver has given out, or None where its table can't be read."""
     try:
-        found = re.search(r"^total\s+(\d+)([KMG]?)\b", clients.read_text(errors="replace"), re.MULTILINE)
+        found = re.search(r"^total\s+(\d{1,15})([KMG]?)\b", clients.read_text(errors="replace"), re.MULTILINE)
     except OSError:
         return None
     return None if found is None else int(found[1]) << {"": 0, "K": 10, "M": 20, "G": 30}[found[2]]

@@ -112,9 +112,13 @@ def test_reading_counts_as_long_as_something_of_it_could_be_read(
 ) -> None:
     def read(at_ns: int) -> tuple[Reading, list[str]]:
         first.append(at_ns)
-        return (Reading(at_ns, {"A": 1.0}, {}), []) if len(first) == 1 else (
-            Reading(at_ns, power_mw, memory_bytes),
-            ["curr1_input: gone"],
+        return (
+            (Reading(at_ns, {"A": 1.0}, {}), [])
+            if len(first) == 1
+            else (
+                Reading(at_ns, power_mw, memory_bytes),
+                ["curr1_input: gone"],
+            )
         )
 
     first: list[int] = []

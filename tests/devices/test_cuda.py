@@ -126,7 +126,7 @@ def test_gpu_that_is_lost_has_a_state_that_says_so(gpu: FakeGpu) -> None:
     assert (state.name, state.power_mode, state.clocks_mhz) == ("NVIDIA GPU", None, {})
     (warning,) = state.warnings
     assert warning.startswith("the NVIDIA driver did not answer: nvmlDeviceGetEnforcedPowerLimit: GPU is lost; nvml")
-    with pytest.raises(DeviceError, match="does not answer any more: nvml.*GPU is lost"):
+    with pytest.raises(DeviceError, match=r"does not answer any more: nvml.*GPU is lost"):
         device.sensor(0.1)
     assert gpu.opened == 0
 

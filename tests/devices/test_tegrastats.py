@@ -285,7 +285,9 @@ def test_the_same_in_other_words(old: str, new: str, changed: dict[str, Load] | 
     assert (line.unknown == ()) is (changed is not None)
 
 
-@pytest.mark.parametrize("text", ["", "\n", "RAM", "tegrastats: Permission denied", "\ufffd\0\x01", "5 5 5 % @ [", "RAM x"])
+@pytest.mark.parametrize(
+    "text", ["", "\n", "RAM", "tegrastats: Permission denied", "\ufffd\0\x01", "5 5 5 % @ [", "RAM x"]
+)
 def test_other_texts_are_no_line(text: str) -> None:
     assert parse_line(text) is None
 
@@ -355,7 +357,9 @@ words = st.text(st.characters(exclude_categories=["Z", "C"]), min_size=1, max_si
 unknown_fields = st.one_of(
     words,
     st.builds("{} {}".format, words, words),
-    st.sampled_from(["FAN 30%", "FOO 12", "PWM off", "NEW_FREQ 0%@[1,2]", "nvme0 12GB", "(new 3)", "\ufffd", "%", "@", "99"]),
+    st.sampled_from(
+        ["FAN 30%", "FOO 12", "PWM off", "NEW_FREQ 0%@[1,2]", "nvme0 12GB", "(new 3)", "\ufffd", "%", "@", "99"]
+    ),
 ).filter(lambda text: not any(KNOWN_FIELD.fullmatch(word) for word in text.split()))
 blanks = st.text(" \t\r\x0b\xa0", min_size=1, max_size=4)
 

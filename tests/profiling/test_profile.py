@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import io
+import json
 import shutil
 import sys
 import time
@@ -16,9 +17,9 @@ from rich.console import Console
 
 from eamdeploy import show_profile
 from eamdeploy.artifact import digest_file
-from eamdeploy.devices.base import DeviceState, Reading
+from eamdeploy.devices.base import DeviceState, Reading, SensorNotes
 from eamdeploy.engines.registry import open_runner
-from eamdeploy.errors import ConfigError, EngineError
+from eamdeploy.errors import ConfigError, DeviceError, EngineError
 from eamdeploy.profiling import fresh_process
 from eamdeploy.profiling import profile as profile_module
 from eamdeploy.profiling.fresh_process import Memory, measure_fresh, nvmap_bytes
@@ -101,6 +102,7 @@ class Steady:
     """A sensor that always reads the same; readings are as many as there is time for."""
 
     source, total_rails, skipped = "steady", ("VDD_IN",), 0
+    notes = SensorNotes(source="steady", left_out=3, left_out_example="FOO 12")
 
     def __enter__(self) -> Steady:
         self._start = time.monotonic_ns()
@@ -143,9 +145,56 @@ def test_profile_on_a_device_with_sensors(engine: Path, foreign: Path, monkeypat
     shown = Console(width=200, record=True, file=io.StringIO())
     shown.print(show_profile.profile(result))
     text = shown.export_text()
+    assert result.sensor == Steady.notes
+    assert "steady: 3 fields could not be read or are not known here and were left out, e.g. 'FOO 12'" in text
     for words in ("a board, clocks locked", "Power", "4000.0", "VDD_IN (steady)", "Throughput", "Slowest layers"):
         assert words in text
     assert Profile.parse(result.model_dump_json(), "profile") == result
+
+
+class DyingBoard(Board):
+    """A device that answers nothing any more after its first state, or not even that."""
+
+    def __init__(self, answers: int, error: Exception) -> None:
+        super().__init__()
+        self.answers, self.error = answers, error
+
+    def state(self) -> DeviceState:
+        self.answers -= 1
+        if self.answers < 0:
+            raise self.error
+        return super().state()
+
+    def sensor(self, interval_s: float) -> Steady:
+        raise self.error
+
+
+@pytest.mark.parametrize("answers", [0, 1])
+@pytest.mark.parametrize("error", [DeviceError("the driver does not answer any more"), OSError("a cable fell out")])
+def test_device_that_stops_to_answer_takes_no_other_figure_away(
+    engine: Path, foreign: Path, answers: int, error: Exception
+) -> None:
+    extras = Extras(fresh=False, layers=True)
+    dying = DyingBoard(answers, error)
+    result = profile([engine], foreign, threads=1, device=dying, schedule=QUICK, extras=extras)  # type: ignore[arg-type]
+    for item in (result.baseline, *result.engines):
+        assert item is not None and item.power is None
+        assert item.latency.runs == 4 and item.layer_ms
+    assert result.sensor == SensorNotes(source="jetson", failure=str(error))
+    assert result.device_after.warnings == [f"its state could not be read: {error}"]
+    assert (result.device_before.warnings == []) is (answers == 1)
+    shown = Console(width=200, record=True, file=io.StringIO())
+    shown.print(show_profile.profile(result))
+    text = " ".join(shown.export_text().split())
+    assert f"power is missing or incomplete: {error}" in text and f"its state could not be read: {error}" in text
+
+
+def test_profile_of_before_there_were_notes_of_sensors_can_be_read(engine: Path) -> None:
+    result = profile([engine], threads=1, schedule=QUICK, extras=LATENCY_ALONE)
+    assert result.sensor is None, "power was not asked for"
+    older = result.model_dump(mode="json")
+    del older["sensor"]
+    assert Profile.parse(json.dumps(older), "profile") == result
 
 
 def test_profile_of_one_engine_with_its_memory(engine: Path) -> None:

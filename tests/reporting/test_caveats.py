@@ -23,6 +23,7 @@ from report_records import (
 )
 
 from eamdeploy.artifact import RANDOM_WARNING, Record
+from eamdeploy.devices.base import SensorNotes
 from eamdeploy.reporting.caveats import caveats
 from eamdeploy.reporting.names import engine_names
 from eamdeploy.reporting.sources import Sources, read_sources
@@ -91,6 +92,23 @@ def test_what_devices_say_of_themselves_is_told_once_and_named(tmp_path: Path) -
 def test_doubtful_power_is_told(tmp_path: Path) -> None:
     used = power(8000, 2.0, warnings=["few readings"])
     assert caveats_of(tmp_path, {"p.json": profile([engine("x", FROZEN, 2.0, power=used)])}) == ["x: few readings"]
+
+
+def test_what_a_sensor_could_not_read_is_told_with_its_machine(tmp_path: Path) -> None:
+    notes = SensorNotes(
+        source="tegrastats",
+        skipped=2,
+        skipped_example="Segmentation fault",
+        left_out=40,
+        left_out_example="FOO 12",
+        failure="tegrastats ended by itself; got exit code 4: gone",
+    )
+    found = caveats_of(tmp_path, {"p.json": profile([engine("x", FROZEN, 2.0)], sensor=notes)})
+    assert found == [
+        "Made-up CPU: power is missing or incomplete: tegrastats ended by itself; got exit code 4: gone",
+        "Made-up CPU: tegrastats: 2 readings could not be understood and were skipped, e.g. 'Segmentation fault'",
+        "Made-up CPU: tegrastats: 40 fields could not be read or are not known here and were left out, e.g. 'FOO 12'",
+    ]
 
 
 def test_a_speed_up_of_one_sitting_is_told(tmp_path: Path) -> None:
