@@ -12,7 +12,8 @@ from eamdeploy.devices.sysfs import Clock
 _TIMEOUT_S = 10.0
 _CLOCK = re.compile(
     r"^(?P<unit>[\w.-]+):?[ \t]+(?:Online=(?P<online>\d) +)?(?:Governor=\S+ +)?"
-    r"MinFreq=(?P<low>\d{1,15}) MaxFreq=(?P<high>\d{1,15}) CurrentFreq=(?P<now>\d{1,15})(?: FreqOverride=(?P<held>\d))?",
+    r"MinFreq=(?P<low>\d{1,15}) MaxFreq=(?P<high>\d{1,15}) CurrentFreq=(?P<now>\d{1,15})"
+    r"(?: FreqOverride=(?P<held>\d))?",
     re.ASCII | re.MULTILINE,
 )
 

@@ -24,7 +24,6 @@ from __future__ import annotations
 
 import json
 import os
-import re
 import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -56,8 +55,10 @@ from eamdeploy.engines.ort_providers import (
     require_present,
     require_provider,
 )
+from eamdeploy.engines.ort_reasons import explain, plain
 from eamdeploy.engines.provenance import machine_summary, package_versions
 from eamdeploy.errors import ConfigError, EngineError
+from eamdeploy.file_kinds import recognize
 from eamdeploy.parity import TOLERANCES, ReferenceSet, Tolerance
 
 _PIXELS = "tensor(uint8)"
@@ -81,6 +82,7 @@ _NO_DATA_FILES: Mapping[str, str] = MappingProxyType(
     {"session.model_external_initializers_file_folder_path": os.devnull}
 )
 
+_GIVE_ONNX = "Give the .onnx file that `eamdeploy export` or another exporter wrote."
 _KERNEL = "_kernel_time"  # what the profiler puts behind a node's name
 _PROFILE_WARMUP = 3
 _FATAL_ONLY = 4  # the exception says all; ONNX Runtime would log it to stderr as well
@@ -142,6 +144,7 @@ class OrtRunner:
         self._source = model if isinstance(model, bytes) else str(model)
         self._extra = {**PROOF[PROVIDERS[provider].takes], **(_NO_DATA_FILES if isinstance(model, bytes) else {})}
         self._threads = threads
+        self._require_onnx()
         session = self._new_session(self._session_options())
         self.io = _engine_io(session, self.name)
         self.card = _card(session, self.name)
@@ -166,12 +169,30 @@ class OrtRunner:
                 enable_fallback=0,  # or a failure prints something and goes on, on the CPU
             )
         except ORT_FAILURES as err:
-            hint = "It is damaged, no ONNX model, keeps data in a second file, or needs a newer ONNX Runtime."
-            if self.provider != "cpu":
-                hint = f"Provider {self.provider} can't start here, or not run all of it: build with --provider cpu."
-            raise EngineError(f"ONNX Runtime can't load {self.name}: {_reason(err)}", hint=hint) from err
+            raise self._refused(err) from err
         require_present(self.provider, session.get_providers(), self.name)
         return session
+
+    def _require_onnx(self) -> None:
+        """The model is no file in ONNX Runtime's own format, which it takes from memory, but not from a `.onnx` file.
+
+        Raises:
+            EngineError: it is.
+        """
+        if isinstance(self._source, bytes) and (kind := recognize(self._source)) is not None and kind.key == "ort":
+            raise self._refused(ValueError())
+
+    def _refused(self, err: Exception) -> EngineError:
+        """What to say of a model that ONNX Runtime did not load: what the file is, or what it says of it."""
+        what = f"ONNX Runtime can't load {self.name}"
+        kind = recognize(self._source if isinstance(self._source, bytes) else Path(self._source))
+        if kind is not None and kind.key != "onnx":
+            return EngineError(what, expected="an ONNX model", got=kind.words, hint=kind.remedy or _GIVE_ONNX)
+        reason = explain(str(err), onnxruntime.__version__)
+        hint = reason.hint or "It is damaged, or needs a newer ONNX Runtime."
+        if self.provider != "cpu" and reason.hint is None:
+            hint = f"Provider {self.provider} can't start here, or not run all of it: build with --provider cpu."
+        return EngineError(f"{what}: {reason.text}", hint=hint)
 
     def infer(self, images: NDArray[Any]) -> NDArray[np.float32]:
         """Logits float32 [B, classes] of images [B, 3, H, W] of the type that `io` says.
@@ -382,6 +403,5 @@ def _card(session: Any, name: str) -> ModelCard | None:
 
 
 def _reason(err: Exception) -> str:
-    """The first line of ONNX Runtime's message, without its error code and cut to a readable length."""
-    line = str(err).strip().partition("\n")[0] or type(err).__name__
-    return re.sub(r"^\[ONNXRuntimeError\] : \d+ : \w+ : (Load model from .* failed:)?", "", line)[:300].rstrip(". ")
+    """ONNX Runtime's message in one line, with the fact in it."""
+    return plain(str(err) or type(err).__name__)
