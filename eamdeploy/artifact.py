@@ -18,6 +18,7 @@ from typing import IO, Literal, TypeVar
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from eamdeploy.errors import CheckpointError, ConfigError
+from eamdeploy.file_kinds import in_words
 
 _CHUNK_BYTES = 1 << 20
 
@@ -127,7 +128,10 @@ class Record(BaseModel):
         except ValidationError as err:
             first = err.errors()[0]
             key = ".".join(str(part) for part in first["loc"]) or "document"
-            raise CheckpointError(f"{where} is not a valid {cls.__name__}: {key}: {first['msg']}") from err
+            data = text.encode(errors="replace") if isinstance(text, str) else text
+            raise CheckpointError(
+                f"{where} is not a valid {cls.__name__}: {key}: {first['msg']}", got=in_words(data, "json", "text")
+            ) from err
 
     def write(self, path: Path) -> None:
         """`path` holds this record as JSON, or is unchanged if that fails."""

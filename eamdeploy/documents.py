@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, Final, Literal
 
 from eamdeploy.errors import CheckpointError, ConfigError
+from eamdeploy.file_kinds import text_in_words
 
 DocumentKind = Literal[
     "engine manifest", "profile", "profiles of machines", "evaluation", "analysis", "export", "run", "diagnosis"
@@ -36,7 +37,7 @@ def read_document(path: Path) -> tuple[DocumentKind | None, dict[str, Any]]:
     except OSError as err:
         raise ConfigError(f"cannot read {path}: {err.strerror or err}") from err
     except (ValueError, RecursionError) as err:
-        raise CheckpointError(f"{path} is no JSON", got=str(err)) from err
+        raise CheckpointError(f"{path} is no JSON: {text_in_words(path, err)}") from err
     if not isinstance(document, dict):
         raise CheckpointError(f"{path} is none of our documents", expected="a JSON object")
     return next((kind for kind, keys in _KEYS.items() if keys <= document.keys()), None), document

@@ -47,7 +47,7 @@ _HTML = FileKind(
 _TEXT = FileKind("text", "a text file")
 _JSON = FileKind("json", "JSON text")
 _SAFETENSORS = FileKind("safetensors", "a safetensors file")
-_PICKLE = FileKind("pickle", "a pickle")
+_PICKLE = FileKind("pickle", "a pickle (which PyTorch files of before 1.6 are)")
 _ONNX = FileKind("onnx", "an ONNX model")
 _TFLITE = FileKind("tflite", "a TensorFlow Lite model")
 _TORCH = FileKind("torch", "a PyTorch file")
@@ -134,6 +134,15 @@ def npz_in_words(source: Path, err: Exception) -> str:
         return "an array of Python objects, which could run code when they are read and are never read here"
     plain = re.sub(r"[^.;]*allow_pickle[^.;]*", "no archive of arrays", str(err))
     return in_words(source, "npz", otherwise=plain or type(err).__name__) or type(err).__name__
+
+
+def text_in_words(source: Path, err: Exception) -> str:
+    """Why the text at the path, JSON or TOML perhaps, can't be read: what is there instead, or what the parser says."""
+    if isinstance(err, OSError):
+        return err.strerror or str(err)
+    said = "it is no text in UTF-8" if isinstance(err, UnicodeDecodeError) else str(err)
+    kind = recognize(source)
+    return said if kind is None or kind.key in ("text", "json") else f"it is {kind.words}"
 
 
 def _kind(head: bytes, source: Path | io.BytesIO) -> FileKind | None:

@@ -16,6 +16,7 @@ from PIL import Image, UnidentifiedImageError
 
 from eamdeploy.artifact import Preprocessing
 from eamdeploy.errors import ConfigError
+from eamdeploy.file_kinds import in_words
 from eamdeploy.folder import ImageFolder, folder_digest, open_folder
 
 __all__ = [
@@ -180,7 +181,8 @@ def _read_pixels(file: Path, how: Preprocessing) -> NDArray[np.uint8]:
         with Image.open(file) as image:
             rgb = image.convert("RGB")
     except UnidentifiedImageError as err:
-        raise _UnusableImage("not an image that Pillow can read") from err
+        kind = in_words(file, "image")
+        raise _UnusableImage(f"not an image that Pillow can read{f', but {kind}' if kind else ''}") from err
     except _DECODE_FAILURES as err:
         reason = err.strerror if isinstance(err, OSError) else None
         raise _UnusableImage(reason or str(err) or type(err).__name__) from err

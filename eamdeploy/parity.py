@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 
 from eamdeploy.artifact import Record, atomic_output
 from eamdeploy.errors import CheckpointError, ConfigError, ParityError
+from eamdeploy.file_kinds import npz_in_words
 
 REFERENCE_IMAGES = 16
 """How many images a model's reference set has, unless its user wants another number."""
@@ -277,7 +278,7 @@ def _read_npz(path: Path) -> dict[str, NDArray[Any]]:
                 )
             arrays = {key: archive[key] for key in keys}
     except (zipfile.BadZipFile, zlib.error, ValueError, EOFError, KeyError, NotImplementedError, MemoryError) as err:
-        raise CheckpointError(f"{path} is not a reference set: {err}", hint=hint) from err
+        raise CheckpointError(f"{path} is not a reference set: {npz_in_words(path, err)}", hint=hint) from err
     except OSError as err:
         raise ConfigError(f"cannot read {path}: {err.strerror or err}") from err
     if arrays["format"].shape != () or arrays["format"] != _REFERENCE_FORMAT:

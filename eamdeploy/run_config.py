@@ -12,6 +12,7 @@ from pydantic import BeforeValidator, Field, JsonValue, ValidationError, Validat
 from eamdeploy.artifact import Record
 from eamdeploy.engines.base import ProviderName
 from eamdeploy.errors import ConfigError
+from eamdeploy.file_kinds import text_in_words
 from eamdeploy.folder import Split
 from eamdeploy.ort_form import OrtForm, forms_for
 
@@ -169,8 +170,11 @@ def load_config(path: Path) -> RunConfig:
         key = ".".join(map(str, first["loc"]))
         reason = first["msg"].removeprefix("Value error, ").rstrip(".")
         raise ConfigError(f"{path}: {key}: {reason}", hint="See docs/usage.md for every key.") from err
-    except (OSError, ValueError) as err:
-        raise ConfigError(f"cannot read the configuration {path}: {err}") from err
+    except (OSError, ValueError, RecursionError) as err:
+        raise ConfigError(
+            f"cannot read the configuration {path}: {text_in_words(path, err)}",
+            hint=None if isinstance(err, OSError) else "It must be TOML in UTF-8; see docs/usage.md for every key.",
+        ) from err
     return _anchored(config, path.parent)
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from eamdeploy.artifact import Preprocessing
 from eamdeploy.errors import ConfigError
+from eamdeploy.file_kinds import text_in_words
 from eamdeploy.folder import ImageFolder, Split, open_folder
 from eamdeploy.images import ImageBatch, iter_batches
 from eamdeploy.observer import Observer
@@ -70,8 +71,11 @@ def read_class_names(path: Path | None) -> list[str] | None:
     try:
         text = path.read_text(encoding="utf-8")
         names = json.loads(text) if path.suffix == ".json" else text.splitlines()
-    except (OSError, ValueError) as err:
-        raise ConfigError(f"cannot read class names from {path}: {err}") from err
+    except (OSError, ValueError, RecursionError) as err:
+        raise ConfigError(
+            f"cannot read class names from {path}: {text_in_words(path, err)}",
+            expected="a JSON list of texts, or a text file in UTF-8 with a name in each line",
+        ) from err
     if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
         raise ConfigError(f"class names in {path}", expected="a list of texts")
     return names

@@ -40,6 +40,7 @@ from eamdeploy.eam.records import (
 from eamdeploy.eam.selection import Granularity
 from eamdeploy.eam.validation import check_header, validate
 from eamdeploy.errors import CheckpointError, ConfigError, MissingDependency
+from eamdeploy.file_kinds import in_words
 
 __all__ = ["AttentionShape", "Calibration", "Checkpoint", "CheckpointHeader", "FrozenMaps", "load", "save"]
 
@@ -131,7 +132,9 @@ def _read(path: Path) -> tuple[str, dict[str, NDArray[Any]]]:
             return text, {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
     except (SafetensorError, OSError) as err:
         raise CheckpointError(
-            f"{path} is damaged or no safetensors file", got=str(err), hint="Copy or download it again."
+            f"{path} is damaged or no safetensors file",
+            got=in_words(path, "safetensors", otherwise=err),
+            hint="Copy or download it again.",
         ) from err
 
 

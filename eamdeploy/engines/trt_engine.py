@@ -11,6 +11,7 @@ from eamdeploy.engines.base import EngineIO
 from eamdeploy.engines.trt_log import BuildLog, make_logger
 from eamdeploy.engines.trt_versions import TrtVersion, capabilities
 from eamdeploy.errors import EngineError
+from eamdeploy.file_kinds import in_words
 
 
 class LoadedEngine:
@@ -36,9 +37,9 @@ class LoadedEngine:
         try:
             self.engine = self._runtime.deserialize_cuda_engine(data)
         except (RuntimeError, TypeError) as err:
-            raise _unusable(name, str(err)) from err
+            raise _unusable(name, data, str(err)) from err
         if self.engine is None:
-            raise _unusable(name, self.log.last_errors())
+            raise _unusable(name, data, self.log.last_errors())
 
     def io(self) -> EngineIO:
         """The engine's one input and one output.
@@ -103,8 +104,9 @@ class LoadedEngine:
         self._runtime = None
 
 
-def _unusable(name: str, why: str) -> EngineError:
+def _unusable(name: str, data: bytes, why: str) -> EngineError:
     return EngineError(
-        f"TensorRT can't load {name}: {why}",
+        f"TensorRT can't load {name}: {' '.join(why.split())}",
+        got=in_words(data, "plan"),
         hint="It is damaged, no engine, or of another TensorRT or GPU: build it again here with `eamdeploy build-trt`.",
     )

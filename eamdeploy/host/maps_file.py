@@ -31,7 +31,9 @@ from numpy.typing import NDArray
 from eamdeploy.eam.quantizers import Bits, Quantizer, integer_values, quantize_rows
 from eamdeploy.eam.records import FrozenMaps, spread_mask
 from eamdeploy.errors import CheckpointError, ConfigError
+from eamdeploy.file_kinds import in_words, npz_in_words
 
+_HINT = "Write the maps again, with numpy.savez or safetensors.numpy.save_file; docs/formats.md says which arrays."
 _KINDS = ("heads", "maps", "codes", "mask", "scales")
 
 
@@ -176,9 +178,10 @@ def _read_arrays(path: Path) -> dict[str, NDArray[Any]]:
         from safetensors import SafetensorError
         from safetensors.numpy import load_file
     except (OSError, ValueError, EOFError, NotImplementedError, zipfile.BadZipFile, zlib.error) as err:
-        raise CheckpointError(f"{path} is damaged or no .npz file", got=str(err)) from err
+        raise CheckpointError(f"{path} is damaged or no .npz file", got=npz_in_words(path, err), hint=_HINT) from err
     try:
         arrays: dict[str, NDArray[Any]] = load_file(path)
     except (OSError, SafetensorError, TypeError) as err:  # TypeError: bfloat16, which numpy does not have
-        raise CheckpointError(f"{path} is damaged or no safetensors file", got=str(err)) from err
+        got = in_words(path, "safetensors", otherwise=err)
+        raise CheckpointError(f"{path} is damaged or no safetensors file", got=got, hint=_HINT) from err
     return arrays

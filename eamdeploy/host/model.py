@@ -6,11 +6,13 @@ import difflib
 import json
 import math
 import pickle
+import pickletools
 import re
 import warnings
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -23,10 +25,31 @@ from torch import nn
 
 from eamdeploy.artifact import Preprocessing
 from eamdeploy.errors import CheckpointError, ConfigError
+from eamdeploy.file_kinds import FileKind, recognize
 
 PRETRAINED = "pretrained"
 RANDOM = "random"
 
+_STATE_DICT = "tensors by name, at the top or under model, state_dict or model_ema"
+_OWN_EXPORT = "eamdeploy makes this of PyTorch weights itself: give the weights that it was made of."
+_OTHER_LIBRARY = "Its tensors have other names than timm's: take the weights that timm or PyTorch has of the model."
+# What to do about files of other kinds that are given as weights, by the kind's key.
+_INSTEAD: Mapping[str, str] = MappingProxyType(
+    {
+        "torchscript": "In Python: torch.save(torch.jit.load(FILE).state_dict(), 'weights.pth'); give that.",
+        "torch.export": "In Python: torch.save(torch.export.load(FILE).state_dict, 'weights.pth'); give that.",
+        "npz": "timm converts JAX weights of ViT: model = timm.create_model(NAME); model.load_pretrained(FILE); "
+        "torch.save(model.state_dict(), 'weights.pth'); give that.",
+        "safetensors": "Give the file a name that ends in .safetensors.",
+        "torch": "Give the file a name that ends in .pth.",
+        "pickle": "Give the file a name that ends in .pth.",
+        "json": "Give the file with the tensors; an index of several files names them, but has none.",
+        "ort": _OWN_EXPORT,
+        "onnx": _OWN_EXPORT,
+        "plan": _OWN_EXPORT,
+        **dict.fromkeys(("hdf5", "keras", "tflite", "gguf", "msgpack", "core-ml"), _OTHER_LIBRARY),
+    }
+)
 _DERIVED = ("relative_position_index", "attn_mask")  # of Swin's windows; timm before 0.9 saved them with the weights
 
 
@@ -106,34 +129,67 @@ def read_weights(path: Path) -> dict[str, torch.Tensor]:
     """
     if not path.is_file():
         raise ConfigError(
-            f"no weights file at {path}", hint="Use --weights pretrained, --weights random or an existing file."
+            f"no weights file at {path}",
+            got="a folder" if path.is_dir() else None,
+            hint="Use --weights pretrained, --weights random or an existing file.",
         )
+    _require_weights_format(path)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # torch warns of the pickles that it then refuses
             state = load_state_dict(str(path), use_ema=True, device="cpu", weights_only=True)
     except Exception as err:  # safetensors, zipfile and torch each raise their own kinds
-        refusal = err.__cause__ or err  # timm wraps torch's
-        if isinstance(refusal, pickle.UnpicklingError) and _is_pickle(path):
-            stranger = re.search(r"GLOBAL (\S+)", str(refusal))
-            raise CheckpointError(
-                f"{path} wants unpickling, which can run code, and is not loaded",
-                expected="tensors, numbers and texts only",
-                got=stranger and stranger[1],
-                hint="Save its state dict alone, best as safetensors.",
-            ) from err
-        foreign = isinstance(refusal, pickle.UnpicklingError)
-        raise CheckpointError(
-            f"cannot read weights from {path}: {'no PyTorch file' if foreign else _first_line(err)}",
-            hint="The file is truncated or in another format; .safetensors and .pth are supported.",
-        ) from err
+        raise _unreadable(path, err) from err
     if not isinstance(state, dict) or not state or not all(isinstance(v, torch.Tensor) for v in state.values()):
+        keys = ", ".join(map(str, list(state)[:5])) if isinstance(state, dict) else ""
         raise CheckpointError(
-            f"{path} holds no state dict",
-            expected="tensors by name, at the top or under model, state_dict or model_ema",
-            got=f"keys {', '.join(map(str, list(state)[:5]))}" if isinstance(state, dict) else type(state).__name__,
+            f"{path} holds no state dict", expected=_STATE_DICT, got=f"keys {keys}" if keys else "none there"
         )
     return state
+
+
+def _require_weights_format(path: Path) -> None:
+    """The file is a safetensors or PyTorch file, and has the ending of one, or of no known kind.
+
+    Raises:
+        CheckpointError: it is something else; says what, and what to do about it.
+    """
+    kind, is_named_safetensors = recognize(path), path.suffix == ".safetensors"
+    if kind is None or (kind.key in ("torch", "pickle") and not is_named_safetensors):
+        return
+    if kind.key == "safetensors" and is_named_safetensors:
+        return
+    raise CheckpointError(
+        f"cannot read weights from {path}",
+        expected="a safetensors file" if is_named_safetensors else "a PyTorch file (.pth) or a .safetensors file",
+        got=kind.words,
+        hint=_INSTEAD.get(kind.key) or kind.remedy or "Give weights in PyTorch's format: .safetensors or .pth.",
+    )
+
+
+def _unreadable(path: Path, err: Exception) -> CheckpointError:
+    """What to say of a file that has the form of weights, without torch's advice to run what is in it."""
+    refusal = err.__cause__ or err  # timm wraps torch's
+    if isinstance(refusal, AttributeError):  # timm's, of an object that is no dictionary
+        return CheckpointError(f"{path} holds no state dict", expected=_STATE_DICT, got="something else than a dict")
+    kind = recognize(path)
+    if isinstance(refusal, pickle.UnpicklingError) and kind is not None and _is_whole_pickle(path, kind):
+        stranger = re.search(r"GLOBAL (\S+)", str(refusal))
+        return CheckpointError(
+            f"{path} wants unpickling, which can run code, and is not loaded",
+            expected="tensors, numbers and texts only",
+            got=stranger and stranger[1],
+            hint="Where you trust it, load it in Python and save its state dict alone, best as safetensors.",
+        )
+    if kind is None:
+        return CheckpointError(
+            f"cannot read weights from {path}: it is damaged or neither a safetensors nor a PyTorch file",
+            hint="It was cut off or altered on its way, or is in another format: copy or download it again.",
+        )
+    return CheckpointError(
+        f"cannot read weights from {path}: it begins as {kind.words}, and is damaged",
+        hint="It was cut off or altered on its way: copy or download it again.",
+    )
 
 
 def load_weights(model: nn.Module, state: Mapping[str, torch.Tensor], source: str) -> None:
@@ -215,10 +271,17 @@ def _create(spec: ModelSpec, *, pretrained: bool) -> nn.Module:
     return model
 
 
-def _is_pickle(path: Path) -> bool:
-    """Whether the file starts like torch's zip archive or like a pickle; a text saved in its place does not."""
-    with path.open("rb") as file:
-        return file.read(1) in (b"P", b"\x80")
+def _is_whole_pickle(path: Path, kind: FileKind) -> bool:
+    """Whether the file of that kind is no damaged one: its pickle, which is not run, has an end."""
+    if kind.key != "pickle":
+        return True  # the archive has its own check
+    try:
+        with path.open("rb") as file:
+            for _ in pickletools.genops(file):
+                pass
+    except Exception:  # noqa: BLE001 - whatever pickletools finds wrong
+        return False
+    return True
 
 
 def _first_line(err: Exception) -> str:

@@ -9,6 +9,7 @@ import onnx
 from eamdeploy.artifact import Record
 from eamdeploy.engines.trt_versions import TrtVersion, capabilities
 from eamdeploy.errors import CheckpointError, ConfigError
+from eamdeploy.file_kinds import in_words
 from eamdeploy.lint import fusion, operators, quantization
 from eamdeploy.lint.base import Finding, Rule
 from eamdeploy.lint.view import view
@@ -63,7 +64,9 @@ def lint_file(path: Path, version: TrtVersion) -> LintReport:
     except OSError as err:
         raise ConfigError(f"cannot read {path}: {err.strerror or err}") from err
     except Exception as err:  # protobuf's and onnx's own
-        raise CheckpointError(f"{path} is not an ONNX model: {err}") from err
+        raise CheckpointError(
+            f"{path} is not an ONNX model", got=in_words(path, "onnx", otherwise="a file that is damaged or foreign")
+        ) from err
     if not model.opset_import or not model.graph.node:
         raise CheckpointError(f"{path} is not an ONNX model", expected="a graph with nodes and an operator set")
     return LintReport(file=str(path), trt=str(version), findings=lint(model, version))
