@@ -60,7 +60,7 @@ _UNPACK = "Unpack it, and give the file that is meant."
 # Bytes at a fixed place.
 _MAGIC: tuple[tuple[int, bytes, FileKind], ...] = (
     (0, b"\x93NUMPY", FileKind("npy", "one array, not an archive of arrays (NumPy .npy)")),
-    (0, b"GGUF", FileKind("gguf", "a GGUF file (llama.cpp)")),
+    (0, b"GGUF", FileKind("gguf", "a GGUF file (a language model's)")),
     (0, b"\x89HDF\r\n\x1a\n", FileKind("hdf5", "an HDF5 file (Keras .h5)")),
     (4, b"TFL3", _TFLITE),
     (4, b"ORTM", FileKind("ort", "a model in ONNX Runtime's own format (.ort)")),

@@ -181,7 +181,7 @@ def _read_pixels(file: Path, how: Preprocessing) -> NDArray[np.uint8]:
         with Image.open(file) as image:
             rgb = image.convert("RGB")
     except UnidentifiedImageError as err:
-        kind = in_words(file, "image")
+        kind = in_words(file, "image", "text", "json")
         raise _UnusableImage(f"not an image that Pillow can read{f', but {kind}' if kind else ''}") from err
     except _DECODE_FAILURES as err:
         reason = err.strerror if isinstance(err, OSError) else None

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from foreign_files import FOREIGN, assert_plain, write_foreign
 
 from eamdeploy import artifact
 from eamdeploy.artifact import (
@@ -224,3 +225,13 @@ def test_freezing_of_before_windows_still_parses() -> None:
     for change in ({"window_maps": "mask"}, {"granularity": "cell"}):
         with pytest.raises(ValueError, match=next(iter(change))):
             Freezing.model_validate({**old.model_dump(), **change})
+
+
+@pytest.mark.parametrize("kind", FOREIGN)
+def test_file_of_another_kind_in_place_of_a_document_is_named(tmp_path: Path, kind: str) -> None:
+    path, words = write_foreign(tmp_path, kind, "x.json")
+    with pytest.raises(CheckpointError) as caught:
+        Preprocessing.read(path)
+    assert_plain(str(caught.value), "x.json is not a valid Preprocessing: ")
+    if not kind.startswith(("text", "json")):
+        assert_plain(str(caught.value), f"got {words}")

@@ -85,8 +85,14 @@ def put_nan(file: Path) -> None:
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
-        (truncate, r"cannot read weights from \S*w\.safetensors: .*The file is truncated or in another format"),
-        (make_foreign, r"cannot read weights from \S*w\.safetensors: .*The file is truncated or in another format"),
+        (
+            truncate,
+            r"cannot read weights from \S*w\.safetensors: it begins as a safetensors file, and is damaged\. .*cut off",
+        ),
+        (
+            make_foreign,
+            r"cannot read weights from \S*w\.safetensors; .*got a web page \(HTML\)\. Download the file itself",
+        ),
         (deepen, r"w\.safetensors does not fit.*expected its 32 tensors; got 12 unknown, first blocks\.2\..*--model"),
         (add_classes, r"head\.weight and 1 more; expected shape \[10, 48\]; got \[12, 48\].*num_classes=12"),
         (put_nan, r"w\.safetensors: blocks\.0\.mlp\.fc1\.weight has NaN or infinite values"),

@@ -31,7 +31,7 @@ def test_kinds_are_told_by_their_keys(tmp_path: Path, text: str, kind: str | Non
 @pytest.mark.parametrize("content", [b"", b"{", b"\xff\xfe{", b"[" * 200_000])
 def test_what_is_no_json_is_named(tmp_path: Path, content: bytes) -> None:
     (tmp_path / "x.json").write_bytes(content)
-    with pytest.raises(CheckpointError, match=r"x\.json is no JSON"):
+    with pytest.raises(CheckpointError, match=r"x\.json is no JSON: "):
         read_document(tmp_path / "x.json")
 
 

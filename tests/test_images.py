@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from foreign_files import write_foreign
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
@@ -313,3 +314,23 @@ def test_nothing_but_bad_files_is_an_error_even_when_skipping(tmp_path: Path) ->
 def test_a_batch_size_below_one_is_refused(tmp_path: Path, batch_size: int) -> None:
     with pytest.raises(ConfigError, match=f"at least 1; got {batch_size}"):
         next(iter_batches(ImageFolder(tmp_path, (), None), HOW8, batch_size))
+
+
+@pytest.mark.parametrize(
+    ("kind", "said"),
+    [
+        ("git-lfs", "not an image that Pillow can read, but a Git LFS pointer"),
+        ("html", "not an image that Pillow can read, but a web page (HTML)"),
+        ("empty", "not an image that Pillow can read, but an empty file"),
+        ("zip", "not an image that Pillow can read, but a ZIP archive of other files"),
+        ("text", "not an image that Pillow can read. Leave"),
+    ],
+)
+def test_file_of_another_kind_in_place_of_an_image_is_named(tmp_path: Path, kind: str, said: str) -> None:
+    write_foreign(tmp_path, kind, "x.png")
+    how = Preprocessing(
+        size=(8, 8), mean=(0, 0, 0), std=(1, 1, 1), interpolation="bilinear", crop_pct=1.0, crop_mode="center"
+    )
+    with pytest.raises(ConfigError) as caught:
+        list(iter_batches(open_folder(tmp_path, None), how, 1))
+    assert said in str(caught.value)

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from foreign_files import FOREIGN, assert_plain, write_foreign
 from hypothesis import given
 from hypothesis import strategies as st
 from numpy.typing import NDArray
@@ -250,6 +251,23 @@ def test_damaged_or_foreign_files_are_refused_by_name(content: bytes, tmp_path: 
     path.write_bytes(content)
     with pytest.raises(CheckpointError, match=r"x\.reference\.npz"):
         ReferenceSet.load(path)
+
+
+@pytest.mark.parametrize("kind", [kind for kind in FOREIGN if kind not in ("npz", "empty zip")])
+def test_file_of_another_kind_is_named(kind: str, tmp_path: Path) -> None:
+    path, words = write_foreign(tmp_path, kind, "x.reference.npz")
+    with pytest.raises(CheckpointError) as caught:
+        ReferenceSet.load(path)
+    if kind in ("npz of objects", "zip", "keras", "core-ml"):  # archives whose names are others
+        words = "x.reference.npz is not a reference set: its keys don't fit"
+    assert_plain(str(caught.value), "x.reference.npz is not a reference set: ", words, "Export the model again")
+
+
+def test_arrays_of_objects_are_not_unpickled_and_nobody_is_told_to(tmp_path: Path) -> None:
+    (tmp_path / "x.npz").write_bytes(npz(source=np.array({"a": 1}, dtype=object)))
+    with pytest.raises(CheckpointError) as caught:
+        ReferenceSet.load(tmp_path / "x.npz")
+    assert_plain(str(caught.value), "an array of Python objects", "never read here", "Export the model again")
 
 
 def test_good_bytes_load(tmp_path: Path) -> None:

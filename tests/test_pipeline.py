@@ -511,11 +511,20 @@ def test_mistakes_in_the_configuration_name_the_file_and_the_key(
     assert "\n" not in str(err.value).partition("TOML")[0]
 
 
-@pytest.mark.parametrize("content", [None, b"\xff"])
-def test_configuration_that_cannot_be_read_is_named(tmp_path: Path, content: bytes | None) -> None:
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        (None, r"No such file or directory$"),
+        (b"\xff", r"it is no text in UTF-8\. It must be TOML in UTF-8"),
+        (b"<!DOCTYPE html>", r"it is a web page \(HTML\)\. It must be TOML"),
+        (b"version https://git-lfs.github.com/spec/v1", r"it is a Git LFS pointer.* It must be TOML"),
+        (b"output = ", r"[Ii]nvalid value.*line 1.* It must be TOML"),
+    ],
+)
+def test_configuration_that_cannot_be_read_is_named(tmp_path: Path, content: bytes | None, said: str) -> None:
     if content is not None:
         (tmp_path / "x.toml").write_bytes(content)
-    with pytest.raises(ConfigError, match=r"cannot read the configuration \S*x\.toml"):
+    with pytest.raises(ConfigError, match=rf"cannot read the configuration \S*x\.toml: {said}"):
         load_config(tmp_path / "x.toml")
 
 

@@ -83,6 +83,11 @@ def test_no_file_means_no_class_names() -> None:
     [
         ("c.json", b'{"0": "cat"}', "expected a list of texts"),
         ("c.json", b"[1, 2]", "expected a list of texts"),
+        ("c.json", b"[", r"Expecting value: line 1 column 2.*expected a JSON list of texts, or a text file"),
+        ("c.json", b"<!DOCTYPE html>", r"c\.json: it is a web page \(HTML\); expected a JSON list"),
+        ("c.txt", b"\x89PNG\r\n\x1a\n\xff", r"c\.txt: it is an image \(PNG\); expected a JSON list"),
+        ("c.txt", b"caf\xe9", r"c\.txt: it is no text in UTF-8; expected a JSON list"),
+        ("c.json", b"[" * 100_000, r"cannot read class names from \S*c\.json"),
         ("c.json", b"[", r"cannot read class names from \S*c\.json"),
         ("c.txt", b"\xff\xfe", r"cannot read class names from \S*c\.txt"),
         ("c.txt", None, r"cannot read class names from \S*c\.txt: .*No such file"),

@@ -50,6 +50,8 @@ _INSTEAD: Mapping[str, str] = MappingProxyType(
         **dict.fromkeys(("hdf5", "keras", "tflite", "gguf", "msgpack", "core-ml"), _OTHER_LIBRARY),
     }
 )
+_LEGACY_MAGIC = pickle.dumps(0x1950A86A20F9469CFC6C, protocol=2)  # torch.serialization.MAGIC_NUMBER
+_LEGACY_PICKLES = 5  # this number, a version, the system, the object and the names of its storages
 _DERIVED = ("relative_position_index", "attn_mask")  # of Swin's windows; timm before 0.9 saved them with the weights
 
 
@@ -181,6 +183,13 @@ def _unreadable(path: Path, err: Exception) -> CheckpointError:
             got=stranger and stranger[1],
             hint="Where you trust it, load it in Python and save its state dict alone, best as safetensors.",
         )
+    if kind is not None and kind.key == "pickle" and not _is_legacy(path) and _is_whole_pickle(path, kind):
+        return CheckpointError(
+            f"cannot read weights from {path}",
+            expected="a PyTorch file (.pth) or a .safetensors file",
+            got="a pickle that PyTorch did not write",
+            hint="Save a state dict with torch.save, or best as safetensors.",
+        )
     if kind is None:
         return CheckpointError(
             f"cannot read weights from {path}: it is damaged or neither a safetensors nor a PyTorch file",
@@ -277,11 +286,18 @@ def _is_whole_pickle(path: Path, kind: FileKind) -> bool:
         return True  # the archive has its own check
     try:
         with path.open("rb") as file:
-            for _ in pickletools.genops(file):
-                pass
+            for _ in range(_LEGACY_PICKLES if _is_legacy(path) else 1):
+                for _ in pickletools.genops(file):
+                    pass
     except Exception:  # noqa: BLE001 - whatever pickletools finds wrong
         return False
     return True
+
+
+def _is_legacy(path: Path) -> bool:
+    """Whether PyTorch before 1.6 wrote the file, or a later one in that form."""
+    with path.open("rb") as file:
+        return file.read(len(_LEGACY_MAGIC)) == _LEGACY_MAGIC
 
 
 def _first_line(err: Exception) -> str:

@@ -6,6 +6,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from foreign_files import FOREIGN, assert_plain, write_foreign
 from numpy.typing import NDArray
 from safetensors.numpy import save_file
 from safetensors.torch import save_file as save_torch
@@ -261,12 +262,26 @@ def test_damaged_files_are_named(file: Path) -> None:
 
 def test_pickled_and_single_arrays_are_no_maps(tmp_path: Path) -> None:
     np.savez(tmp_path / "maps.npz", heads=np.array([None, {}]))
-    with pytest.raises(CheckpointError, match=r"maps\.npz is damaged.*allow_pickle"):
+    with pytest.raises(CheckpointError, match=r"maps\.npz is damaged.*got an array of Python objects.*numpy\.savez"):
         read_maps(tmp_path / "maps.npz", 4, "squared")
     with (tmp_path / "maps.npz").open("wb") as stream:
         np.save(stream, some_maps(1))
     with pytest.raises(CheckpointError, match=r"maps\.npz is damaged.*one array, not an archive"):
         read_maps(tmp_path / "maps.npz", 4, "squared")
+
+
+@pytest.mark.parametrize("kind", [kind for kind in FOREIGN if kind not in ("npz", "npz of objects", "safetensors")])
+@pytest.mark.parametrize("suffix", [".npz", ".safetensors"])
+def test_file_of_another_kind_is_named(tmp_path: Path, kind: str, suffix: str) -> None:
+    path, words = write_foreign(tmp_path, kind, f"maps{suffix}")
+    with pytest.raises(CheckpointError) as caught:
+        read_maps(path, 4, "squared")
+    if suffix == ".npz" and kind in ("zip", "keras", "core-ml", "empty zip"):  # archives of other things
+        assert_plain(str(caught.value), "maps.npz", "holds no maps" if kind == "empty zip" else "unknown array")
+    else:
+        assert_plain(
+            str(caught.value), f"maps{suffix}", suffix.removeprefix("."), f"got {words}", "Write the maps again"
+        )
 
 
 def test_bfloat16_is_refused(tmp_path: Path) -> None:

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import argparse
 import pickle
 from collections.abc import Callable
 from pathlib import Path
@@ -9,6 +10,7 @@ import numpy as np
 import pytest
 import timm
 import torch
+from foreign_files import FOREIGN, assert_plain, write_foreign
 from safetensors.torch import load_file, save_file
 from tiny_models import KWARGS, NAME, SWIN_KWARGS, SWIN_NAME, images, make_model
 from torch import nn
@@ -158,27 +160,135 @@ def half(data: bytes) -> bytes:
     return data[: len(data) // 2]
 
 
+def said_of(file: Path) -> str:
+    """What is said of weights that are refused."""
+    with pytest.raises(CheckpointError) as caught:
+        read_weights(file)
+    return str(caught.value)
+
+
 @pytest.mark.parametrize(
-    ("name", "damage"),
+    ("name", "damage", "fact"),
     [
-        ("w.safetensors", half),
-        ("w.safetensors", lambda data: data[:5]),
-        ("w.safetensors", lambda _: b""),
-        ("w.safetensors", lambda _: b"<html>404 not found</html>" * 9),
-        ("w.pth", half),
-        ("w.pth", lambda _: b""),
-        ("w.pth", lambda _: b"<html>404 not found</html>"),
+        ("w.safetensors", half, "it begins as a safetensors file, and is damaged"),
+        ("w.safetensors", lambda data: data[:-1], "it begins as a safetensors file, and is damaged"),
+        ("w.safetensors", lambda data: data[:5], "it is damaged or neither a safetensors nor a PyTorch file"),
+        ("w.safetensors", lambda data: bytes(len(data)), "it is damaged or neither a safetensors nor a PyTorch file"),
+        ("w.pth", half, "got a ZIP archive that is damaged or was cut off"),
+        ("w.pth", lambda data: data[:-1], "got a ZIP archive that is damaged or was cut off"),
+        ("w.pth", lambda data: bytes(len(data)), "it is damaged or neither a safetensors nor a PyTorch file"),
+        ("legacy.pth", half, "it begins as a pickle (which PyTorch files of before 1.6 are), and is damaged"),
+        ("legacy.pth", lambda data: data[:-1], "it begins as a pickle"),
+        ("legacy.pth", lambda data: data[:300], "it begins as a pickle"),
+        ("legacy.pth", lambda data: data[:9], "it begins as a pickle"),
     ],
 )
-def test_truncated_and_foreign_files_are_named(
-    tiny_weights: Path, state: dict[str, torch.Tensor], tmp_path: Path, name: str, damage: Callable[[bytes], bytes]
+def test_damaged_files_are_named(
+    tiny_weights: Path,
+    state: dict[str, torch.Tensor],
+    tmp_path: Path,
+    name: str,
+    damage: Callable[[bytes], bytes],
+    fact: str,
 ) -> None:
     file = tmp_path / name
-    torch.save(state, file)
+    torch.save(state, file, _use_new_zipfile_serialization=name == "w.pth")
     data = file.read_bytes() if name.endswith("pth") else tiny_weights.read_bytes()
     file.write_bytes(damage(data))
-    with pytest.raises(CheckpointError, match=rf"cannot read weights from \S*{name}: .*truncated or in another format"):
-        read_weights(file)
+    message = said_of(file)
+    assert_plain(message, "cannot read weights from", name, fact)
+    assert "copy or download it again" in message.lower()
+
+
+@pytest.mark.parametrize("kind", FOREIGN)
+@pytest.mark.parametrize("suffix", [".pth", ".safetensors", ".bin", ".ckpt", ".npz"])
+def test_file_of_another_kind_is_named_with_a_remedy(tmp_path: Path, kind: str, suffix: str) -> None:
+    path, words = write_foreign(tmp_path, kind, f"w{suffix}")
+    if suffix == ".safetensors" and kind == "safetensors":
+        assert list(read_weights(path)) == ["a"]
+        return
+    message = said_of(path)
+    if kind == "pickle" and suffix != ".safetensors":
+        assert_plain(message, "cannot read weights from", "got a pickle that PyTorch did not write", "torch.save")
+        return
+    expected = "a safetensors file" if suffix == ".safetensors" else "a PyTorch file (.pth) or a .safetensors file"
+    assert_plain(message, f"cannot read weights from {path}; expected {expected}; got {words}")
+    assert message.rpartition(words)[2].count(". ") >= 1, "there is a remedy"
+
+
+class Pair(nn.Module):
+    """A model of its own class, which a pickled module names."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc = nn.Linear(2, 2)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.as_tensor(self.fc(x))
+
+
+SCRIPT = ("got a TorchScript archive (torch.jit.save)", "torch.jit.load(FILE).state_dict()")
+
+
+@pytest.mark.parametrize(
+    ("write", "facts"),
+    [
+        (lambda model, file: torch.jit.save(torch.jit.script(model), file), SCRIPT),
+        (lambda model, file: torch.jit.save(torch.jit.trace(model, torch.zeros(1, 2)), file), SCRIPT),
+        (
+            lambda model, file: torch.export.save(torch.export.export(model, (torch.zeros(1, 2),)), file),
+            ("got a program of torch.export (.pt2)", "torch.export.load(FILE).state_dict"),
+        ),
+        (torch.save, ("wants unpickling", "got test_model.Pair.", "save its state dict alone")),
+        (
+            lambda model, file: torch.save(model, file, _use_new_zipfile_serialization=False),
+            ("wants unpickling", "got test_model.Pair.", "save its state dict alone"),
+        ),
+        (
+            lambda model, file: torch.save(
+                {"state_dict": model.state_dict(), "hyper_parameters": {"net": model}}, file
+            ),
+            ("wants unpickling", "got test_model.Pair.", "save its state dict alone"),
+        ),
+        (
+            lambda model, file: torch.save(list(model.parameters()), file),
+            ("holds no state dict", "expected tensors by name, at the top or under model, state_dict or model_ema"),
+        ),
+        (lambda _, file: torch.save(torch.ones(2), file), ("holds no state dict", "got something else than a dict")),
+        (lambda _, file: torch.save({"model": {}}, file), ("holds no state dict", "got none there")),
+        (lambda _, file: torch.save({"optimizer": {}, "epoch": 3}, file), ("holds no", "got keys optimizer, epoch")),
+    ],
+)
+@pytest.mark.parametrize("name", ["w.pth", "w.pt"])
+def test_what_torch_saves_but_state_dicts_is_refused_with_a_remedy(
+    tmp_path: Path, write: Callable[[nn.Module, Path], object], facts: tuple[str, ...], name: str
+) -> None:
+    write(Pair().eval(), tmp_path / name)
+    assert_plain(said_of(tmp_path / name), name, *facts)
+
+
+@pytest.mark.parametrize(
+    ("kind", "load"),
+    [
+        ("torchscript", lambda file: torch.jit.load(file).state_dict()),
+        ("torch.export", lambda file: torch.export.load(file).state_dict),
+    ],
+)
+def test_the_remedies_work(tmp_path: Path, kind: str, load: Callable[[Path], dict[str, torch.Tensor]]) -> None:
+    model, file, weights = Pair().eval(), tmp_path / "w.pt2", tmp_path / "weights.pth"
+    if kind == "torchscript":
+        torch.jit.save(torch.jit.script(model), file)
+    else:
+        torch.export.save(torch.export.export(model, (torch.zeros(1, 2),)), file)
+    torch.save(load(file), weights)
+    assert read_weights(weights).keys() == model.state_dict().keys()
+
+
+def test_checkpoint_of_lightning_with_plain_settings_is_read(tmp_path: Path) -> None:
+    state = Pair().state_dict()
+    for settings in ({"lr": 0.1}, argparse.Namespace(lr=0.1)):
+        torch.save({"state_dict": state, "hyper_parameters": settings}, tmp_path / "w.ckpt")
+        assert read_weights(tmp_path / "w.ckpt").keys() == state.keys()
 
 
 @pytest.mark.parametrize("content", [{}, {"epoch": 3}, {"model": {"a": 1}}], ids=["empty", "no weights", "numbers"])
@@ -191,6 +301,8 @@ def test_file_without_a_state_dict_is_refused(tmp_path: Path, content: object) -
 def test_missing_file_is_the_users_mistake(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="no weights file at"):
         read_weights(tmp_path / "w.pth")
+    with pytest.raises(ConfigError, match=r"no weights file at .*got a folder"):
+        read_weights(tmp_path)
 
 
 @pytest.mark.parametrize(
