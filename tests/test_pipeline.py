@@ -518,7 +518,7 @@ def test_mistakes_in_the_configuration_name_the_file_and_the_key(
         (b"\xff", r"it is no text in UTF-8\. It must be TOML in UTF-8"),
         (b"<!DOCTYPE html>", r"it is a web page \(HTML\)\. It must be TOML"),
         (b"version https://git-lfs.github.com/spec/v1", r"it is a Git LFS pointer.* It must be TOML"),
-        (b"output = ", r"[Ii]nvalid value.*line 1.* It must be TOML"),
+        (b"output = ]", r"[Ii]nvalid value.*line 1.* It must be TOML"),
     ],
 )
 def test_configuration_that_cannot_be_read_is_named(tmp_path: Path, content: bytes | None, said: str) -> None:

@@ -101,3 +101,11 @@ def test_program_that_fails_is_quoted(path: Path) -> None:
 
 def test_program_that_is_not_there(path: Path) -> None:
     assert ask("tool").trouble == "tool is not on PATH"
+
+
+def test_numbers_that_no_board_has_are_no_clocks_and_no_mode() -> None:
+    """Python refuses to read numbers of thousands of digits, and a state must not end a measurement."""
+    digits = "9" * 5000
+    assert parse_clocks(f"GPU MinFreq={digits} MaxFreq=1 CurrentFreq=1\n").clocks_mhz == {}
+    mode = parse_power_mode(f"NV Power Mode: 15W\n{digits}\n")
+    assert mode is not None and (mode.name, mode.number) == ("15W", None)
