@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import copy
+import json
 from functools import lru_cache, partial
 from pathlib import Path
 
@@ -22,13 +23,13 @@ from rich.table import Table
 
 from eamdeploy.accuracy import measure_accuracy
 from eamdeploy.artifact import Record, write_bytes
-from eamdeploy.eam.selection import GRANULARITIES, Granularity, select
+from eamdeploy.eam.selection import GRANULARITIES, Granularity
 from eamdeploy.host.attention import Constants, attention_sites, freeze_attention
-from eamdeploy.host.calibrate import as_tensors, collect_statistics, predict
+from eamdeploy.host.calibrate import look, predict
 from eamdeploy.host.means import freeze_pieces, mean_maps
 from eamdeploy.host.model import ModelSpec, PreprocessingOverrides, load_model, preprocessing_of
 from eamdeploy.host.options import FreezeOptions
-from eamdeploy.host.scoring import score_pieces
+from eamdeploy.host.scoring import PieceScores, score_pieces
 from eamdeploy.host.sites import window_maps
 from eamdeploy.observer import SILENT
 from eamdeploy.source import ImageSource
@@ -64,16 +65,22 @@ class Study:
     """A model with the statistics of its maps over the calibration images, and how well it does frozen."""
 
     def __init__(self, arguments: argparse.Namespace) -> None:
-        self.model = load_model(ModelSpec(arguments.model, str(arguments.weights)))
+        self.model = load_model(ModelSpec(arguments.model, str(arguments.weights), arguments.model_kwargs))
         self.sites = attention_sites(self.model)
         self.how = preprocessing_of(self.model, PreprocessingOverrides(crop_pct=arguments.crop_pct))
         self.even, self.odd = (ImageSource(arguments.data, split) for split in ("even", "odd"))
         self.score_images = arguments.score_images
-        tensors = as_tensors(self.even.batches(self.even.open(), self.how, BATCH, SILENT), self.how)
-        self.statistics = collect_statistics(
-            self.model, self.sites, tensors, bins=16, spacing="uniform", windows="shared", on_images=lambda _: None
+        self.seen = look(
+            self.model,
+            self.sites,
+            self.even,
+            self.how,
+            bins=16,
+            spacing="uniform",
+            windows="shared",
+            observer=SILENT,
         )
-        self.means = {site.path: mean_maps(site, self.statistics[site.path]) for site in self.sites}
+        self.means = {site.path: mean_maps(site, self.seen.statistics[site.path]) for site in self.sites}
         self.scores = lru_cache(self._scores)
 
     def row(self, options: FreezeOptions) -> Row:
@@ -81,8 +88,7 @@ class Study:
         heads = options.granularity == "head"  # exact sensitivity depends on how the map is stored
         stored = (options.bits, options.quantizer) if heads and options.score == "sensitivity" else (4, "squared")
         scores = self.scores(options.granularity, options.score, *stored)
-        entries = {site.path: site.heads * site.entries_per_head // scores[site.path].size for site in self.sites}
-        selected = select(scores, entries, options.sparsity)
+        selected = scores.select(self.sites, options.sparsity)
         model = copy.deepcopy(self.model)
         freeze_attention(
             model,
@@ -119,13 +125,11 @@ class Study:
             window_maps(site, "shared"),
         )
 
-    def _scores(
-        self, granularity: Granularity, score: str, bits: int, quantizer: str
-    ) -> dict[str, NDArray[np.float64]]:
+    def _scores(self, granularity: Granularity, score: str, bits: int, quantizer: str) -> PieceScores:
         options = FreezeOptions(
             granularity=granularity, score=score, bits=bits, quantizer=quantizer, score_images=self.score_images
         )
-        return score_pieces(self.model, self.sites, self.statistics, self.even, self.how, options, SILENT)
+        return score_pieces(self.model, self.sites, self.seen, self.even, self.how, options, SILENT)
 
 
 def main() -> None:
@@ -150,10 +154,11 @@ def main() -> None:
 def _parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="deit_tiny_patch16_224", help="timm name of a ViT, DeiT or Swin")
+    parser.add_argument("--model-kwargs", type=json.loads, default={}, help="timm's arguments as JSON")
     parser.add_argument("--weights", type=Path, required=True, help="the model's weights")
     parser.add_argument("--data", type=Path, required=True, help="labelled images")
     parser.add_argument("--crop-pct", type=float, default=0.875, help="share that the centre crop keeps")
-    parser.add_argument("--score-images", type=int, default=128, help="images for the sensitivity")
+    parser.add_argument("--score-images", type=int, help="images for the sensitivity; as freeze by default")
     parser.add_argument("--granularity", nargs="+", choices=GRANULARITIES, default=GRANULARITIES)
     parser.add_argument("-o", "--output", type=Path, help="also write the rows as JSON lines")
     return parser.parse_args()

@@ -75,8 +75,8 @@ Sparsity = Annotated[float, typer.Option(help="Frozen ÷ all attention entries, 
 Score = Annotated[
     Literal["sensitivity", "entropy", "row-entropy", "variance", "random"],
     typer.Option(
-        help="What ranks the pieces, lowest first; sensitivity is the KL of the logits with one piece frozen, "
-        "estimated for rows and entries."
+        help="What freezing is chosen by, the least for each entry first; sensitivity is the KL of the logits "
+        "with pieces frozen, estimated for rows and entries."
     ),
 ]
 Granularity = Annotated[
@@ -90,7 +90,9 @@ WindowMaps = Annotated[
 Bins = Annotated[int, typer.Option(help="Bins of the histograms behind the score entropy.")]
 Spacing = Annotated[Literal["uniform", "squared"], typer.Option(help="Where the bins' edges lie: i/n or (i/n)².")]
 Seed = Annotated[int, typer.Option(help="For --weights random and --score random.")]
-ScoreImages = Annotated[int | None, typer.Option(help="Use at most that many images for sensitivity; default all.")]
+ScoreImages = Annotated[
+    int | None, typer.Option(help="Images for sensitivity; default 48 for heads, all for rows and entries.")
+]
 
 
 @app.command()

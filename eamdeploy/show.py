@@ -53,9 +53,13 @@ def frozen_heads(freezing: Freezing, attention: Mapping[str, AttentionShape]) ->
     what = f"{'' if whole else f'{pieces} in '}{count} of {total} heads"
     stored = f"{freezing.bits} bits {freezing.quantizer}"
     windows = "" if freezing.window_maps is None else f"; window maps: {freezing.window_maps}"
-    return Group(
-        table, Text(f"sparsity {freezing.sparsity:.1%}{asked}: {what}, by {freezing.score}; {stored}{windows}")
-    )
+    lines = [f"sparsity {freezing.sparsity:.1%}{asked}: {what}, by {freezing.score}; {stored}{windows}"]
+    if (cost := freezing.cost) is not None:
+        lines.append(
+            f"against the unfrozen model on {cost.n_images} calibration images: "
+            f"agreement {cost.agreement:.1f} %, KL {cost.kl:.3g} nats"
+        )
+    return Group(table, Text("\n".join(lines)))
 
 
 def checkpoint(header: CheckpointHeader) -> RenderableType:

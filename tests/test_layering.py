@@ -61,7 +61,7 @@ LAYERS: dict[str, set[str]] = {
     "remote": {"artifact", "engines", "errors", "observer", "profiling"},
     "diagnosis": {"artifact", "devices", "engines", "errors", "profiling"},
     "host": {
-        *("artifact", "eam", "engines", "errors", "folder", "graph"),
+        *("accuracy", "artifact", "eam", "engines", "errors", "folder", "graph"),
         *("images", "observer", "parity", "passes", "profiling", "source", "trt_flavour"),
     },
     "ort_build": {
