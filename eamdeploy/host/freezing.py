@@ -201,7 +201,7 @@ def _calibrate(
     sites = attention_sites(model)
     _check_class_names(class_names, model.num_classes)
     how = preprocessing_of(model, overrides)
-    folder = images.open()
+    folder = images.open(observer)
     statistics = collect_statistics(
         model,
         sites,
@@ -219,7 +219,12 @@ def _calibrate(
         how=how,
         statistics=statistics,
         windows=None if sites[0].classes is None else options.window_maps,
-        provenance=Calibration(n_images=n_images, digest=folder_digest(folder), source=folder.root.name),
+        provenance=Calibration(
+            n_images=n_images,
+            digest=folder_digest(folder),
+            source=folder.root.name,
+            exif_transpose=images.exif_transpose,
+        ),
         scores=scores,
         selection=select(scores, _entries_per_piece(sites, scores), options.sparsity),
     )

@@ -79,12 +79,12 @@ def commands_of(folder: Path, records: dict[str, Record], monkeypatch: pytest.Mo
         (
             evaluation("x", "b", n_skipped=1, skipped=["f"]),
             "eamdeploy evaluate x --reference b --data photos --split odd --images 500 --skip-bad -o r.json",
-            "where the folder of images lies, --threads",
+            "where the folder of images lies, --class-names, --threads",
         ),
         (
             evaluation("x.eam.safetensors", "x.eam.safetensors with all attention live", images="a (b) (all)"),
             "eamdeploy evaluate x.eam.safetensors --data 'a (b)' -o r.json",
-            "where the folder of images lies, --threads",
+            "where the folder of images lies, --class-names, --threads",
         ),
         (
             manifest("x.ort.onnx", card(), parity=None),
@@ -105,7 +105,7 @@ def commands_of(folder: Path, records: dict[str, Record], monkeypatch: pytest.Mo
             manifest("x.ort.onnx", card(rewrites=["integer_map_products", "quantize_products"])),
             "eamdeploy build-ort MODEL.onnx -o r --threads 4 --int8 --calib-data IMAGES",
             f"the name of the model {digest('x.onnx')}; where the calibration images lie, other --calib options, "
-            "--min-agreement",
+            "--exif-transpose, --min-agreement",
         ),
         (
             manifest(
@@ -130,7 +130,7 @@ def commands_of(folder: Path, records: dict[str, Record], monkeypatch: pytest.Mo
             "eamdeploy build-trt MODEL.onnx -o r --fp16 --int8 --calib-data photos --calib-images 8 --calib-method "
             "percentile --layer-profile --baseline base.plan",
             f"the name of the model {digest('x.onnx')}; --keep-fp32, --timing-cache and batch sizes, but for what the "
-            "settings say; where the calibration images lie, --calib-split, --calib-cache",
+            "settings say; where the calibration images lie, --calib-split, --calib-cache, --exif-transpose",
         ),
         (
             analysis(),
