@@ -1,8 +1,8 @@
 """From the names of class folders, or from a table's labels, to class numbers: by a reading that is certain, or none.
 
-Models agree on little less than on the order of class folders: torchvision sorts by letters (`class1, class10, class2`),
-timm by the numbers in the names (`class1, class2, class10`), and a folder's name may be its class's number. Where these
-readings differ, the user must say which it is.
+Class folders come in no one order: torchvision sorts by letters (`class1, class10, class2`), timm by the numbers in the
+names (`class1, class2, class10`), and a folder's name may be its class's number. Where these readings differ, the user
+must say which it is.
 """
 
 from __future__ import annotations
@@ -156,7 +156,7 @@ def _readings(texts: Collection[str], count: int) -> dict[ClassOrder, _Reading]:
 
 
 def _certain_readings(folders: Collection[str], empty: Collection[str], classes: Classes) -> dict[ClassOrder, _Reading]:
-    """Without numbers that something speaks against: class names that are other numbers, or an empty folder N of 1…N."""
+    """Those that nothing speaks against, as an empty folder N of 1…N or class names that are other numbers do."""
     found = _readings(folders, classes.count)
     stray = [name for name in empty if is_number(name)]
     if "numbers" not in _readings([*folders, *stray], classes.count) or _names_of_others(folders, classes.names or ()):

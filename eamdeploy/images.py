@@ -29,8 +29,8 @@ __all__ = [
     "preprocess",
 ]
 
-# Pillow's modes for grey of 16 bits, and the files (None: none, in memory) in which they reach from 0 to 65535. Elsewhere
-# the range is another, or not said: TIFF has 12 bits, signed numbers and inverted ones.
+# Pillow's modes for grey of 16 bits, and the formats (None: in memory) in which their numbers reach from 0 to 65535.
+# Elsewhere the range is another, or not told: TIFF has 12 bits, signed numbers, and white at 0.
 _SIXTEEN_BITS = ("I;16", "I;16B", "I;16L", "I;16N")
 _FULL_RANGE = {
     **dict.fromkeys(_SIXTEEN_BITS, (None, "PNG", "PPM")),
