@@ -87,6 +87,16 @@ def commands_of(folder: Path, records: dict[str, Record], monkeypatch: pytest.Mo
             "where the folder of images lies, --class-names, --threads",
         ),
         (
+            evaluation("x", None, images="photos (even, turned by EXIF)", class_order="natural"),
+            "eamdeploy evaluate x --data photos --split even --exif-transpose --class-order natural -o r.json",
+            "where the folder of images lies, --class-names, --threads",
+        ),
+        (
+            evaluation("x", None, images="photos (all, at most 9, turned by EXIF)"),
+            "eamdeploy evaluate x --data photos --images 9 --exif-transpose -o r.json",
+            "where the folder of images lies, --class-names, --threads",
+        ),
+        (
             manifest("x.ort.onnx", card(), parity=None),
             "eamdeploy build-ort MODEL.onnx -o r --threads 4 --no-check",
             f"the name of the model {digest('x.onnx')}",
@@ -137,6 +147,14 @@ def commands_of(folder: Path, records: dict[str, Record], monkeypatch: pytest.Mo
             "eamdeploy analyze --model deit_made_up_patch16_224 --weights weights.safetensors --data photos --mean 0.5 "
             "0.5 0.5 --std 0.25 0.25 0.25 --crop-pct 0.875 --interpolation bicubic --sparsity 0.3 --granularity row "
             "--score entropy --bins 16 --spacing uniform -o r.json",
+            "folders of images and weights, --model-kwargs, --split, --images, --bits, --quantizer, --seed; 256 images "
+            "were used",
+        ),
+        (
+            analysis(calibration=analysis().calibration.model_copy(update={"exif_transpose": True})),
+            "eamdeploy analyze --model deit_made_up_patch16_224 --weights weights.safetensors --data photos "
+            "--exif-transpose --mean 0.5 0.5 0.5 --std 0.25 0.25 0.25 --crop-pct 0.875 --interpolation bicubic "
+            "--sparsity 0.3 --granularity row --score entropy --bins 16 --spacing uniform -o r.json",
             "folders of images and weights, --model-kwargs, --split, --images, --bits, --quantizer, --seed; 256 images "
             "were used",
         ),
