@@ -229,7 +229,8 @@ def evaluation(report: EvaluationReport) -> RenderableType:
         table.add_row("KL", f"{report.kl:.2g} nats", "")
     if report.top1 is None and report.agreement is None:
         return Group(title, table, Text("Neither labels nor a reference: nothing to compare with. See --reference."))
-    return _with_warning(Group(title, table), report.weights)
+    doubt = [] if report.doubt is None else [Text(f"Note: {report.doubt}.", style="yellow")]
+    return _with_warning(Group(title, table, *doubt), report.weights)
 
 
 def report(written: Report) -> RenderableType:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -64,7 +64,7 @@ def look(
     Raises:
         ConfigError: the images can't be read.
     """
-    folder = images.open()
+    folder = images.open(observer)
     files: list[Path] = []
     unsure: list[NDArray[np.float64]] = []
 
@@ -83,7 +83,7 @@ def look(
         on_images=lambda done: observer.progress("attention maps", done, len(folder.files)),
         on_logits=lambda logits: unsure.append(uncertainty(logits.numpy())),
     )
-    return Seen(statistics, ImageFolder(folder.root, tuple(files), None), np.concatenate(unsure))
+    return Seen(statistics, replace(folder, files=tuple(files)), np.concatenate(unsure))
 
 
 @torch.inference_mode()

@@ -222,7 +222,12 @@ def _calibrate(
         how=how,
         seen=seen,
         windows=None if sites[0].classes is None else options.window_maps,
-        provenance=Calibration(n_images=len(seen.folder.files), digest=folder_digest(folder), source=folder.root.name),
+        provenance=Calibration(
+            n_images=len(seen.folder.files),
+            digest=folder_digest(folder),
+            source=folder.root.name,
+            exif_transpose=images.exif_transpose,
+        ),
         scores=scores.values,
         selection=scores.select(sites, options.sparsity),
     )
@@ -241,7 +246,7 @@ def _measure_cost(
     modules = {path: FrozenAttention(done.model.get_submodule(path), *each) for path, each in constants.items()}
     divergence, same = [], []
     folder = done.seen.folder
-    for batch in as_tensors(images.batches(folder, done.how, _BATCH, observer), done.how):
+    for batch in as_tensors(images.batches(folder, done.how, _BATCH, SILENT), done.how):
         live = done.model(batch).numpy()
         with replaced_attention(done.model, modules):
             candidate = done.model(batch).numpy()

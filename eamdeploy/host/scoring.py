@@ -20,7 +20,7 @@ from eamdeploy.host.means import freeze_pieces, mean_maps
 from eamdeploy.host.options import FreezeOptions
 from eamdeploy.host.sensitivity import by_module, head_effects
 from eamdeploy.host.sites import AttentionSite
-from eamdeploy.observer import Observer
+from eamdeploy.observer import SILENT, Observer
 from eamdeploy.source import ImageSource
 
 _HEAD_IMAGES = 48
@@ -114,7 +114,7 @@ def _head_sensitivity(
 
     def batches() -> Iterator[tuple[torch.Tensor, list[float]]]:
         weights = iter(drawn.values())
-        for batch in as_tensors(images.batches(folder, how, batch_size, observer), how):
+        for batch in as_tensors(images.batches(folder, how, batch_size, SILENT), how):
             yield batch, [next(weights) for _ in batch]
 
     effects = head_effects(model, sites, maps, batches(), len(drawn), on_progress, windows=options.window_maps)
@@ -137,7 +137,7 @@ def _estimated_sensitivity(
         model,
         sites,
         means,
-        as_tensors(chosen.batches(folder, how, _GRADIENT_BATCH, observer), how),
+        as_tensors(chosen.batches(folder, how, _GRADIENT_BATCH, SILENT), how),
         options.granularity,
         lambda done: observer.progress("sensitivity", done, len(folder.files)),
         windows=options.window_maps,
