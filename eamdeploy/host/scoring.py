@@ -23,7 +23,7 @@ from eamdeploy.host.sites import AttentionSite
 from eamdeploy.observer import SILENT, Observer
 from eamdeploy.source import ImageSource
 
-_HEAD_IMAGES = 48
+HEAD_IMAGES = 48
 """Images for the sensitivity of heads unless the user says how many: see docs/results.md, "Sensitivity in minutes"."""
 _BATCH, _GRADIENT_BATCH = 16, 8
 _CHANGES = 1 << 24  # logits of all heads and a batch's images at a time: 128 MiB
@@ -99,7 +99,7 @@ def _head_sensitivity(
         )
         for path, mean in means.items()
     }
-    drawn = draw(seen.unsure, options.score_images or _HEAD_IMAGES, options.seed)
+    drawn = draw(seen.unsure, options.score_images or HEAD_IMAGES, options.seed)
     folder = replace(seen.folder, files=tuple(seen.folder.files[index] for index in drawn))
     n_heads = sum(site.heads for site in sites)
     batch_size = max(1, min(_BATCH, _CHANGES // (n_heads * model.num_classes)))
