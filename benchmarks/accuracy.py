@@ -21,7 +21,7 @@ from shown_model import ShownModel
 
 from eamdeploy.artifact import Record, write_bytes
 from eamdeploy.eam.selection import GRANULARITIES, Granularity
-from eamdeploy.host.model import ModelSpec
+from eamdeploy.host.model import ModelSpec, PreprocessingOverrides
 from eamdeploy.host.options import FreezeOptions
 from eamdeploy.source import ImageSource
 
@@ -77,7 +77,7 @@ def main() -> None:
         ModelSpec(arguments.model, str(arguments.weights), arguments.model_kwargs),
         ImageSource(arguments.data, "even"),
         ImageSource(arguments.data, "odd"),
-        arguments.crop_pct,
+        PreprocessingOverrides(crop_pct=arguments.crop_pct),
     )
     table = Table(box=None)
     for name in Row.model_fields:

@@ -35,7 +35,7 @@ from shown_model import ShownModel
 
 from eamdeploy.artifact import Record, write_json
 from eamdeploy.engines.provenance import machine_summary, package_versions, usable_cores
-from eamdeploy.host.model import RANDOM, ModelSpec
+from eamdeploy.host.model import RANDOM, ModelSpec, PreprocessingOverrides
 from eamdeploy.host.options import FreezeOptions
 from eamdeploy.host.scoring import HEAD_IMAGES, PieceScores
 from eamdeploy.source import ImageSource
@@ -62,7 +62,7 @@ def main() -> None:
     console = Console(width=140, highlight=False)
     with tempfile.TemporaryDirectory() as folder:
         calibration, validation = _images(arguments, Path(folder))
-        shown = ShownModel(_spec(arguments), calibration, validation, arguments.crop_pct)
+        shown = ShownModel(_spec(arguments), calibration, validation, _overrides(arguments))
         images = len(shown.seen.folder.files)
         if arguments.timed:
             seconds = _seconds(lambda: shown.scores(FreezeOptions(score_images=arguments.timed))) / arguments.timed
@@ -158,6 +158,11 @@ def _spec(arguments: argparse.Namespace) -> ModelSpec:
     return ModelSpec(arguments.model, weights, arguments.model_kwargs)
 
 
+def _overrides(arguments: argparse.Namespace) -> PreprocessingOverrides:
+    mean, std = (None if values is None else tuple(values) for values in (arguments.mean, arguments.std))
+    return PreprocessingOverrides(mean, std, arguments.crop_pct)
+
+
 def _images(arguments: argparse.Namespace, scratch: Path) -> tuple[ImageSource, ImageSource]:
     if arguments.calibration:
         calibration = ImageSource(arguments.calibration, limit=arguments.images)
@@ -182,6 +187,8 @@ def _parse() -> argparse.Namespace:
     parser.add_argument("--timed", type=int, default=0, help="only time, on so many images (noise without --data)")
     parser.add_argument("--sparsity", type=float, nargs="+", default=[0.1, 0.2, 0.3, 0.5])
     parser.add_argument("--crop-pct", type=float, help="share that the centre crop keeps; the model's own by default")
+    parser.add_argument("--mean", type=float, nargs=3, help="of the pixels, 0 to 1; the model's own by default")
+    parser.add_argument("--std", type=float, nargs=3)
     parser.add_argument("--threads", type=int, default=usable_cores())
     parser.add_argument("-o", "--output", type=Path, help="also write times and rows as JSON")
     arguments = parser.parse_args()

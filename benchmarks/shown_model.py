@@ -33,11 +33,11 @@ class ShownModel:
     """
 
     def __init__(
-        self, spec: ModelSpec, calibration: ImageSource, validation: ImageSource, crop_pct: float | None
+        self, spec: ModelSpec, calibration: ImageSource, validation: ImageSource, overrides: PreprocessingOverrides
     ) -> None:
         self.model: Any = load_model(spec)
         self.sites = attention_sites(self.model)
-        self.how = preprocessing_of(self.model, PreprocessingOverrides(crop_pct=crop_pct))
+        self.how = preprocessing_of(self.model, overrides)
         self.calibration, self.validation = calibration, validation
         self.seen = look(
             self.model,
