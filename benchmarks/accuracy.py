@@ -10,30 +10,20 @@ statistics are collected once and every score is computed once, so that a row co
 from __future__ import annotations
 
 import argparse
-import copy
-from functools import lru_cache, partial
+import json
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
-import numpy as np
-import torch
-from numpy.typing import NDArray
 from rich.console import Console
 from rich.table import Table
+from shown_model import ShownModel
 
-from eamdeploy.accuracy import measure_accuracy
 from eamdeploy.artifact import Record, write_bytes
-from eamdeploy.eam.selection import GRANULARITIES, Granularity, select
-from eamdeploy.host.attention import Constants, attention_sites, freeze_attention
-from eamdeploy.host.calibrate import as_tensors, collect_statistics, predict
-from eamdeploy.host.means import freeze_pieces, mean_maps
-from eamdeploy.host.model import ModelSpec, PreprocessingOverrides, load_model, preprocessing_of
+from eamdeploy.eam.selection import GRANULARITIES, Granularity
+from eamdeploy.host.model import ModelSpec, PreprocessingOverrides
 from eamdeploy.host.options import FreezeOptions
-from eamdeploy.host.scoring import score_pieces
-from eamdeploy.host.sites import window_maps
-from eamdeploy.observer import SILENT
 from eamdeploy.source import ImageSource
-
-BATCH = 16
 
 
 class Row(Record):
@@ -60,85 +50,41 @@ def settings(granularity: Granularity) -> list[FreezeOptions]:
     ]
 
 
-class Study:
-    """A model with the statistics of its maps over the calibration images, and how well it does frozen."""
-
-    def __init__(self, arguments: argparse.Namespace) -> None:
-        self.model = load_model(ModelSpec(arguments.model, str(arguments.weights)))
-        self.sites = attention_sites(self.model)
-        self.how = preprocessing_of(self.model, PreprocessingOverrides(crop_pct=arguments.crop_pct))
-        self.even, self.odd = (ImageSource(arguments.data, split) for split in ("even", "odd"))
-        self.score_images = arguments.score_images
-        tensors = as_tensors(self.even.batches(self.even.open(), self.how, BATCH, SILENT), self.how)
-        self.statistics = collect_statistics(
-            self.model, self.sites, tensors, bins=16, spacing="uniform", windows="shared", on_images=lambda _: None
-        )
-        self.means = {site.path: mean_maps(site, self.statistics[site.path]) for site in self.sites}
-        self.scores = lru_cache(self._scores)
-
-    def row(self, options: FreezeOptions) -> Row:
-        """The setting, measured on the odd images."""
-        heads = options.granularity == "head"  # exact sensitivity depends on how the map is stored
-        stored = (options.bits, options.quantizer) if heads and options.score == "sensitivity" else (4, "squared")
-        scores = self.scores(options.granularity, options.score, *stored)
-        entries = {site.path: site.heads * site.entries_per_head // scores[site.path].size for site in self.sites}
-        selected = select(scores, entries, options.sparsity)
-        model = copy.deepcopy(self.model)
-        freeze_attention(
-            model,
-            {
-                site.path: self._constants(site.path, selected.pieces[site.path], options)
-                for site in self.sites
-                if site.path in selected.pieces
-            },
-        )
-        found = measure_accuracy(
-            partial(predict, model),
-            self.odd.open_labelled(model.num_classes, None),
-            self.how,
-            batch_size=BATCH,
-            reference=partial(predict, self.model),
-        )
-        return Row(
-            granularity=options.granularity,
-            score=options.score,
-            sparsity=selected.sparsity,
-            stored=f"{options.bits} bits {options.quantizer}",
-            top1=found.top1,
-            agreement=found.agreement,
-            kl=found.kl,
-        )
-
-    def _constants(self, path: str, pieces: NDArray[np.bool_], options: FreezeOptions) -> Constants:
-        frozen = freeze_pieces(path, self.means[path], pieces, options.bits, options.quantizer)
-        site = next(site for site in self.sites if site.path == path)
-        return Constants(
-            torch.from_numpy(frozen.heads),
-            torch.from_numpy(frozen.maps(options.quantizer)),
-            None if frozen.mask is None else torch.from_numpy(frozen.mask),
-            window_maps(site, "shared"),
-        )
-
-    def _scores(
-        self, granularity: Granularity, score: str, bits: int, quantizer: str
-    ) -> dict[str, NDArray[np.float64]]:
-        options = FreezeOptions(
-            granularity=granularity, score=score, bits=bits, quantizer=quantizer, score_images=self.score_images
-        )
-        return score_pieces(self.model, self.sites, self.statistics, self.even, self.how, options, SILENT)
+def row(shown: ShownModel, options: FreezeOptions, score_images: int | None) -> Row:
+    """The setting, measured on the odd images."""
+    heads = options.granularity == "head"  # exact sensitivity depends on how the map is stored
+    scored = FreezeOptions(granularity=options.granularity, score=options.score, score_images=score_images)
+    if heads and options.score == "sensitivity":
+        scored = replace(scored, bits=options.bits, quantizer=options.quantizer)
+    selected = shown.scores(scored).select(shown.sites, options.sparsity)
+    found = shown.measure(selected.pieces, options)
+    return Row(
+        granularity=options.granularity,
+        score=options.score,
+        sparsity=selected.sparsity,
+        stored=f"{options.bits} bits {options.quantizer}",
+        top1=found.top1,
+        agreement=found.agreement,
+        kl=found.kl,
+    )
 
 
 def main() -> None:
     """Print one row per setting, and write them as JSON where asked."""
     arguments = _parse()
     console = Console(width=120, highlight=False)
-    study = Study(arguments)
+    shown = ShownModel(
+        ModelSpec(arguments.model, str(arguments.weights), arguments.model_kwargs),
+        ImageSource(arguments.data, "even"),
+        ImageSource(arguments.data, "odd"),
+        PreprocessingOverrides(crop_pct=arguments.crop_pct),
+    )
     table = Table(box=None)
     for name in Row.model_fields:
         table.add_column(name, justify="right")
     rows = []
     for options in [options for granularity in arguments.granularity for options in settings(granularity)]:
-        rows.append(study.row(options))
+        rows.append(row(shown, options, arguments.score_images))
         values = [f"{value:.3g}" if isinstance(value, float) else str(value) for _, value in rows[-1]]
         table.add_row(*values)
         console.print("  ".join(values))
@@ -150,10 +96,11 @@ def main() -> None:
 def _parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="deit_tiny_patch16_224", help="timm name of a ViT, DeiT or Swin")
+    parser.add_argument("--model-kwargs", type=json.loads, default={}, help="timm's arguments as JSON")
     parser.add_argument("--weights", type=Path, required=True, help="the model's weights")
     parser.add_argument("--data", type=Path, required=True, help="labelled images")
     parser.add_argument("--crop-pct", type=float, default=0.875, help="share that the centre crop keeps")
-    parser.add_argument("--score-images", type=int, default=128, help="images for the sensitivity")
+    parser.add_argument("--score-images", type=int, help="images for the sensitivity; as freeze by default")
     parser.add_argument("--granularity", nargs="+", choices=GRANULARITIES, default=GRANULARITIES)
     parser.add_argument("-o", "--output", type=Path, help="also write the rows as JSON lines")
     return parser.parse_args()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -19,6 +20,7 @@ Predict: TypeAlias = Callable[[NDArray[Any]], NDArray[np.float32]]
 
 Logits: TypeAlias = NDArray[np.floating]
 _TOP = 5
+_SIGNIFICANCE = 0.05
 
 
 class Evaluation(Record):
@@ -173,6 +175,31 @@ def kl_divergence(reference: Logits, candidate: Logits) -> NDArray[np.float64]:
 def mean_kl(reference: Logits, candidate: Logits) -> float:
     """Mean of `kl_divergence` over the images, in nats."""
     return float(kl_divergence(reference, candidate).mean())
+
+
+def is_no_better_than_guessing(hits: int, images: int, num_classes: int) -> bool:
+    """Whether so few labels are first classes that they seem to have nothing to do with them.
+
+    Two one-sided binomial tests must say so at 5 %: guessing evenly among the classes is not refuted by so many hits,
+    but a model halfway between guessing and being always right is refuted by so few. Thus a few images of a fair model
+    raise no doubt.
+    """
+    if num_classes < 2:
+        return False
+    guess = 1 / num_classes
+    by_guessing = 1 - _at_most(hits - 1, images, guess)
+    by_halfway = _at_most(hits, images, (1 + guess) / 2)
+    return by_guessing > _SIGNIFICANCE and by_halfway <= _SIGNIFICANCE
+
+
+def _at_most(hits: int, trials: int, probability: float) -> float:
+    """P(X ≤ hits) of the binomial distribution; 0 below no hits."""
+    log_p, log_q = math.log(probability), math.log1p(-probability)
+    ways = math.lgamma(trials + 1)
+    return math.fsum(
+        math.exp(ways - math.lgamma(k + 1) - math.lgamma(trials - k + 1) + k * log_p + (trials - k) * log_q)
+        for k in range(hits + 1)
+    )
 
 
 def _log_softmax(logits: Logits) -> NDArray[np.float64]:

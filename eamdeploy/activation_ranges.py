@@ -54,12 +54,19 @@ class Calibration:
 
 
 def calibration_with(
-    folder: Path | None, limit: int, split: Split, method: Method, cache: Path | None, *, skip_bad: bool
+    folder: Path | None,
+    limit: int,
+    split: Split,
+    method: Method,
+    cache: Path | None,
+    *,
+    skip_bad: bool,
+    exif_transpose: bool,
 ) -> Calibration | None:
     """Calibration with a folder's images, as the command line's options say it; None without a folder."""
     if folder is None:
         return None
-    return Calibration(ImageSource(folder, split, limit, skip_bad), method, cache)
+    return Calibration(ImageSource(folder, split, limit, skip_bad, exif_transpose), method, cache)
 
 
 class ActivationRanges(Record):
@@ -96,7 +103,7 @@ def measure_ranges(
         ConfigError: there are no images, one can't be decoded, or the cache can't be written.
         EngineError: ONNX Runtime can't run the model, or a tensor has values that are not finite.
     """
-    folder = calibration.images.open()
+    folder = calibration.images.open(observer)
     key = _key(model, folder, how, calibration.method)
     known = _cached(calibration.cache, key)
     if known is not None and set(tensors) <= known.ranges.keys():

@@ -192,6 +192,20 @@ class Preprocessing(Record):
         return std
 
 
+class FreezingCost(Record):
+    """What freezing a whole set of pieces costs, measured on the calibration images.
+
+    Attributes:
+        n_images: how many images.
+        kl: mean KL divergence of the softmax, from the unfrozen model to the frozen one, in nats.
+        agreement: percent of images for which both have the same first class.
+    """
+
+    n_images: int = Field(ge=1)
+    kl: float = Field(ge=0, allow_inf_nan=False)
+    agreement: float = Field(ge=0, le=100)
+
+
 class Freezing(Record):
     """What is frozen in a model and how it was chosen.
 
@@ -201,8 +215,10 @@ class Freezing(Record):
             none (`window`); None for a model without windows.
         heads: heads with at least one frozen piece by attention module path, e.g. `{"blocks.3.attn": [0, 2]}`.
         sparsity: frozen entries ÷ all attention entries, in [0, 1]; `sparsity_asked` is what the user wanted.
-        score: what ranked the pieces, and `scores` its value for every head of every attention module: for rows and
+        score: what the choice went by, and `scores` its value for every head of every attention module: for rows and
             entries the mean over the head's.
+        cost: what the frozen set costs as a whole; None for maps that were not chosen here, and in files made before
+            it was measured.
     """
 
     granularity: Literal["head", "row", "entry"] = "head"
@@ -214,6 +230,7 @@ class Freezing(Record):
     sparsity_asked: float | None
     sparsity: float
     heads: dict[str, list[int]]
+    cost: FreezingCost | None = None
 
 
 class ModelCard(Record):

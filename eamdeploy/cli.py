@@ -75,8 +75,8 @@ Sparsity = Annotated[float, typer.Option(help="Frozen ÷ all attention entries, 
 Score = Annotated[
     Literal["sensitivity", "entropy", "row-entropy", "variance", "random"],
     typer.Option(
-        help="What ranks the pieces, lowest first; sensitivity is the KL of the logits with one piece frozen, "
-        "estimated for rows and entries."
+        help="What freezing is chosen by, the least for each entry first; sensitivity is the KL of the logits "
+        "with pieces frozen, estimated for rows and entries."
     ),
 ]
 Granularity = Annotated[
@@ -90,7 +90,9 @@ WindowMaps = Annotated[
 Bins = Annotated[int, typer.Option(help="Bins of the histograms behind the score entropy.")]
 Spacing = Annotated[Literal["uniform", "squared"], typer.Option(help="Where the bins' edges lie: i/n or (i/n)².")]
 Seed = Annotated[int, typer.Option(help="For --weights random and --score random.")]
-ScoreImages = Annotated[int | None, typer.Option(help="Use at most that many images for sensitivity; default all.")]
+ScoreImages = Annotated[
+    int | None, typer.Option(help="Images for sensitivity; default 48 for heads, all for rows and entries.")
+]
 
 
 @app.command()
@@ -105,6 +107,7 @@ def analyze(
     images: options.Images = None,
     split: options.Split = "all",
     skip_bad: options.SkipBad = False,
+    exif_transpose: options.ExifTranspose = False,
     sparsity: Sparsity = 0.2,
     granularity: Granularity = "head",
     window_maps: WindowMaps = "shared",
@@ -131,7 +134,7 @@ def analyze(
     with context.obj as terminal:
         result = run_analyze(
             _model_spec(model, weights, model_kwargs, seed),
-            ImageSource(data, split, images, skip_bad),
+            ImageSource(data, split, images, skip_bad, exif_transpose),
             settings,
             overrides=_overrides(mean, std, crop_pct, interpolation),
             observer=terminal,
@@ -155,6 +158,7 @@ def freeze(
     images: options.Images = None,
     split: options.Split = "all",
     skip_bad: options.SkipBad = False,
+    exif_transpose: options.ExifTranspose = False,
     sparsity: Sparsity = 0.2,
     granularity: Granularity = "head",
     window_maps: WindowMaps = "shared",
@@ -182,7 +186,7 @@ def freeze(
     with context.obj as terminal:
         header = run_freeze(
             _model_spec(model, weights, model_kwargs, seed),
-            ImageSource(data, split, images, skip_bad),
+            ImageSource(data, split, images, skip_bad, exif_transpose),
             output,
             settings,
             overrides=_overrides(mean, std, crop_pct, interpolation),
@@ -267,6 +271,7 @@ def export(
     images: options.Images = None,
     split: options.Split = "all",
     skip_bad: options.SkipBad = False,
+    exif_transpose: options.ExifTranspose = False,
     measure: Annotated[
         bool, typer.Option(help="Time the model against its unfrozen twin on ONNX Runtime here (about 3 s).")
     ] = True,
@@ -286,7 +291,7 @@ def export(
             fold_preprocess=fold_preprocess,
             without=without or (),
             trt=options.parse_target(target, trt),
-            images=None if data is None else ImageSource(data, split, images, skip_bad),
+            images=None if data is None else ImageSource(data, split, images, skip_bad, exif_transpose),
             measure=measure,
             observer=terminal,
         )
@@ -333,6 +338,7 @@ def build_ort(
     calib_method: options.CalibMethod = "percentile",
     calib_cache: options.CalibCache = None,
     skip_bad: options.SkipBad = False,
+    exif_transpose: options.ExifTranspose = False,
     tune: Annotated[
         bool, typer.Option("--tune", help="Try all forms that may be fastest here, and keep the one that is.")
     ] = False,
@@ -348,7 +354,15 @@ def build_ort(
     from eamdeploy.build import build_ort as run_build
     from eamdeploy.ort_form import forms_for
 
-    calibration = calibration_with(calib_data, calib_images, calib_split, calib_method, calib_cache, skip_bad=skip_bad)
+    calibration = calibration_with(
+        calib_data,
+        calib_images,
+        calib_split,
+        calib_method,
+        calib_cache,
+        skip_bad=skip_bad,
+        exif_transpose=exif_transpose,
+    )
     forms = forms_for(
         None if provider is None else [provider],
         fused_attention=fused_attention,
@@ -389,6 +403,7 @@ def build_trt(
     calib_method: options.CalibMethod = "percentile",
     calib_cache: options.CalibCache = None,
     skip_bad: options.SkipBad = False,
+    exif_transpose: options.ExifTranspose = False,
     keep_fp32: Annotated[
         Literal["auto", "norm-softmax", "norm", "none"],
         typer.Option(help="What stays FP32 with --fp16 or --bf16; auto: LayerNorms that are spelled out."),
@@ -450,7 +465,15 @@ def build_trt(
         layer_profile=layer_profile,
     )
     version = options.parse_dry_run(dry_run=dry_run, trt=trt)
-    calibration = calibration_with(calib_data, calib_images, calib_split, calib_method, calib_cache, skip_bad=skip_bad)
+    calibration = calibration_with(
+        calib_data,
+        calib_images,
+        calib_split,
+        calib_method,
+        calib_cache,
+        skip_bad=skip_bad,
+        exif_transpose=exif_transpose,
+    )
     if dry_run:
         with context.obj as terminal:
             request = plan_trt_build(
@@ -489,6 +512,9 @@ def evaluate(
     images: options.Images = None,
     split: options.Split = "all",
     skip_bad: options.SkipBad = False,
+    exif_transpose: options.ExifTranspose = False,
+    class_order: options.LabelOrder = None,
+    class_names: options.LabelNames = None,
     threads: options.Threads = None,
     as_json: options.AsJson = False,
 ) -> None:
@@ -496,7 +522,8 @@ def evaluate(
     from eamdeploy.evaluation import evaluate as run_evaluate
 
     _require_outputs([output], [model])
-    source = ImageSource(data, split, images, skip_bad)
+    names = read_class_names(class_names)
+    source = ImageSource(data, split, images, skip_bad, exif_transpose, class_order, names)
     with context.obj as terminal:
         result = run_evaluate(model, source, reference=reference, threads=threads, observer=terminal)
     if output is not None:

@@ -9,6 +9,7 @@ from typing import Annotated, Any, Literal
 
 import typer
 
+from eamdeploy.class_labels import ClassOrder
 from eamdeploy.devices.base import Device
 from eamdeploy.devices.registry import open_device
 from eamdeploy.eam import quantizers
@@ -42,6 +43,22 @@ Split = Annotated[
     Literal["all", "even", "odd"], typer.Option(help="All files, or those at even or odd positions when sorted.")
 ]
 SkipBad = Annotated[bool, typer.Option("--skip-bad", help="Leave out and name files that can't be decoded.")]
+ExifTranspose = Annotated[
+    bool, typer.Option("--exif-transpose", help="Turn images as their EXIF orientation says; timm does not.")
+]
+LabelOrder = Annotated[
+    ClassOrder | None,
+    typer.Option(
+        "--class-order",
+        help="What labels mean: class names, class numbers, or one for each class, sorted as timm (natural) or as "
+        "torchvision (letters) does.",
+        show_default="found out if there is but one way",
+    ),
+]
+LabelNames = Annotated[
+    Path | None,
+    typer.Option("--class-names", help="The model's class names, in place of those it carries: as for freeze."),
+]
 Bits = Annotated[int, typer.Option(help="Bits of a frozen map's codes: 2, 3, 4 or 8.")]
 Quantizer = Annotated[Literal["squared", "uniform"], typer.Option(help="A code stands for scale·code² or scale·code.")]
 Threads = Annotated[int | None, typer.Option(min=1, help="Threads inside one inference; every usable core by default.")]

@@ -7,8 +7,9 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from eamdeploy.accuracy import Evaluation, Predict, measure_accuracy
+from eamdeploy.accuracy import Evaluation, Predict, is_no_better_than_guessing, measure_accuracy
 from eamdeploy.artifact import Preprocessing, digest_file
+from eamdeploy.class_labels import ClassOrder
 from eamdeploy.eam import checkpoint as checkpoints
 from eamdeploy.engines.registry import open_runner
 from eamdeploy.errors import ConfigError, host_packages
@@ -25,7 +26,10 @@ class EvaluationReport(Evaluation):
         weights: where the model's weights came from; `random` makes every figure here meaningless.
         model, reference: the files, or what stands for the reference.
         model_digest, reference_digest: their SHA-256.
-        images: folder, split and limit in words.
+        images: folder, split, limit and use of the EXIF orientation in words.
+        class_order: how the user said that labels are to be read; None if not.
+        labels_in_doubt: the reference, or without one the model, is no better than guessing at the labels, so that they
+            probably do not belong to the model. Never for random weights.
     """
 
     model: str
@@ -34,6 +38,20 @@ class EvaluationReport(Evaluation):
     reference: str | None
     reference_digest: str | None
     images: str
+    class_order: ClassOrder | None = None
+    labels_in_doubt: bool = False
+
+    @property
+    def doubt(self) -> str | None:
+        """The doubt about the labels in words; None if there is none."""
+        top1 = self.top1 if self.reference_top1 is None else self.reference_top1
+        if not self.labels_in_doubt or top1 is None:
+            return None
+        whose = "the model's" if self.reference_top1 is None else "the reference's"
+        return (
+            f"{whose} top-1, {top1:.1f} % of {self.n_images} images, is no better than guessing among "
+            f"{self.num_classes} classes: the labels probably do not belong to the model"
+        )
 
 
 @dataclass(frozen=True)
@@ -81,7 +99,8 @@ def evaluate(
             other_name, other_digest = f"{model} with all attention live", model_digest
         how = _preprocessing(model, candidate, other)
         class_names = candidate.class_names or (other.class_names if other else None)
-        folder = images.open_labelled(candidate.num_classes or 2**31, class_names)
+        num_classes = candidate.num_classes or (other.num_classes if other else None)
+        folder = images.open_labelled(num_classes, class_names, observer)
         result = measure_accuracy(
             candidate.predict,
             folder,
@@ -97,7 +116,7 @@ def evaluate(
         )
     for name in result.skipped:
         observer.note(f"skipped {name}")
-    limit = "" if images.limit is None else f", at most {images.limit}"
+    random = "random" in (candidate.weights, None if other is None else other.weights)
     return EvaluationReport(
         **result.model_dump(),
         model=str(model),
@@ -105,8 +124,26 @@ def evaluate(
         weights=candidate.weights,
         reference=other_name,
         reference_digest=other_digest,
-        images=f"{folder.root.name} ({images.split}{limit})",
+        images=_in_words(images),
+        class_order=images.class_order,
+        labels_in_doubt=not random and _labels_in_doubt(result),
     )
+
+
+def _labels_in_doubt(found: Evaluation) -> bool:
+    top1 = found.top1 if found.reference_top1 is None else found.reference_top1
+    if top1 is None:
+        return False
+    return is_no_better_than_guessing(round(top1 * found.n_images / 100), found.n_images, found.num_classes)
+
+
+def _in_words(images: ImageSource) -> str:
+    parts = [
+        images.split,
+        *([] if images.limit is None else [f"at most {images.limit}"]),
+        *(["turned by EXIF"] if images.exif_transpose else []),
+    ]
+    return f"{images.root.name} ({', '.join(parts)})"
 
 
 def _is_checkpoint(path: Path) -> bool:

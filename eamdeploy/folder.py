@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import csv
 import os
-import re
-from collections.abc import Collection, Iterator, Sequence
+from collections import Counter
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Literal
 
 from eamdeploy.artifact import digest_bytes, digest_file
+from eamdeploy.class_labels import Classes, ClassOrder, folder_classes, is_number, shortened, table_classes
 from eamdeploy.errors import ConfigError
 
 IMAGE_EXTENSIONS = (".bmp", ".jpeg", ".jpg", ".png", ".ppm", ".webp")
@@ -18,6 +19,10 @@ LABELS_FILE = "labels.csv"
 LABELS_HEADER = ["file", "label"]
 
 Split = Literal["all", "even", "odd"]
+
+# What lies beside pictures and is none; any other file that is not read may be a picture, and is counted
+_BESIDE_IMAGES = {".csv", ".db", ".ini", ".json", ".md", ".txt", ".xml", ".yaml", ".yml"}
+_HOW_PIXELS_ARE_READ = 2  # goes up when a file gives other pixels than before; part of the digest
 _POSITIONS = {"all": slice(None), "even": slice(0, None, 2), "odd": slice(1, None, 2)}
 
 
@@ -28,15 +33,24 @@ class ImageFolder:
     Attributes:
         files: sorted by the parts of their path below `root`.
         labels: the class of each file, in [0, classes), or None for unlabelled images.
+        exif_transpose: whether the images are turned as their EXIF orientation says.
+        unread: how many files of each ending, lower-cased, are below `root` and are not read because of it.
     """
 
     root: Path
     files: tuple[Path, ...]
     labels: tuple[int, ...] | None
+    exif_transpose: bool = False
+    unread: tuple[tuple[str, int], ...] = ()
+
+    @property
+    def unread_in_words(self) -> str | None:
+        """A line that counts the files that are not read; None if there are none."""
+        return _unread_in_words(self.root, self.unread)
 
     def name_of(self, file: Path) -> str:
         """The file's path below `root` with `/` between its parts, always printable as UTF-8."""
-        return os.fsencode(file.relative_to(self.root).as_posix()).decode(errors="backslashreplace")
+        return _printable(file.relative_to(self.root).as_posix())
 
 
 def open_folder(
@@ -45,26 +59,32 @@ def open_folder(
     class_names: Sequence[str] | None = None,
     split: Split = "all",
     limit: int | None = None,
+    *,
+    class_order: ClassOrder | None = None,
+    exif_transpose: bool = False,
 ) -> ImageFolder:
     """The images below `root` with their labels, if any.
 
     Three layouts: a `labels.csv` (`file,label`; files relative to `root`, labels as class numbers or names); class
-    sub-folders (named after a class, or its number, or one per class in sorted order); a flat folder of unlabelled
-    images. Hidden files and folders don't count; links are followed.
+    sub-folders (see `folder_classes`); a flat folder of unlabelled images. Hidden files and folders don't count; links
+    are followed.
 
     Args:
         num_classes: classes of the model, every label must be in [0, num_classes); None does not look for labels.
         class_names: names of the classes by number, if known.
         split: keeps every image, or those at even or odd positions (from 0) in the sorted list of all images.
         limit: keeps at most this many of the split, evenly spread over it.
+        class_order: how labels are to be read; None where they must say it by themselves.
+        exif_transpose: whether the images are to be turned as their EXIF orientation says.
 
     Raises:
         ConfigError: no such folder, no image in it, or labels that are missing, ambiguous or out of range.
     """
     if limit is not None and limit < 1:
         raise ConfigError(f"cannot take that number of images from {root}", expected="at least 1", got=limit)
-    files = _find_images(root)
-    labels = None if num_classes is None else _find_labels(root, files, num_classes, class_names)
+    files, unread = _find_images(root)
+    classes = None if num_classes is None else Classes(num_classes, class_names, class_order)
+    labels = None if classes is None else _find_labels(root, files, classes)
     chosen = range(len(files))[_POSITIONS[split]]
     if not chosen:
         raise ConfigError(
@@ -78,11 +98,15 @@ def open_folder(
         root=root,
         files=tuple(files[i] for i in chosen_indices),
         labels=None if labels is None else tuple(labels[i] for i in chosen_indices),
+        exif_transpose=exif_transpose,
+        unread=unread,
     )
 
 
 def folder_digest(folder: ImageFolder, *, with_labels: bool = False) -> str:
-    """`sha256:<64 hex digits>` over the images' names below the root and their bytes, wherever the folder lies.
+    """`sha256:<64 hex digits>` over the images' names below the root, their bytes, and how bytes become pixels.
+
+    Where the folder lies does not count.
 
     Args:
         with_labels: a changed label changes the digest too.
@@ -95,24 +119,48 @@ def folder_digest(folder: ImageFolder, *, with_labels: bool = False) -> str:
         f"{folder.name_of(file)}\0{digest_file(file)}\0{label}\n"
         for file, label in zip(folder.files, labels, strict=True)
     ]
+    lines.append(f"read {_HOW_PIXELS_ARE_READ}{' exif_transpose' if folder.exif_transpose else ''}\n")
     return digest_bytes("".join(lines).encode())
 
 
-def _find_images(root: Path) -> list[Path]:
+def _find_images(root: Path) -> tuple[list[Path], tuple[tuple[str, int], ...]]:
+    """The images, sorted, and how many other files have which ending."""
     looked_for = f"images ({' '.join(IMAGE_EXTENSIONS)})"
     try:
         if not root.is_dir():
-            found = "a file" if root.exists() else "nothing there"
-            raise ConfigError(f"cannot read images from {root}", expected=f"a folder with {looked_for}", got=found)
-        files = sorted(_images_below(root, frozenset()), key=lambda file: file.relative_to(root).parts)
+            got = "a file" if root.exists() else "nothing there"
+            raise ConfigError(f"cannot read images from {root}", expected=f"a folder with {looked_for}", got=got)
+        found = list(_files_below(root, frozenset()))
     except OSError as err:
         raise ConfigError(f"cannot read images from {root}: {err.filename}: {err.strerror or err}") from err
-    if not files:
-        raise ConfigError(f"no image in {root} or its sub-folders", expected=looked_for, got="none")
-    return files
+    images = [file for file in found if file.suffix.lower() in IMAGE_EXTENSIONS]
+    others = [file.suffix.lower() for file in found if file.suffix.lower() not in {*IMAGE_EXTENSIONS, *_BESIDE_IMAGES}]
+    unread = tuple(sorted(Counter(others).items(), key=lambda item: (-item[1], item[0])))
+    if not images:
+        raise ConfigError(
+            f"no image in {root} or its sub-folders",
+            expected=looked_for,
+            got=_unread_in_words(root, unread) or "none",
+        )
+    return sorted(images, key=lambda file: file.relative_to(root).parts), unread
 
 
-def _images_below(folder: Path, parents: frozenset[Path]) -> Iterator[Path]:
+def _unread_in_words(root: Path, unread: Sequence[tuple[str, int]]) -> str | None:
+    if not unread:
+        return None
+    total = sum(count for _, count in unread)
+    endings = ", ".join(f"{_printable(ending) or 'none'} {count}" for ending, count in unread)
+    return (
+        f"{total} {'file' if total == 1 else 'files'} of {_printable(str(root))} "
+        f"{'was' if total == 1 else 'were'} not read because of {'its' if total == 1 else 'their'} ending: {endings}"
+    )
+
+
+def _printable(name: str) -> str:
+    return os.fsencode(name).decode(errors="backslashreplace")
+
+
+def _files_below(folder: Path, parents: frozenset[Path]) -> Iterator[Path]:
     real = folder.resolve()
     if real in parents:  # a link that leads back up
         return
@@ -120,33 +168,35 @@ def _images_below(folder: Path, parents: frozenset[Path]) -> Iterator[Path]:
         if entry.name.startswith("."):
             continue
         if entry.is_dir():
-            yield from _images_below(entry, parents | {real})
-        elif entry.suffix.lower() in IMAGE_EXTENSIONS:
+            yield from _files_below(entry, parents | {real})
+        else:
             yield entry
 
 
-def _find_labels(
-    root: Path, files: Sequence[Path], num_classes: int, class_names: Sequence[str] | None
-) -> list[int] | None:
+def _find_labels(root: Path, files: Sequence[Path], classes: Classes) -> list[int] | None:
     if (root / LABELS_FILE).exists():
-        labels = _labels_of_table(root, files, class_names)
-    elif all(file.parent == root for file in files):
+        labels = _labels_of_table(root, files, classes)
+    elif any(file.parent != root for file in files):
+        labels = _labels_of_folders(root, files, classes)
+    elif classes.order is None:
         return None
     else:
-        labels = _labels_of_folders(root, files, num_classes, class_names)
+        raise ConfigError(
+            f"the images of {root} have no labels to read in the class order {classes.order}",
+            expected=f"class sub-folders, or a {LABELS_FILE}",
+            got="a flat folder",
+        )
     for file, label in zip(files, labels, strict=True):
-        if not 0 <= label < num_classes:
+        if not 0 <= label < classes.count:
             raise ConfigError(
                 f"the label of {file} is out of range",
-                expected=f"0 to {num_classes - 1}, as the model has {num_classes} classes",
+                expected=f"0 to {classes.count - 1}, as the model has {classes.count} classes",
                 got=label,
             )
     return labels
 
 
-def _labels_of_folders(
-    root: Path, files: Sequence[Path], num_classes: int, class_names: Sequence[str] | None
-) -> list[int]:
+def _labels_of_folders(root: Path, files: Sequence[Path], classes: Classes) -> list[int]:
     loose = [file.name for file in files if file.parent == root]
     if loose:
         raise ConfigError(
@@ -156,21 +206,18 @@ def _labels_of_folders(
             hint=f"Sort them into the sub-folders, or write a {LABELS_FILE} (file,label) there.",
         )
     folders = [file.relative_to(root).parts[0] for file in files]
-    names = sorted(set(folders))
-    by_text = _class_numbers(names, class_names, f"a sub-folder of {root}")
-    if by_text is None and len(names) == num_classes:
-        by_text = {name: number for number, name in enumerate(names)}
-    if by_text is None:
-        raise ConfigError(
-            f"cannot tell the classes of the sub-folders of {root}",
-            expected=f"class names, class numbers or exactly {num_classes} sub-folders",
-            got=f"{len(names)} with images: {_shortened(names)}",
-            hint=f"Write a {LABELS_FILE} (file,label) there, or put the images into one flat folder for no labels.",
-        )
+    by_text = folder_classes(set(folders), _sub_folders(root) - set(folders), classes, root)
     return [by_text[name] for name in folders]
 
 
-def _labels_of_table(root: Path, files: Sequence[Path], class_names: Sequence[str] | None) -> list[int]:
+def _sub_folders(root: Path) -> set[str]:
+    try:
+        return {entry.name for entry in root.iterdir() if entry.is_dir() and not entry.name.startswith(".")}
+    except OSError as err:
+        raise ConfigError(f"cannot read images from {root}: {err.strerror or err}") from err
+
+
+def _labels_of_table(root: Path, files: Sequence[Path], classes: Classes) -> list[int]:
     table = root / LABELS_FILE
     known = {file.relative_to(root).as_posix() for file in files}
     texts: dict[str, str] = {}
@@ -188,15 +235,17 @@ def _labels_of_table(root: Path, files: Sequence[Path], class_names: Sequence[st
         raise ConfigError(
             f"{table} lacks {len(missing)} of {len(known)} images",
             expected="one row for each image",
-            got=f"none for {_shortened(missing)}",
+            got=f"none for {shortened(missing)}",
         )
-    by_text = _class_numbers(set(texts.values()), class_names, str(table))
+    by_text = table_classes(set(texts.values()), classes, table)
     if by_text is None:
-        known_names = class_names or ()
-        strays = [(file, text) for file, text in texts.items() if not _is_number(text) and text not in known_names]
+        known_names = classes.names or ()
+        strays = [(file, text) for file, text in texts.items() if not is_number(text) and text not in known_names]
         raise ConfigError(
             f"cannot tell the classes in {table}",
-            expected="class numbers" if class_names is None else "only class numbers, or only class names of the model",
+            expected="class numbers"
+            if classes.names is None
+            else "only class numbers, or only class names of the model",
             got=f"{strays[0][1]!r} for {strays[0][0]}" if strays else "both",
         )
     return [by_text[texts[file.relative_to(root).as_posix()]] for file in files]
@@ -224,26 +273,3 @@ def _rows(table: Path) -> Iterator[tuple[int, list[str]]]:
         raise ConfigError(f"cannot read {table}: {err.strerror or err}") from err
     except (UnicodeDecodeError, csv.Error) as err:
         raise ConfigError(f"{table} is no CSV file: {err}", expected="UTF-8 text (file,label)") from err
-
-
-def _class_numbers(texts: Collection[str], class_names: Sequence[str] | None, where: str) -> dict[str, int] | None:
-    """Class number of each text: all are class names, or all are numbers; None when neither holds."""
-    if class_names is not None and set(texts) <= set(class_names):
-        for text in texts:
-            if class_names.count(text) > 1:
-                raise ConfigError(
-                    f"{where} is labelled {text!r}, the name of {class_names.count(text)} classes of the model",
-                    hint="Use class numbers.",
-                )
-        return {text: class_names.index(text) for text in texts}
-    if all(_is_number(text) for text in texts):
-        return {text: int(text) for text in texts}
-    return None
-
-
-def _is_number(text: str) -> bool:
-    return re.fullmatch(r"-?[0-9]+", text) is not None
-
-
-def _shortened(names: Sequence[str], shown: int = 5) -> str:
-    return ", ".join(names[:shown]) + (", …" if len(names) > shown else "")

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, UnidentifiedImageError
+from PIL import Image, ImageOps, UnidentifiedImageError
 
 from eamdeploy.artifact import Preprocessing
 from eamdeploy.errors import ConfigError
@@ -29,6 +29,15 @@ __all__ = [
     "open_folder",
     "preprocess",
 ]
+
+# Pillow's modes for grey of 16 bits, and the formats (None: in memory) in which their numbers reach from 0 to 65535.
+# Elsewhere the range is another, or not told: TIFF has 12 bits, signed numbers, and white at 0.
+_SIXTEEN_BITS = ("I;16", "I;16B", "I;16L", "I;16N")
+_FULL_RANGE = {
+    **dict.fromkeys(_SIXTEEN_BITS, (None, "PNG", "PPM")),
+    "I": ("PNG", "PPM"),  # PNG in Pillow 10.0 to 10.2
+}
+_RANGE_UNKNOWN = ("I", "F", *_SIXTEEN_BITS)
 
 _FILTERS = {
     "nearest": Image.Resampling.NEAREST,
@@ -51,6 +60,7 @@ _DECODE_FAILURES = (
     EOFError,
     LookupError,
     ArithmeticError,
+    ImportError,  # a part of Pillow that this build lacks
     NotImplementedError,
     MemoryError,
     struct.error,
@@ -74,13 +84,35 @@ class ImageBatch:
     files: tuple[Path, ...]
 
 
-def preprocess(image: Image.Image, how: Preprocessing) -> NDArray[np.uint8]:
-    """The image as uint8 [H, W, 3] RGB, resized and centre-cropped to `how.size`.
+def as_rgb(image: Image.Image, *, exif_transpose: bool = False) -> Image.Image:
+    """The image in RGB, 8 bits each, as Pillow converts it; but grey of 16 bits keeps its upper 8, as colour does.
 
-    An EXIF orientation is ignored, as timm's and torchvision's data sets do.
+    Pillow itself makes everything over 255 white. Transparency is dropped: the colour below it stays, in whatever mode.
+
+    Args:
+        exif_transpose: turn the image as its EXIF orientation says. timm's and torchvision's data sets ignore it.
 
     Raises:
-        ConfigError: the image is so elongated that the resized one would not fit into memory.
+        ConfigError: the mode's numbers have no range that could be scaled to 8 bits.
+    """
+    if image.mode in _RANGE_UNKNOWN and image.format not in _FULL_RANGE.get(image.mode, ()):
+        raise ConfigError(
+            f"the range of its numbers is not known (mode {image.mode}{f', {image.format}' if image.format else ''})",
+            expected="8 bits for each channel, or a PNG file of 16, from 0 for black to the largest number for white",
+        )
+    upright = ImageOps.exif_transpose(image) if exif_transpose else image
+    if upright.mode in _RANGE_UNKNOWN:
+        return Image.fromarray((np.asarray(upright) >> 8).astype(np.uint8)).convert("RGB")
+    if upright.mode == "La":  # which Pillow converts to nothing else
+        return upright.convert("LA").convert("RGB")
+    return upright.convert("RGB")
+
+
+def preprocess(image: Image.Image, how: Preprocessing) -> NDArray[np.uint8]:
+    """The image as uint8 [H, W, 3] RGB (see `as_rgb`), resized and centre-cropped to `how.size`.
+
+    Raises:
+        ConfigError: the image is so elongated that the resized one would not fit into memory, or `as_rgb` refuses it.
 
     Source: `timm.data.transforms_factory.transforms_imagenet_eval`, `torchvision.transforms.functional`.
     """
@@ -92,7 +124,7 @@ def preprocess(image: Image.Image, how: Preprocessing) -> NDArray[np.uint8]:
             expected=f"at most {_MAX_RESIZED_PIXELS} pixels afterwards",
             got=f"{width} × {height}",
         )
-    resized = image.convert("RGB").resize((width, height), _FILTERS[how.interpolation])
+    resized = as_rgb(image).resize((width, height), _FILTERS[how.interpolation])
     # torchvision rounds half to even here, as Python does; it never pads, as no side is below the crop's
     top, left = round((height - H) / 2), round((width - W) / 2)
     return np.array(resized.crop((left, top, left + W, top + H)), dtype=np.uint8)
@@ -154,7 +186,7 @@ def iter_batches(
     n_bad = 0
     for index, file in enumerate(folder.files):
         try:
-            waiting.append((index, _read_pixels(file, how)))
+            waiting.append((index, _read_pixels(file, how, exif_transpose=folder.exif_transpose)))
         except _UnusableImage as err:
             if not skip_bad:
                 raise ConfigError(
@@ -176,10 +208,12 @@ class _UnusableImage(Exception):
     """Its text is the reason, without the file's name."""
 
 
-def _read_pixels(file: Path, how: Preprocessing) -> NDArray[np.uint8]:
+def _read_pixels(file: Path, how: Preprocessing, *, exif_transpose: bool) -> NDArray[np.uint8]:
     try:
         with Image.open(file) as image:
-            rgb = image.convert("RGB")
+            rgb = as_rgb(image, exif_transpose=exif_transpose)
+    except ConfigError as err:
+        raise _UnusableImage(str(err)) from err
     except UnidentifiedImageError as err:
         kind = in_words(file, "image", "text", "json")
         raise _UnusableImage(f"not an image that Pillow can read{f', but {kind}' if kind else ''}") from err

@@ -10,6 +10,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BeforeValidator, Field, JsonValue, ValidationError, ValidationInfo, field_validator
 
 from eamdeploy.artifact import Record
+from eamdeploy.class_labels import ClassOrder
 from eamdeploy.engines.base import ProviderName
 from eamdeploy.errors import ConfigError
 from eamdeploy.file_kinds import text_in_words
@@ -43,12 +44,20 @@ class PreprocessingConfig(Record):
 
 
 class ImagesConfig(Record):
-    """`[calibrate]`, `[evaluate]`: a folder of images and what to take of it."""
+    """`[calibrate]`: a folder of images and what to take of it."""
 
     data: Path
     split: Split = "all"
     images: int | None = None
     skip_bad: bool = False
+    exif_transpose: bool = False
+
+
+class EvaluateConfig(ImagesConfig):
+    """`[evaluate]`: images, and how their labels are to be read."""
+
+    class_order: ClassOrder | None = None
+    class_names: Path | None = None
 
 
 class FreezeConfig(Record):
@@ -152,7 +161,7 @@ class RunConfig(Record):
     freeze: FreezeConfig = FreezeConfig()
     export: ExportConfig = ExportConfig()
     build: BuildConfig = BuildConfig()
-    evaluate: ImagesConfig | None = None
+    evaluate: EvaluateConfig | None = None
     profile: ProfileConfig = ProfileConfig()
 
 
@@ -193,5 +202,5 @@ def _anchored(config: RunConfig, root: Path) -> RunConfig:
         model = model.model_copy(update={"weights": str(below(config.model.weights))})
     update = {"output": below(config.output), "model": model, "calibrate": anchor(config.calibrate, "data")}
     if config.evaluate is not None:
-        update["evaluate"] = anchor(config.evaluate, "data")
+        update["evaluate"] = anchor(anchor(config.evaluate, "data"), "class_names")
     return config.model_copy(update=update)

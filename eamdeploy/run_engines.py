@@ -90,7 +90,8 @@ def evaluate_stage(config: RunConfig, observer: Observer) -> Stage | None:
 
     header = checkpoints.load(config.output / "model.eam.safetensors").header
     folder = images.open_labelled(header.num_classes, header.class_names)
-    inputs = {"images": folder_digest(folder, with_labels=True), **engine_inputs(config)}
+    asked = {} if images.class_order is None else {"class_order": images.class_order}  # which the report records
+    inputs = {"images": folder_digest(folder, with_labels=True), **asked, **engine_inputs(config)}
     return Stage(inputs, [output], action)
 
 

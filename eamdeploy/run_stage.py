@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from eamdeploy.artifact import digest_file
 from eamdeploy.engines.base import Manifest, ProviderName, manifest_path
 from eamdeploy.engines.provenance import package_versions
 from eamdeploy.engines.registry import load_backend
-from eamdeploy.run_config import ImagesConfig, RunConfig
-from eamdeploy.source import ImageSource
+from eamdeploy.run_config import EvaluateConfig, ImagesConfig, RunConfig
+from eamdeploy.source import ImageSource, read_class_names
 
 _OF_OTHER_PROVIDERS = ("onnxruntime-openvino", "onnxruntime-gpu", "tensorrt")
 
@@ -32,8 +32,15 @@ class Stage:
 
 
 def image_source(config: ImagesConfig) -> ImageSource:
-    """The images of a section."""
-    return ImageSource(config.data, config.split, config.images, config.skip_bad)
+    """The images of a section.
+
+    Raises:
+        ConfigError: its file of class names can't be read.
+    """
+    source = ImageSource(config.data, config.split, config.images, config.skip_bad, config.exif_transpose)
+    if not isinstance(config, EvaluateConfig):
+        return source
+    return replace(source, class_order=config.class_order, class_names=read_class_names(config.class_names))
 
 
 def models(config: RunConfig) -> list[Path]:

@@ -53,9 +53,13 @@ def frozen_heads(freezing: Freezing, attention: Mapping[str, AttentionShape]) ->
     what = f"{'' if whole else f'{pieces} in '}{count} of {total} heads"
     stored = f"{freezing.bits} bits {freezing.quantizer}"
     windows = "" if freezing.window_maps is None else f"; window maps: {freezing.window_maps}"
-    return Group(
-        table, Text(f"sparsity {freezing.sparsity:.1%}{asked}: {what}, by {freezing.score}; {stored}{windows}")
-    )
+    lines = [f"sparsity {freezing.sparsity:.1%}{asked}: {what}, by {freezing.score}; {stored}{windows}"]
+    if (cost := freezing.cost) is not None:
+        lines.append(
+            f"against the unfrozen model on {cost.n_images} calibration images: "
+            f"agreement {cost.agreement:.1f} %, KL {cost.kl:.3g} nats"
+        )
+    return Group(table, Text("\n".join(lines)))
 
 
 def checkpoint(header: CheckpointHeader) -> RenderableType:
@@ -225,7 +229,8 @@ def evaluation(report: EvaluationReport) -> RenderableType:
         table.add_row("KL", f"{report.kl:.2g} nats", "")
     if report.top1 is None and report.agreement is None:
         return Group(title, table, Text("Neither labels nor a reference: nothing to compare with. See --reference."))
-    return _with_warning(Group(title, table), report.weights)
+    doubt = [] if report.doubt is None else [Text(f"Note: {report.doubt}.", style="yellow")]
+    return _with_warning(Group(title, table, *doubt), report.weights)
 
 
 def report(written: Report) -> RenderableType:

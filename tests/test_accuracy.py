@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import math
+from fractions import Fraction
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +15,7 @@ from PIL import Image
 from eamdeploy.accuracy import (
     Evaluation,
     Predict,
+    is_no_better_than_guessing,
     kl_divergence,
     mean_kl,
     measure_accuracy,
@@ -155,6 +157,52 @@ def test_a_fixed_batch_is_filled_up_and_cut(count: int, calls: int) -> None:
 def test_a_fixed_batch_below_one_is_refused() -> None:
     with pytest.raises(ConfigError, match="at least 1; got 0"):
         with_fixed_batch(sums, 0)
+
+
+# guessing
+
+
+def at_least(hits: int, trials: int, probability: Fraction) -> Fraction:
+    """Exact, by counting."""
+    return sum(
+        (math.comb(trials, k) * probability**k * (1 - probability) ** (trials - k) for k in range(hits, trials + 1)),
+        Fraction(0),
+    )
+
+
+@pytest.mark.parametrize("classes", [2, 3, 12, 1000])
+@pytest.mark.parametrize("images", [1, 2, 4, 5, 12, 24, 100])
+def test_labels_are_doubted_where_guessing_does_as_well_and_half_as_good_a_model_would_not(
+    images: int, classes: int
+) -> None:
+    guess = Fraction(1, classes)
+    for hits in range(images + 1):
+        possible = at_least(hits, images, guess) > Fraction(5, 100)
+        far_off = 1 - at_least(hits + 1, images, (1 + guess) / 2) <= Fraction(5, 100)
+        assert is_no_better_than_guessing(hits, images, classes) == (possible and far_off)
+
+
+@pytest.mark.parametrize(
+    ("hits", "images", "classes", "doubted"),
+    [
+        (1, 12, 12, True),  # of a good model, whose folders were sorted otherwise
+        (83, 1000, 12, True),
+        (10, 12, 12, False),
+        (0, 1, 1000, False),  # one picture tells nothing
+        (0, 5, 1000, True),
+        (1, 5, 1000, False),  # guessing would not have found it
+        (50, 100, 2, True),
+        (14, 20, 2, False),
+        (2, 20, 2, True),  # worse than guessing: the two classes are swapped
+        (3, 3, 2, False),  # guessing would often do it; that is no reason to doubt a model that is always right
+        (50_000 // 1000, 50_000, 1000, True),
+        (36_000, 50_000, 1000, False),
+        (0, 7, 1, False),
+        (0, 7, 0, False),
+    ],
+)
+def test_doubt_by_example(hits: int, images: int, classes: int, doubted: bool) -> None:
+    assert is_no_better_than_guessing(hits, images, classes) == doubted
 
 
 # measure_accuracy

@@ -89,6 +89,8 @@ def test_ranges_are_measured_once_for_the_same_model_images_and_method(
     Image.new("RGB", (WIDTH, HEIGHT)).save(folder / "0.png")
     measure_ranges(DYNAMIC, TENSORS, HOW, wanted, SILENT)
     assert len(runs) == 7
+    measure_ranges(DYNAMIC, TENSORS, HOW, replace(wanted, images=ImageSource(folder, exif_transpose=True)), SILENT)
+    assert len(runs) == 8
 
 
 def replace_crop(how: Preprocessing) -> Preprocessing:

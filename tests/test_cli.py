@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -15,17 +16,22 @@ from tiny_models import KWARGS, NAME, SWIN_KWARGS, SWIN_NAME
 
 import eamdeploy
 from eamdeploy import cli_options as options
+from eamdeploy.activation_ranges import ActivationRanges
 from eamdeploy.eam import checkpoint as checkpoints
 from eamdeploy.eam.analysis import Analysis
 from eamdeploy.eam.checkpoint import CheckpointHeader
 from eamdeploy.engines.base import Manifest
+from eamdeploy.engines.registry import open_runner
 from eamdeploy.errors import ConfigError, MissingDependency
 from eamdeploy.evaluation import EvaluationReport
 from eamdeploy.host.export_record import Export
+from eamdeploy.images import normalize
 from eamdeploy.inspection import Inspection
-from eamdeploy.parity import reference_path
+from eamdeploy.observer import SILENT
+from eamdeploy.parity import ReferenceSet, reference_path
 from eamdeploy.pipeline import RunReport
 from eamdeploy.profiling.profile import Profile
+from eamdeploy.source import ImageSource
 
 MODEL = ["--model", NAME, "--model-kwargs", *(f"{key}={value}" for key, value in KWARGS.items())]
 QUICK = ["--warmup-ms", 0, "--min-seconds", 0, "--min-runs", 2, "--threads", 1, "--no-memory"]
@@ -263,6 +269,95 @@ def test_everything_from_random_weights_says_so_to_people(run_cli: RunCli, pictu
     assert warning in run_cli("evaluate", checkpoint, *data).out
     assert warning in run_cli("profile", model, *QUICK).out
     assert re.search("weights +random", run_cli("inspect", model).out)
+
+
+def test_every_command_that_reads_images_turns_them_and_counts_what_it_does_not_read(
+    run_cli: RunCli, tiny_weights: Path, pictures: Path, eam_engine: Path, tmp_path: Path
+) -> None:
+    folder, checkpoint, model = tmp_path / "photos", tmp_path / "x.eam.safetensors", tmp_path / "x.onnx"
+    shutil.copytree(pictures, folder)
+    (folder / "a.avif").write_bytes(b"")
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    for file in folder.glob("*.png"):
+        Image.open(file).save(file, exif=exif)
+    told = f"1 file of {folder} was not read because of its ending: .avif 1"
+    common = [*MODEL, "--weights", tiny_weights, "--data", folder, "--images", 4, "--score", "variance"]
+    calibrated = ["--int8", "--calib-data", folder, "--calib-images", 4, "--min-agreement", 0]
+    commands: dict[str, list[object]] = {
+        "freeze": [*common, "-o", checkpoint],
+        "analyze": [*common, "-o", tmp_path / "a.json"],
+        "export": [
+            checkpoint,
+            "-o",
+            model,
+            "--data",
+            folder,
+            "--images",
+            4,
+            "--exporter",
+            "torchscript",
+            "--no-measure",
+        ],
+        "build-ort": [model, "-o", tmp_path / "x.ort.onnx", *calibrated],
+        "build-trt": [model, "--dry-run", "--trt", "10.3", *calibrated[:-2], "--calib-cache", tmp_path / "c.json"],
+        "evaluate": [eam_engine, "--data", folder, "-o", tmp_path / "e.json"],
+    }
+    for command, arguments in commands.items():
+        outcome = run_cli(command, *arguments, "--exif-transpose")
+        assert outcome.code == 0, outcome.err
+        assert outcome.err.count(told) == 1, command
+
+    def read() -> dict[str, Any]:
+        return {
+            "freeze": checkpoints.load(checkpoint).header.calibration,
+            "analyze": Analysis.read(tmp_path / "a.json").calibration,
+            "export": ReferenceSet.load(reference_path(model)).pixels.tolist(),
+            "build-ort": ActivationRanges.read(tmp_path / "x.ort.onnx.ranges.json").ranges,
+            "build-trt": ActivationRanges.read(tmp_path / "c.json").ranges,
+            "evaluate": EvaluationReport.read(tmp_path / "e.json").images,
+        }
+
+    turned = read()
+    assert turned["freeze"] == turned["analyze"] and turned["freeze"].exif_transpose
+    assert turned["evaluate"] == "photos (all, turned by EXIF)"
+    for command, arguments in commands.items():
+        assert run_cli(command, *arguments).code == 0
+    as_stored = read()
+    assert not as_stored["freeze"].exif_transpose
+    assert [command for command in commands if turned[command] == as_stored[command]] == []
+
+
+def test_evaluate_reads_labels_as_asked_and_warns_of_those_of_another_model(
+    run_cli: RunCli, eam_engine: Path, pictures: Path, tmp_path: Path
+) -> None:
+    engine, source = eam_engine.with_name("base.ort.onnx"), ImageSource(pictures)
+    with open_runner(engine, 1) as runner:
+        assert runner.card is not None
+        (batch,) = source.batches(source.open(), runner.card.preprocessing, 24, SILENT)
+        classes = runner.infer(normalize(batch.pixels, runner.card.preprocessing)).argmax(axis=1)
+    for kind, shift in (("right", 0), ("wrong", 1)):
+        for number in range(1, 11):
+            (tmp_path / kind / f"class{number}").mkdir(parents=True)
+            shutil.copy(pictures / "000.png", tmp_path / kind / f"class{number}" / "extra.png")
+        for file, number in zip(batch.files, classes, strict=True):
+            shutil.copy(file, tmp_path / kind / f"class{(number + shift) % 10 + 1}")
+    (tmp_path / "names.txt").write_text("\n".join(f"class{number}" for number in range(1, 11)))
+    common = ["evaluate", engine, "--threads", 1, "--data"]
+
+    refused = only_error(run_cli(*common, tmp_path / "right"), 2)
+    assert "class2: class 1 by natural, class 2 by letters" in refused and "--class-order natural" in refused
+    wanted = f"{100 * 25 / 34:.1f} %"  # all but nine of the extra ones
+    for asked in (["--class-order", "natural"], ["--class-names", tmp_path / "names.txt"]):
+        outcome = run_cli(*common, tmp_path / "right", *asked)
+        assert re.search(rf"top-1 +{wanted}", outcome.out) and "guessing" not in outcome.out
+    (tmp_path / "names.txt").write_text("one\n")
+    short = run_cli(*common, tmp_path / "right", "--class-names", tmp_path / "names.txt")
+    assert "expected 10 names; got 1" in only_error(short, 2)
+    for quiet in ([], ["-q"]):
+        outcome = run_cli(*quiet, *common, tmp_path / "wrong", "--class-order", "natural", "--json")
+        assert EvaluationReport.model_validate(only_document(outcome)).labels_in_doubt
+        assert "no better than guessing among 10 classes: the labels probably do not belong" in outcome.err
 
 
 def test_trained_weights_bring_no_warning(run_cli: RunCli, eam_engine: Path, pictures: Path) -> None:

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import shutil
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
@@ -141,6 +142,138 @@ def test_split_and_limit_are_followed_and_told(eam_engine: Path, labelled: Path,
     report = evaluate(base, ImageSource(labelled, "odd", 4), threads=1)
     assert (report.n_images, report.images) == (4, "labelled (odd, at most 4)")
     assert report.top1 == 100 * (4 - sum(index < WRONG for index in (1, 7, 13, 19))) / 4
+
+
+def relabelled(labelled: Path, target: Path, labels: NDArray[np.int64]) -> Path:
+    shutil.copytree(labelled, target)
+    rows = [f"{index:03}.png,{label}" for index, label in enumerate(labels)]
+    (target / "labels.csv").write_text("\n".join(["file,label", *rows]))
+    return target
+
+
+def test_labels_that_do_not_belong_to_the_model_are_told(
+    eam_checkpoint: Path, eam_engine: Path, labelled: Path, labels: NDArray[np.int64], tmp_path: Path
+) -> None:
+    """Of another order of classes than the model's; and never where the labels are right, missing or too few."""
+    wrong = relabelled(labelled, tmp_path / "wrong", (labels + 1) % 10)
+    base = eam_engine.with_name("base.ort.onnx")
+    told = evaluate(eam_checkpoint, ImageSource(wrong))
+    assert told.labels_in_doubt and told.reference_top1 is not None and told.top1 is not None
+    assert told.doubt == (
+        f"the reference's top-1, {told.reference_top1:.1f} % of 24 images, is no better than guessing among "
+        "10 classes: the labels probably do not belong to the model"
+    )
+    assert EvaluationReport.parse(told.model_dump_json(), "report") == told
+    alone = evaluate(base, ImageSource(wrong), threads=1)
+    assert alone.doubt is not None and alone.doubt.startswith(f"the model's top-1, {alone.top1:.1f} % of 24 images")
+    for sound in (
+        evaluate(eam_checkpoint, ImageSource(labelled)),
+        evaluate(base, ImageSource(labelled), threads=1),
+        evaluate(base, ImageSource(wrong, limit=2), threads=1),
+    ):
+        assert not sound.labels_in_doubt and sound.doubt is None
+
+
+def test_a_bad_model_beside_a_good_reference_is_no_doubt_about_the_labels(
+    eam_engine: Path, labelled: Path, labels: NDArray[np.int64], tmp_path: Path
+) -> None:
+    base = eam_engine.with_name("base.ort.onnx")
+    rarest = np.bincount(labels, minlength=10).argmin()
+    model = onnx.load(base)
+    bias = next(item for item in model.graph.initializer if list(item.dims) == [10])
+    bias.CopyFrom(onnx.numpy_helper.from_array(np.float32(1e4) * (np.arange(10) == rarest), bias.name))
+    onnx.save(model, tmp_path / "bad.onnx")
+    report = evaluate(tmp_path / "bad.onnx", ImageSource(labelled), reference=base, threads=1)
+    assert report.top1 is not None and report.top1 <= 10
+    assert not report.labels_in_doubt
+
+
+@pytest.mark.parametrize("which", ["model", "reference"])
+def test_random_weights_do_not_cast_doubt_on_labels(
+    eam_engine: Path, labelled: Path, labels: NDArray[np.int64], tmp_path: Path, which: str
+) -> None:
+    base = eam_engine.with_name("base.ort.onnx")
+    made_up = edit_card(base, tmp_path / "random.onnx", weights="random")
+    wrong = relabelled(labelled, tmp_path / "wrong", (labels + 1) % 10)
+    model, reference = (made_up, base) if which == "model" else (base, made_up)
+    assert not evaluate(model, ImageSource(wrong), reference=reference, threads=1).labels_in_doubt
+
+
+def test_reports_of_older_releases_are_read(eam_engine: Path, pictures: Path) -> None:
+    report = evaluate(eam_engine, ImageSource(pictures, limit=1), threads=1)
+    old = report.model_dump(exclude={"labels_in_doubt", "class_order"})
+    assert EvaluationReport.model_validate(old) == report
+
+
+def in_folders(pictures: Path, target: Path, labels: NDArray[np.int64], names: list[str]) -> Path:
+    """The pictures in a folder for each class; a class that has none gets a copy of one, which is wrong."""
+    for label, name in enumerate(names):
+        (target / name).mkdir(parents=True)
+        if label not in labels:
+            shutil.copy(pictures / "000.png", target / name / "extra.png")
+    for index, label in enumerate(labels):
+        shutil.copy(pictures / f"{index:03}.png", target / names[label])
+    return target
+
+
+@pytest.mark.parametrize(
+    ("names", "order", "right"),
+    [
+        ([f"class{n}" for n in range(1, 11)], "natural", True),
+        ([f"class{n}" for n in range(1, 11)], "letters", False),
+        (sorted(f"class{n}" for n in range(1, 11)), "letters", True),
+        (sorted(map(str, range(10, 20))), "natural", True),
+        (["0", "1", "10", "2", "3", "4", "5", "6", "7", "8"], "letters", True),
+        (["train", "val", *"abcdefgh"], None, False),
+    ],
+)
+def test_folders_in_the_models_order_have_the_accuracy_of_its_labels(
+    eam_engine: Path,
+    pictures: Path,
+    labels: NDArray[np.int64],
+    tmp_path: Path,
+    names: list[str],
+    order: Any,
+    right: bool,
+) -> None:
+    folder = in_folders(pictures, tmp_path / "folders", labels, names)
+    base = eam_engine.with_name("base.ort.onnx")
+    report = evaluate(base, ImageSource(folder, class_order=order), threads=1)
+    extra = sum(label not in labels for label in range(10))
+    wanted = 100 * (24 - WRONG) / (24 + extra)
+    assert report.top1 is not None and report.class_order == order
+    assert (report.top1 == pytest.approx(wanted)) == right
+    assert report.top1 <= wanted
+
+
+def test_class_names_given_are_the_models(
+    eam_engine: Path, pictures: Path, labels: NDArray[np.int64], tmp_path: Path
+) -> None:
+    names = [f"kind {n}" for n in (3, 11, 2, 9, 1, 5, 4, 8, 7, 6)]
+    folder = in_folders(pictures, tmp_path / "folders", labels, names)
+    base = edit_card(eam_engine.with_name("base.ort.onnx"), tmp_path / "x.onnx", class_names=[*"abcdefghij"])
+    with pytest.raises(ConfigError, match="have no class's name; expected names such as a, b, c, …"):
+        evaluate(base, ImageSource(folder), threads=1)
+    report = evaluate(base, ImageSource(folder, class_names=names), threads=1)
+    assert report.top1 == pytest.approx(100 * (24 - WRONG) / (24 + sum(n not in labels for n in range(10))))
+
+
+def test_turning_by_exif_is_told_and_files_not_read_are_noted(eam_engine: Path, labelled: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "some"
+    shutil.copytree(labelled, folder)
+    (folder / "x.heic").write_bytes(b"")
+    notes: list[str] = []
+
+    class Notes:
+        def progress(self, what: str, done: int, total: int) -> None:
+            pass
+
+        def note(self, text: str) -> None:
+            notes.append(text)
+
+    report = evaluate(eam_engine, ImageSource(folder, exif_transpose=True, limit=3), threads=1, observer=Notes())
+    assert report.images == "some (all, at most 3, turned by EXIF)"
+    assert notes == [f"1 file of {folder} was not read because of its ending: .heic 1"]
 
 
 def test_bad_picture_is_an_error_or_named_and_counted(eam_engine: Path, labelled: Path, tmp_path: Path) -> None:

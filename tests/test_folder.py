@@ -1,7 +1,9 @@
 from __future__ import annotations
 
+import os
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -75,28 +77,52 @@ def test_sub_folders_by_number(tmp_path: Path) -> None:
 
 
 def test_as_many_sub_folders_as_classes_count_in_sorted_order(tmp_path: Path) -> None:
-    put(tmp_path, "n03/a.png", "n01/b.png", "n02/c.png")
-    assert labels_by_name(open_folder(tmp_path, 3, ["x", "y", "z"])) == {"n01/b.png": 0, "n02/c.png": 1, "n03/a.png": 2}
+    put(tmp_path, "n00000003/a.png", "n00000001/b.png", "n00000002/c.png")
+    labels = {"n00000001/b.png": 0, "n00000002/c.png": 1, "n00000003/a.png": 2}
+    assert labels_by_name(open_folder(tmp_path, 3)) == labels
+    assert labels_by_name(open_folder(tmp_path, 3, ["x", "y", "z"])) == labels
 
 
 def test_other_sub_folders_are_refused_with_what_was_found(tmp_path: Path) -> None:
-    put(tmp_path, "n01/a.png", "n02/b.png")
-    with pytest.raises(ConfigError, match=r"exactly 3 sub-folders; got 2 with images: n01, n02\. .*labels\.csv"):
-        open_folder(tmp_path, 3, ["x", "y", "z"])
-
-
-def test_a_sub_folder_number_out_of_range_names_a_file(tmp_path: Path) -> None:
-    put(tmp_path, "0/a.png", "3/b.png")
-    with pytest.raises(ConfigError, match=r"b\.png is out of range; expected 0 to 2.*got 3"):
+    put(tmp_path, "n01/a.png", "n02/b.png", "n03/c.tif")
+    with pytest.raises(
+        ConfigError, match=r"exactly 3 .* got 2 with images: n01, n02; without images: n03\. .*labels\.csv"
+    ):
         open_folder(tmp_path, 3)
 
 
-def test_an_ambiguous_class_name_is_refused(tmp_path: Path) -> None:
-    put(tmp_path, "crane/a.png", "kite/b.png")
-    with pytest.raises(ConfigError, match=r"'crane', the name of 2 classes"):
-        open_folder(tmp_path, 3, ["crane", "kite", "crane"])
-    (tmp_path / "crane" / "a.png").unlink()
-    assert labels_by_name(open_folder(tmp_path, 3, ["crane", "kite", "crane"])) == {"kite/b.png": 1}
+def test_a_sub_folder_number_out_of_range_names_it(tmp_path: Path) -> None:
+    put(tmp_path, "0/a.png", "3/b.png")
+    with pytest.raises(ConfigError, match=r"/3 is out of range; expected 0 to 2.*got 3"):
+        open_folder(tmp_path, 3)
+
+
+@pytest.mark.parametrize("order", ["natural", "letters", "numbers"])
+def test_the_order_asked_for_labels_folders_and_tables(tmp_path: Path, order: Any) -> None:
+    numbers = [str(n) for n in range(12)]
+    put(tmp_path, *(f"{n}/a.png" for n in numbers))
+    with pytest.raises(ConfigError, match="can be read in several ways"):
+        open_folder(tmp_path, 12)
+    right = sorted(numbers) if order == "letters" else numbers
+    labels = {f"{n}/a.png": right.index(n) for n in numbers}
+    assert labels_by_name(open_folder(tmp_path, 12, class_order=order)) == labels
+    table(tmp_path, "file,label", *(f"{n}/a.png,{n}" for n in numbers))
+    assert labels_by_name(open_folder(tmp_path, 12, class_order=order)) == labels
+    assert labels_by_name(open_folder(tmp_path, 12)) == {f"{n}/a.png": int(n) for n in numbers}
+
+
+def test_an_order_of_labels_that_are_not_there_is_refused(tmp_path: Path) -> None:
+    put(tmp_path, "a.png")
+    with pytest.raises(ConfigError, match=r"no labels to read in the class order letters; .* got a flat folder"):
+        open_folder(tmp_path, 12, class_order="letters")
+    assert open_folder(tmp_path, None, class_order="letters").labels is None
+
+
+def test_a_folder_without_images_is_looked_at_beside_numbers(tmp_path: Path) -> None:
+    put(tmp_path, "1/a.png", "2/a.png", "3/a.tif", ".9/a.png")
+    with pytest.raises(ConfigError, match=r"got 2 with images: 1, 2; without images: 3\."):
+        open_folder(tmp_path, 3)
+    assert labels_by_name(open_folder(tmp_path, 4)) == {"1/a.png": 1, "2/a.png": 2}
 
 
 def test_loose_images_beside_class_folders_are_refused(tmp_path: Path) -> None:
@@ -136,6 +162,7 @@ def test_labels_csv_with_names_and_a_byte_order_mark(tmp_path: Path) -> None:
         (["file,label", "a.png,dog", "b.png,wolf"], "got 'wolf' for b.png"),
         (["file,label", "a.png,dog", "b.png,1"], "got both"),
         (["file,label", "a.png,", "b.png,1"], "got '' for a.png"),
+        (["file,label", "a.png,1", "b.png,Dog"], "got 'Dog' for b.png"),
     ],
 )
 def test_bad_labels_csv(tmp_path: Path, lines: list[str], message: str) -> None:
@@ -170,6 +197,41 @@ def test_missing_empty_and_wrong_folders(tmp_path: Path) -> None:
         open_folder(tmp_path / "notes.txt", 3)
     with pytest.raises(ConfigError, match=r"no image in .* expected images \(\.bmp \.jpeg \.jpg"):
         open_folder(tmp_path, 3)
+
+
+# files that are not read
+
+
+def test_files_of_other_endings_are_counted(tmp_path: Path) -> None:
+    put(tmp_path, "0/a.png", "0/b.TIF", "0/c.tif", "1/d.jpg", "1/e.avif", "1/f", "1/deep/g.tif", "1/h.png.gz", "i.ti f")
+    beside = ["labels.csv", "README.md", "notes.txt", "meta.json", "x.xml", "Thumbs.db", "desktop.ini", ".hidden.tif"]
+    put(tmp_path, *beside, ".hidden/a.tif")
+    folder = open_folder(tmp_path, None)
+    assert dict(folder.unread) == {".tif": 3, ".avif": 1, ".gz": 1, ".ti f": 1, "": 1}
+    assert folder.unread_in_words == (
+        f"7 files of {tmp_path} were not read because of their ending: .tif 3, none 1, .avif 1, .gz 1, .ti f 1"
+    )
+
+
+def test_one_file_of_another_ending_and_none(tmp_path: Path) -> None:
+    put(tmp_path, "a.png", "b.gif")
+    one = open_folder(tmp_path, None, split="even").unread_in_words
+    assert one == f"1 file of {tmp_path} was not read because of its ending: .gif 1"
+    (tmp_path / "b.gif").unlink()
+    assert open_folder(tmp_path, None).unread_in_words is None
+
+
+def test_an_ending_that_is_no_text_can_be_told(tmp_path: Path) -> None:
+    put(tmp_path, "a.png")
+    (tmp_path / os.fsdecode(b"b.\xff")).write_bytes(b"")
+    told = open_folder(tmp_path, None).unread_in_words
+    assert told is not None and told.encode() and told.endswith(r"ending: .\xff 1")
+
+
+def test_nothing_but_other_endings_is_no_folder_of_images(tmp_path: Path) -> None:
+    put(tmp_path, "a.tif", "b.tif", "c")
+    with pytest.raises(ConfigError, match=r"no image in .* got 3 files of .* because of their ending: \.tif 2, none 1"):
+        open_folder(tmp_path, None)
 
 
 # split and limit
@@ -236,6 +298,13 @@ def test_the_digest_follows_names_and_bytes_but_not_the_place(tmp_path: Path) ->
 def test_the_digest_of_part_of_a_folder_is_another(tmp_path: Path) -> None:
     put(tmp_path, "a.png", "b.png")
     assert folder_digest(open_folder(tmp_path, 2, limit=1)) != folder_digest(open_folder(tmp_path, 2))
+
+
+def test_turning_by_exif_is_another_digest(tmp_path: Path) -> None:
+    put(tmp_path, "a.png")
+    upright = open_folder(tmp_path, 2, exif_transpose=True)
+    assert upright.exif_transpose
+    assert folder_digest(upright) != folder_digest(open_folder(tmp_path, 2))
 
 
 def test_labels_count_in_the_digest_only_when_asked(tmp_path: Path) -> None:

@@ -34,9 +34,10 @@ LAYERS: dict[str, set[str]] = {
     "artifact": {"errors", "file_kinds"},
     "documents": {"errors", "file_kinds"},
     "run_state": {"artifact"},
-    "folder": {"artifact", "errors"},
+    "class_labels": {"errors"},
+    "folder": {"artifact", "class_labels", "errors"},
     "images": {"artifact", "errors", "file_kinds", "folder"},
-    "source": {"artifact", "errors", "file_kinds", "folder", "images", "observer"},
+    "source": {"artifact", "class_labels", "errors", "file_kinds", "folder", "images", "observer"},
     "parity": {"artifact", "errors", "file_kinds"},
     "accuracy": {"artifact", "errors", "folder", "images"},
     "eam": {"artifact", "errors", "file_kinds"},
@@ -62,7 +63,7 @@ LAYERS: dict[str, set[str]] = {
     "remote": {"artifact", "engines", "errors", "observer", "profiling"},
     "diagnosis": {"artifact", "devices", "engines", "errors", "profiling"},
     "host": {
-        *("artifact", "eam", "engines", "errors", "file_kinds", "folder", "graph"),
+        *("accuracy", "artifact", "eam", "engines", "errors", "file_kinds", "folder", "graph"),
         *("images", "observer", "parity", "passes", "profiling", "source", "trt_flavour"),
     },
     "ort_build": {
@@ -73,7 +74,7 @@ LAYERS: dict[str, set[str]] = {
         *("activation_ranges", "artifact", "engines", "errors", "observer", "ort_build", "ort_form", "parity"),
         "trt_model",
     },
-    "evaluation": {"accuracy", "artifact", "eam", "engines", "errors", "host", "observer", "source"},
+    "evaluation": {"accuracy", "artifact", "class_labels", "eam", "engines", "errors", "host", "observer", "source"},
     "inspection": {
         *("artifact", "diagnosis", "documents", "eam", "engines", "errors", "parity", "profiling", "remote"),
     },
@@ -81,7 +82,7 @@ LAYERS: dict[str, set[str]] = {
         *("artifact", "documents", "eam", "engines", "errors", "evaluation", "host", "parity", "profiling"),
         *("remote", "run_state"),
     },
-    "run_config": {"artifact", "engines", "errors", "file_kinds", "folder", "ort_form"},
+    "run_config": {"artifact", "class_labels", "engines", "errors", "file_kinds", "folder", "ort_form"},
     "run_stage": {"artifact", "engines", "run_config", "source"},
     "run_host": {
         *("artifact", "errors", "folder", "host", "observer", "parity", "reporting", "run_config", "run_stage"),
@@ -101,7 +102,7 @@ LAYERS: dict[str, set[str]] = {
         *("reporting", "show_profile"),
     },
     "console": {"artifact"},
-    "cli_options": {"devices", "eam", "engines", "errors"},
+    "cli_options": {"class_labels", "devices", "eam", "engines", "errors"},
     "cli": {
         *("activation_ranges", "artifact", "build", "cli_options", "console", "diagnosis", "engines"),
         *("errors", "evaluation", "host", "inspection", "lint", "ort_form", "pipeline", "profiling", "remote"),

@@ -208,6 +208,7 @@ FROM_FREEZE, FROM_EXPORT, FROM_BUILD = STAGES[:-1], STAGES[1:-1], STAGES[2:-1]
         ({"freeze": {"seed": 1}}, ["freeze"]),  # row-entropy needs no seed: the same checkpoint comes out
         ({"preprocessing": {"crop_pct": 1.0}}, FROM_FREEZE),
         ({"calibrate": {"images": 7}}, FROM_FREEZE),
+        ({"calibrate": {"exif_transpose": True}}, FROM_FREEZE),
         ({"export": {"batch": 1}}, FROM_EXPORT),
         ({"export": {"opset": 18}}, FROM_EXPORT),
         ({"export": {"fold_preprocess": True}}, FROM_EXPORT),
@@ -217,6 +218,8 @@ FROM_FREEZE, FROM_EXPORT, FROM_BUILD = STAGES[:-1], STAGES[1:-1], STAGES[2:-1]
         ({"build": {"providers": ["cpu"]}}, []),
         ({"evaluate": {"split": "all"}}, ["evaluate"]),
         ({"evaluate": {"images": 5}}, ["evaluate"]),
+        ({"evaluate": {"exif_transpose": True}}, ["evaluate"]),
+        ({"evaluate": {"class_order": "numbers"}}, ["evaluate"]),
         ({"profile": {"min_runs": 3}}, ["profile"]),
         ({"profile": {"threads": 2}}, ["build", "profile"]),
     ],
@@ -335,6 +338,30 @@ def test_a_stage_that_is_left_out_is_forgotten_and_leaves_the_report(project: Pa
     assert run(config).ran == ["report"]
     assert "evaluate" not in RunState.read(project / "out" / "run.json").stages
     assert "Accuracy and agreement" not in page.read_text()
+
+
+def test_labels_are_read_as_the_configuration_says(project: Path) -> None:
+    """Folders whose names are not the model's: they are told by order, or by a file of other names."""
+    pictures = project / "pictures"
+    names = [f"animal{index}" for index in range(1, 11)]
+    (pictures / "labels.csv").unlink()
+    for index, file in enumerate(sorted(pictures.glob("*.png"))):
+        folder = pictures / names[index % 10]
+        folder.mkdir(exist_ok=True)
+        file.rename(folder / file.name)
+    (project / "animals.txt").write_text("\n".join(names))
+    text = (project / "run.toml").read_text()
+    top1 = {}
+    for asked in ('class_names = "animals.txt"', 'class_order = "natural"', 'class_order = "letters"'):
+        (project / "run.toml").write_text(text.replace("[evaluate]", f"[evaluate]\n{asked}"))
+        evaluation = run(load_config(project / "run.toml")).evaluation
+        assert evaluation is not None
+        top1[asked] = evaluation.top5
+    by_name, natural, letters = top1.values()
+    assert by_name == natural != letters
+    (project / "run.toml").write_text(text)
+    with pytest.raises(ConfigError, match="have no class's name; expected names such as class 0, class 1, class 2"):
+        run(load_config(project / "run.toml"))
 
 
 def test_class_folders_need_no_names_to_calibrate(project: Path) -> None:
@@ -462,6 +489,11 @@ def test_paths_are_relative_to_the_configuration(project: Path, monkeypatch: pyt
     assert (config.output, config.calibrate.data) == (Path("project/out"), Path("project/pictures"))
     assert (config.model.weights, config.model.class_names) == ("project/tiny.safetensors", Path("project/classes.txt"))
     assert config.evaluate is not None and config.evaluate.data == Path("project/pictures")
+    assert config.evaluate.class_names is None
+    named = (project / "run.toml").read_text().replace("[evaluate]", '[evaluate]\nclass_names = "n.txt"')
+    (project / "n.toml").write_text(named)
+    config = load_config(Path("project") / "n.toml")
+    assert config.evaluate is not None and config.evaluate.class_names == Path("project/n.txt")
     for word in ("random", "pretrained"):
         (project / "w.toml").write_text((project / "run.toml").read_text().replace("tiny.safetensors", word))
         assert load_config(project / "w.toml").model.weights == word
@@ -478,6 +510,12 @@ def test_paths_are_relative_to_the_configuration(project: Path, monkeypatch: pyt
         ("sparsity = 0.4", "bits = 5", "freeze.bits: Input should be 2, 3, 4 or 8"),
         ('batch = "dynamic"', "batch = 0", "export.batch: Input should be greater than or equal to 1"),
         ('batch = "dynamic"', 'batch = "many"', "export.batch: Input should be a valid integer"),
+        (
+            'split = "odd"',
+            'class_order = "size"',
+            "evaluate.class_order: Input should be 'names', 'natural', 'letters'",
+        ),
+        ('split = "even"', 'class_order = "letters"', "calibrate.class_order: Extra inputs are not permitted"),
         ('split = "odd"', 'split = "third"', "evaluate.split: Input should be 'all', 'even' or 'odd'"),
         ("threads = 1", "threads = 0", "profile.threads: Input should be greater than or equal to 1"),
         *(

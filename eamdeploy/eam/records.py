@@ -69,11 +69,13 @@ class Calibration(Record):
         n_images: how many images.
         digest: SHA-256 of the images' contents.
         source: the folder's name, as the user gave it.
+        exif_transpose: whether the images were turned as their EXIF orientation says.
     """
 
     n_images: int = Field(ge=1)
     digest: str
     source: str
+    exif_transpose: bool = False
 
 
 class CheckpointHeader(Record):

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -11,15 +13,77 @@ from torch import nn
 
 from eamdeploy.artifact import Preprocessing
 from eamdeploy.eam.statistics import MapStatistics, Spacing
+from eamdeploy.eam.telling_images import uncertainty
+from eamdeploy.folder import ImageFolder
 from eamdeploy.host.attention import tapped_maps
 from eamdeploy.host.sites import AttentionSite, WindowMaps, window_maps
 from eamdeploy.images import ImageBatch, normalize
+from eamdeploy.observer import Observer
+from eamdeploy.source import ImageSource
+
+_BATCH = 16
 
 
 def as_tensors(batches: Iterable[ImageBatch], how: Preprocessing) -> Iterator[torch.Tensor]:
     """Every batch as the model's input, float32 `[B, 3, H, W]`."""
     for batch in batches:
         yield torch.from_numpy(normalize(batch.pixels, how))
+
+
+@dataclass(frozen=True, eq=False)
+class Seen:
+    """What one forward pass of a model over the calibration images showed.
+
+    Attributes:
+        statistics: of every attention module's maps, by module path, one for each of M window maps.
+        folder: the images, in order; those that can't be read are left out.
+        unsure: `telling_images.uncertainty` of each image, float64 [N].
+    """
+
+    statistics: dict[str, list[MapStatistics]]
+    folder: ImageFolder
+    unsure: NDArray[np.float64]
+
+
+def look(
+    model: nn.Module,
+    sites: list[AttentionSite],
+    images: ImageSource,
+    how: Preprocessing,
+    *,
+    bins: int,
+    spacing: Spacing,
+    windows: WindowMaps,
+    observer: Observer,
+) -> Seen:
+    """The model has seen every image once.
+
+    Args:
+        bins, spacing, windows: as for `collect_statistics`.
+
+    Raises:
+        ConfigError: the images can't be read.
+    """
+    folder = images.open(observer)
+    files: list[Path] = []
+    unsure: list[NDArray[np.float64]] = []
+
+    def readable() -> Iterator[ImageBatch]:
+        for batch in images.batches(folder, how, _BATCH, observer):
+            files.extend(batch.files)
+            yield batch
+
+    statistics = collect_statistics(
+        model,
+        sites,
+        as_tensors(readable(), how),
+        bins=bins,
+        spacing=spacing,
+        windows=windows,
+        on_images=lambda done: observer.progress("attention maps", done, len(folder.files)),
+        on_logits=lambda logits: unsure.append(uncertainty(logits.numpy())),
+    )
+    return Seen(statistics, replace(folder, files=tuple(files)), np.concatenate(unsure))
 
 
 @torch.inference_mode()
@@ -32,6 +96,7 @@ def collect_statistics(
     spacing: Spacing,
     windows: WindowMaps = "shared",
     on_images: Callable[[int], None],
+    on_logits: Callable[[torch.Tensor], None] = lambda _: None,
 ) -> dict[str, list[MapStatistics]]:
     """The statistics of every attention module's maps over all images, by module path, one for each of M window maps.
 
@@ -43,6 +108,7 @@ def collect_statistics(
         bins, spacing: of the histograms, see `MapStatistics`.
         windows: which windows share a map, see `window_maps`; ignored for models without windows.
         on_images: called with the number of images so far after every batch.
+        on_logits: called with the logits `[B, classes]` of every batch.
     """
     used = {site.path: np.array(window_maps(site, windows) or [0]) for site in sites}
     statistics = {
@@ -61,7 +127,7 @@ def collect_statistics(
     done = 0
     with tapped_maps(model, sites, on_map):
         for images in batches:
-            model(images)
+            on_logits(model(images))
             done += len(images)
             on_images(done)
     return statistics

@@ -260,7 +260,7 @@ def _reference_pixels(
     if images is None:
         return _synthetic_pixels(header.preprocessing), f"{REFERENCE_IMAGES} synthetic images"
     chosen = replace(images, limit=images.limit or REFERENCE_IMAGES)
-    folder = chosen.open()
+    folder = chosen.open(observer)
     batches = chosen.batches(folder, header.preprocessing, REFERENCE_IMAGES, observer)
     pixels = np.concatenate([batch.pixels for batch in batches])
     return pixels, f"{len(pixels)} images of {folder.root.name}"

@@ -8,21 +8,22 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
-from eamdeploy.artifact import Freezing, Preprocessing, require_output
+from eamdeploy.accuracy import kl_divergence, same_top1
+from eamdeploy.artifact import Freezing, FreezingCost, Preprocessing, require_output
 from eamdeploy.eam import checkpoint as checkpoints
 from eamdeploy.eam import scores as map_scores
 from eamdeploy.eam.analysis import Analysis
 from eamdeploy.eam.quantizers import Bits, Quantizer
 from eamdeploy.eam.records import AttentionShape, Calibration, Checkpoint, CheckpointHeader, FrozenMaps
-from eamdeploy.eam.selection import Selection, select, sparsity_of
-from eamdeploy.eam.statistics import MapStatistics
+from eamdeploy.eam.selection import Selection, sparsity_of
 from eamdeploy.engines.provenance import package_versions
 from eamdeploy.errors import ConfigError
 from eamdeploy.folder import folder_digest
-from eamdeploy.host.attention import attention_sites
-from eamdeploy.host.calibrate import as_tensors, collect_statistics
+from eamdeploy.host.attention import FrozenAttention, attention_sites, replaced_attention
+from eamdeploy.host.calibrate import Seen, as_tensors, look
 from eamdeploy.host.given_maps import fit_maps
 from eamdeploy.host.means import freeze_pieces, mean_maps
 from eamdeploy.host.model import (
@@ -34,6 +35,7 @@ from eamdeploy.host.model import (
     to_numpy,
 )
 from eamdeploy.host.options import DEFAULT_OPTIONS, FreezeOptions, check_options
+from eamdeploy.host.reference import constants_of
 from eamdeploy.host.scoring import score_pieces
 from eamdeploy.host.sites import AttentionSite, WindowMaps, window_maps
 from eamdeploy.observer import SILENT, Observer
@@ -50,7 +52,7 @@ class _Calibrated:
     model: Any
     sites: list[AttentionSite]
     how: Preprocessing
-    statistics: dict[str, list[MapStatistics]]
+    seen: Seen
     windows: WindowMaps | None
     provenance: Calibration
     scores: dict[str, NDArray[np.float64]]
@@ -72,7 +74,7 @@ def analyze(
     """
     done = _calibrate(spec, images, options, overrides, None, observer)
     scores: dict[str, dict[str, NDArray[np.float64]]] = {
-        name: map_scores.score_pieces(done.statistics, name, "head") for name in _FAST_SCORES
+        name: map_scores.score_pieces(done.seen.statistics, name, "head") for name in _FAST_SCORES
     }
     scores[options.score] = done.scores
     return Analysis(
@@ -105,7 +107,7 @@ def freeze(
     class_names: list[str] | None = None,
     observer: Observer = SILENT,
 ) -> CheckpointHeader:
-    """`output` is an EAM checkpoint: the lowest-scoring heads frozen to their quantized mean map over the images.
+    """`output` is an EAM checkpoint: what costs least is frozen to its quantized mean map over the images.
 
     Raises:
         ConfigError, CheckpointError, UnsupportedGraph: model, weights, images or options can't be used, or `output`
@@ -116,7 +118,7 @@ def freeze(
     frozen = {
         site.path: freeze_pieces(
             site.path,
-            mean_maps(site, done.statistics[site.path]),
+            mean_maps(site, done.seen.statistics[site.path]),
             done.selection.pieces[site.path],
             options.bits,
             options.quantizer,
@@ -134,6 +136,7 @@ def freeze(
         sparsity_asked=options.sparsity,
         sparsity=done.selection.sparsity,
         heads={path: list(heads) for path, heads in done.selection.heads.items()},
+        cost=_measure_cost(done, frozen, options.quantizer, images, observer),
     )
     return _save(spec, done.model, done.sites, done.how, class_names, freezing, frozen, done.provenance, output)
 
@@ -201,27 +204,59 @@ def _calibrate(
     sites = attention_sites(model)
     _check_class_names(class_names, model.num_classes)
     how = preprocessing_of(model, overrides)
-    folder = images.open()
-    statistics = collect_statistics(
+    seen = look(
         model,
         sites,
-        as_tensors(images.batches(folder, how, _BATCH, observer), how),
+        images,
+        how,
         bins=options.bins,
         spacing=options.spacing,
         windows=options.window_maps,
-        on_images=lambda done: observer.progress("attention maps", done, len(folder.files)),
+        observer=observer,
     )
-    n_images = sum(each.n_samples for each in statistics[sites[0].path]) // sites[0].n_windows
-    scores = score_pieces(model, sites, statistics, images, how, options, observer)
+    scores = score_pieces(model, sites, seen, images, how, options, observer)
+    folder = images.open()
     return _Calibrated(
         model=model,
         sites=sites,
         how=how,
-        statistics=statistics,
+        seen=seen,
         windows=None if sites[0].classes is None else options.window_maps,
-        provenance=Calibration(n_images=n_images, digest=folder_digest(folder), source=folder.root.name),
-        scores=scores,
-        selection=select(scores, _entries_per_piece(sites, scores), options.sparsity),
+        provenance=Calibration(
+            n_images=len(seen.folder.files),
+            digest=folder_digest(folder),
+            source=folder.root.name,
+            exif_transpose=images.exif_transpose,
+        ),
+        scores=scores.values,
+        selection=scores.select(sites, options.sparsity),
+    )
+
+
+@torch.inference_mode()
+def _measure_cost(
+    done: _Calibrated,
+    frozen: Mapping[str, FrozenMaps],
+    quantizer: Quantizer,
+    images: ImageSource,
+    observer: Observer,
+) -> FreezingCost:
+    """What the frozen set costs as a whole on all calibration images."""
+    constants = constants_of(frozen, quantizer, _shapes(done.sites, done.windows))
+    modules = {path: FrozenAttention(done.model.get_submodule(path), *each) for path, each in constants.items()}
+    divergence, same = [], []
+    folder = done.seen.folder
+    for batch in as_tensors(images.batches(folder, done.how, _BATCH, SILENT), done.how):
+        live = done.model(batch).numpy()
+        with replaced_attention(done.model, modules):
+            candidate = done.model(batch).numpy()
+        divergence.append(kl_divergence(live, candidate))
+        same.append(same_top1(live, candidate))
+        observer.progress("cost of the frozen set", sum(map(len, same)), len(folder.files))
+    return FreezingCost(
+        n_images=len(folder.files),
+        kl=float(np.concatenate(divergence).mean()),
+        agreement=float(np.concatenate(same).mean() * 100),
     )
 
 
@@ -265,10 +300,6 @@ def _shapes(sites: list[AttentionSite], mode: WindowMaps | None) -> dict[str, At
         )
         for site in sites
     }
-
-
-def _entries_per_piece(sites: list[AttentionSite], scores: Mapping[str, NDArray[np.float64]]) -> dict[str, int]:
-    return {site.path: site.heads * site.entries_per_head // scores[site.path].size for site in sites}
 
 
 def _head_means(scores: Mapping[str, NDArray[np.float64]]) -> dict[str, list[float]]:

@@ -9,7 +9,7 @@ import numpy as np
 
 from eamdeploy.eam import scores as map_scores
 from eamdeploy.eam.quantizers import Bits, Quantizer, quantize_rows
-from eamdeploy.eam.selection import GRANULARITIES, Granularity, select
+from eamdeploy.eam.selection import GRANULARITIES, Granularity, check_sparsity
 from eamdeploy.eam.statistics import Spacing
 from eamdeploy.errors import ConfigError
 from eamdeploy.host.sites import WINDOW_MAPS, WindowMaps
@@ -26,11 +26,12 @@ class FreezeOptions:
         sparsity: frozen ÷ all attention entries, in [0, 1].
         granularity: what is frozen as one piece.
         window_maps: which windows share a frozen map, see `sites.window_maps`; ignored for models without windows.
-        score: what ranks the pieces; lowest first.
+        score: what freezing is chosen by; see `eam.selection`.
         bits, quantizer: how a frozen map is stored.
         bins, spacing: of the histograms behind `entropy`.
         seed: for the score `random`, and for the labels that `sensitivity` of rows and entries draws.
-        score_images: images for `sensitivity`, spread evenly over the calibration images; None for all.
+        score_images: at most that many images for `sensitivity`. None: 48 for heads, all for rows and entries. For
+            heads they are drawn by `eam.telling_images`, for rows and entries spread evenly over all of them.
     """
 
     sparsity: float = 0.2
@@ -54,7 +55,7 @@ def check_options(options: FreezeOptions) -> None:
     Raises:
         ConfigError: they can't.
     """
-    select({"": np.zeros(1)}, {"": 1}, options.sparsity)
+    check_sparsity(options.sparsity)
     for name, value, allowed in (
         ("score", options.score, SCORES),
         ("granularity", options.granularity, GRANULARITIES),

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
-from eamdeploy.eam.checkpoint import Checkpoint, CheckpointHeader
+from eamdeploy.eam.checkpoint import AttentionShape, Checkpoint, CheckpointHeader, FrozenMaps
+from eamdeploy.eam.quantizers import Quantizer
 from eamdeploy.errors import CheckpointError
 from eamdeploy.host.attention import Constants, attention_sites, freeze_attention
 from eamdeploy.host.model import RANDOM, ModelSpec, load_model, load_weights
@@ -45,21 +46,27 @@ def load_reference(checkpoint: Checkpoint, *, frozen: bool, where: str) -> Loade
     sites = attention_sites(model)
     _check_sites(header, sites, where)
     if frozen:
-        quantizer = header.freezing.quantizer
-        windows = {path: shape.windows for path, shape in header.attention.items()}
-        freeze_attention(
-            model,
-            {
-                path: Constants(
-                    heads=torch.from_numpy(item.heads),
-                    maps=torch.from_numpy(item.maps(quantizer)),
-                    mask=None if item.mask is None else torch.from_numpy(item.mask),
-                    windows=None if (used := windows[path]) is None else tuple(used),
-                )
-                for path, item in checkpoint.frozen.items()
-            },
-        )
+        freeze_attention(model, constants_of(checkpoint.frozen, header.freezing.quantizer, header.attention))
     return LoadedModel(model, sites)
+
+
+def constants_of(
+    frozen: Mapping[str, FrozenMaps], quantizer: Quantizer, attention: Mapping[str, AttentionShape]
+) -> dict[str, Constants]:
+    """The frozen maps as torch's attention takes them, by module path.
+
+    Args:
+        attention: of every module, for the windows that share a map.
+    """
+    return {
+        path: Constants(
+            heads=torch.from_numpy(item.heads),
+            maps=torch.from_numpy(item.maps(quantizer)),
+            mask=None if item.mask is None else torch.from_numpy(item.mask),
+            windows=None if (used := attention[path].windows) is None else tuple(used),
+        )
+        for path, item in frozen.items()
+    }
 
 
 def _check_sites(header: CheckpointHeader, sites: list[AttentionSite], where: str) -> None:

@@ -2,105 +2,148 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
 from eamdeploy.artifact import Preprocessing
 from eamdeploy.eam import scores as map_scores
-from eamdeploy.eam.statistics import MapStatistics
-from eamdeploy.host.calibrate import as_tensors
+from eamdeploy.eam.selection import Selection, select, select_together
+from eamdeploy.eam.telling_images import draw
+from eamdeploy.host.calibrate import Seen, as_tensors
 from eamdeploy.host.fisher import fisher_sensitivity
 from eamdeploy.host.means import freeze_pieces, mean_maps
 from eamdeploy.host.options import FreezeOptions
-from eamdeploy.host.sensitivity import sensitivity
+from eamdeploy.host.sensitivity import by_module, head_effects
 from eamdeploy.host.sites import AttentionSite
-from eamdeploy.observer import Observer
+from eamdeploy.observer import SILENT, Observer
 from eamdeploy.source import ImageSource
 
+HEAD_IMAGES = 48
+"""Images for the sensitivity of heads unless the user says how many: see docs/results.md, "Sensitivity in minutes"."""
 _BATCH, _GRADIENT_BATCH = 16, 8
+_CHANGES = 1 << 24  # logits of all heads and a batch's images at a time: 128 MiB
+
+
+@dataclass(frozen=True, eq=False)
+class PieceScores:
+    """What ranks the pieces.
+
+    Attributes:
+        values: the score of every piece: float64 `[H]`, `[H, N]` or `[H, N, N]` by module path.
+        together: of heads by sensitivity, what pairs of them cost, float64 `[heads, heads]` over the heads of all
+            modules in order, see `HeadEffects`; None where only the cost of each piece alone is known.
+        is_cost: the values are costs of whole pieces, and not means over their entries.
+    """
+
+    values: dict[str, NDArray[np.float64]]
+    together: NDArray[np.float64] | None
+    is_cost: bool
+
+    def select(self, sites: list[AttentionSite], sparsity: float) -> Selection:
+        """What to freeze of the attention modules `sites`, see `eam.selection`."""
+        values = self.values
+        entries = {site.path: site.heads * site.entries_per_head // values[site.path].size for site in sites}
+        if self.together is not None:
+            return select_together(self.together, {site.path: site.heads for site in sites}, entries, sparsity)
+        if self.is_cost:
+            values = {path: costs / entries[path] for path, costs in values.items()}
+        return select(values, entries, sparsity)
 
 
 def score_pieces(
     model: Any,
     sites: list[AttentionSite],
-    statistics: Mapping[str, Sequence[MapStatistics]],
+    seen: Seen,
     images: ImageSource,
     how: Preprocessing,
     options: FreezeOptions,
     observer: Observer,
-) -> dict[str, NDArray[np.float64]]:
-    """The score `options.score` of every piece: float64 `[H]`, `[H, N]` or `[H, N, N]` by module path.
+) -> PieceScores:
+    """The score `options.score` of every piece.
 
-    `sensitivity` of a head is exact, with its map quantized as it will be; of rows and entries it is estimated, see
-    `fisher`.
+    `sensitivity` of a head is measured, with its map quantized as it will be, on images that are drawn by
+    `telling_images`; of rows and entries it is estimated, see `fisher`.
 
     Args:
-        statistics: of the maps over `images`, for every window map.
+        seen: what the model did with the calibration images `images`.
 
     Raises:
         ConfigError: the images can't be read.
     """
     if options.score != "sensitivity":
-        return map_scores.score_pieces(statistics, options.score, options.granularity, seed=options.seed)
-    chosen = images if options.score_images is None else replace(images, limit=options.score_images)
-    means = {site.path: mean_maps(site, statistics[site.path]) for site in sites}
+        values = map_scores.score_pieces(seen.statistics, options.score, options.granularity, seed=options.seed)
+        return PieceScores(values, None, is_cost=False)
+    means = {site.path: mean_maps(site, seen.statistics[site.path]) for site in sites}
     measure = _head_sensitivity if options.granularity == "head" else _estimated_sensitivity
-    return measure(model, sites, means, chosen, how, options, observer)
+    return measure(model, sites, means, seen, images, how, options, observer)
 
 
 def _head_sensitivity(
     model: Any,
     sites: list[AttentionSite],
     means: Mapping[str, NDArray[np.float64]],
+    seen: Seen,
     images: ImageSource,
     how: Preprocessing,
     options: FreezeOptions,
     observer: Observer,
-) -> dict[str, NDArray[np.float64]]:
+) -> PieceScores:
     maps = {
         path: freeze_pieces(path, mean, np.ones(len(mean), np.bool_), options.bits, options.quantizer).maps(
             options.quantizer
         )
         for path, mean in means.items()
     }
-    folder = images.open()
+    drawn = draw(seen.unsure, options.score_images or HEAD_IMAGES, options.seed)
+    folder = replace(seen.folder, files=tuple(seen.folder.files[index] for index in drawn))
+    n_heads = sum(site.heads for site in sites)
+    batch_size = max(1, min(_BATCH, _CHANGES // (n_heads * model.num_classes)))
     estimated = False
 
     def on_progress(done: int, total: int, seconds_left: float) -> None:
         nonlocal estimated
         if not estimated:
-            observer.note(f"sensitivity of {sum(s.heads for s in sites)} heads: about {_duration(seconds_left)}")
+            observer.note(f"sensitivity of {n_heads} heads on {len(drawn)} images: about {_duration(seconds_left)}")
             estimated = True
         observer.progress("sensitivity", done, total)
 
-    batches = as_tensors(images.batches(folder, how, _BATCH, observer), how)
-    return sensitivity(model, sites, maps, batches, len(folder.files), on_progress, windows=options.window_maps)
+    def batches() -> Iterator[tuple[torch.Tensor, list[float]]]:
+        weights = iter(drawn.values())
+        for batch in as_tensors(images.batches(folder, how, batch_size, SILENT), how):
+            yield batch, [next(weights) for _ in batch]
+
+    effects = head_effects(model, sites, maps, batches(), len(drawn), on_progress, windows=options.window_maps)
+    return PieceScores(by_module(sites, effects.alone), effects.together, is_cost=True)
 
 
 def _estimated_sensitivity(
     model: Any,
     sites: list[AttentionSite],
     means: Mapping[str, NDArray[np.float64]],
+    seen: Seen,
     images: ImageSource,
     how: Preprocessing,
     options: FreezeOptions,
     observer: Observer,
-) -> dict[str, NDArray[np.float64]]:
-    folder = images.open()
-    return fisher_sensitivity(
+) -> PieceScores:
+    chosen = images if options.score_images is None else replace(images, limit=options.score_images)
+    folder = chosen.open()
+    values = fisher_sensitivity(
         model,
         sites,
         means,
-        as_tensors(images.batches(folder, how, _GRADIENT_BATCH, observer), how),
+        as_tensors(chosen.batches(folder, how, _GRADIENT_BATCH, SILENT), how),
         options.granularity,
         lambda done: observer.progress("sensitivity", done, len(folder.files)),
         windows=options.window_maps,
         seed=options.seed,
     )
+    return PieceScores(values, None, is_cost=True)
 
 
 def _duration(seconds: float) -> str:

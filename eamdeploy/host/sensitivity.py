@@ -1,4 +1,4 @@
-"""How much the logits change when one head alone is frozen.
+"""How the logits change when one head alone is frozen.
 
 The cost would be one forward pass per head and image. Three things make it less than half of that: everything before
 the frozen layer is computed once, that layer's own projections and maps too, and the frozen head changes its layer's
@@ -8,7 +8,7 @@ output by  (F_h − A_h)·V_h·Wo_h  only.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from torch import nn
 from torch.nn import functional
 
+from eamdeploy.eam.effects import HeadEffects
 from eamdeploy.host.attention import attend, merge_heads, replaced_attention, steps, tapped_inputs
 from eamdeploy.host.sites import AttentionSite, WindowMaps, by_window
 
@@ -25,44 +26,49 @@ OnProgress = Callable[[int, int, float], None]
 
 
 @torch.inference_mode()
-def sensitivity(
+def head_effects(
     model: nn.Module,
     sites: list[AttentionSite],
     maps: Mapping[str, NDArray[np.float32]],
-    batches: Iterable[torch.Tensor],
+    batches: Iterable[tuple[torch.Tensor, Sequence[float]]],
     n_images: int,
     on_progress: OnProgress,
     *,
     windows: WindowMaps = "shared",
-) -> dict[str, NDArray[np.float64]]:
-    """For every head the mean of KL(model ‖ model with this head frozen) over the images, in nats.
+) -> HeadEffects:
+    """What freezing each head alone does to the logits over the images, the heads of all sites in order.
 
     Args:
         maps: by module path, the maps to freeze, float32 `[H, N, N]`, or `[H, M, N, N]` in a model with windows.
-        batches: normalized images, float32 `[B, 3, H, W]`.
+        batches: normalized images, float32 `[B, 3, H, W]`, and how many images each of the B stands for.
         n_images: how many images to expect, for the progress only.
         on_progress: called with (units done, units in all, seconds left by the speed so far) after every head and
             batch; a unit is an image through one step of the model: a transformer block, or Swin's merging of patches.
         windows: which windows share a map, see `window_maps`.
-
-    Source: shared definition of the score `sensitivity`, DESIGN §1.
     """
-    totals = {site.path: np.zeros(site.heads) for site in sites}
+    effects = HeadEffects.none(sum(site.heads for site in sites))
     numbers = {f"{path}.attn": number for number, (path, _) in enumerate(steps(model))}
     depth = len(numbers)
     units = n_images * (depth + sum(site.heads * (depth - numbers[site.path]) for site in sites))
-    done, seen, started = 0, 0, time.monotonic()
-    for images in batches:
-        seen += len(images)
+    done, started = 0, time.monotonic()
+    for images, weights in batches:
         record = _record_forward(model, sites, images)
         done += depth * len(images)
+        changes = []
         for site in sites:
             constants = torch.from_numpy(by_window(site, maps[site.path], windows))
-            for head, kl in enumerate(_module_sensitivity(model, site, numbers[site.path], record, constants)):
-                totals[site.path][head] += kl
+            for change in _changes(model, site, numbers[site.path], record, constants):
+                changes.append(change)
                 done += (depth - numbers[site.path]) * len(images)
                 on_progress(done, units, (time.monotonic() - started) / done * (units - done))
-    return {path: total / seen for path, total in totals.items()}
+        effects = effects.plus(record.log_probabilities.numpy(), torch.stack(changes, dim=1).numpy(), weights)
+    return effects
+
+
+def by_module(sites: list[AttentionSite], values: NDArray[np.float64]) -> dict[str, NDArray[np.float64]]:
+    """`values` `[heads of all sites]` as `[H]` for every module path."""
+    ends = np.cumsum([site.heads for site in sites])
+    return dict(zip((site.path for site in sites), np.split(values, ends[:-1]), strict=True))
 
 
 @dataclass(frozen=True)
@@ -106,10 +112,10 @@ def _record_forward(model: nn.Module, sites: list[AttentionSite], images: torch.
     return _Forward(inputs, attention, functional.log_softmax(logits.double(), dim=-1))
 
 
-def _module_sensitivity(
+def _changes(
     model: Any, site: AttentionSite, number: int, record: _Forward, constants: torch.Tensor
-) -> Iterator[float]:
-    """For each head of `site`, in step `number`, the sum over the batch of KL(unfrozen ‖ head frozen).
+) -> Iterator[torch.Tensor]:
+    """For each head of `site`, in step `number`, how freezing it changes the log-softmax, float64 `[B, classes]`.
 
     Args:
         constants: `[H, W, N, N]`.
@@ -128,4 +134,4 @@ def _module_sensitivity(
             for _, step in steps(model)[number:]:
                 x = step(x)
             candidate = functional.log_softmax(model.forward_head(model.norm(x)).double(), dim=-1)
-            yield float(functional.kl_div(candidate, record.log_probabilities, reduction="sum", log_target=True))
+            yield candidate - record.log_probabilities

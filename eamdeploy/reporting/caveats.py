@@ -22,6 +22,7 @@ def caveats(sources: Sources, names: Mapping[str, str]) -> list[str]:
     """
     found = [
         *_random_weights(sources, names),
+        *_labels(sources, names),
         *(f"{file}: it is no longer what its run.json says was written; run again" for file in sources.altered),
         *(
             f"{item.file}: a machine gave no figures: {failure.message}"
@@ -48,6 +49,12 @@ def _random_weights(sources: Sources, names: Mapping[str, str]) -> Iterator[str]
     for name, source in weights:
         if source == "random":
             yield f"{name}: {RANDOM_WARNING}"
+
+
+def _labels(sources: Sources, names: Mapping[str, str]) -> Iterator[str]:
+    for item in sources.of(EvaluationReport):
+        if item.record.doubt is not None:
+            yield f"{names[item.record.model]}: {item.record.doubt}"
 
 
 def _parity(sources: Sources, names: Mapping[str, str]) -> Iterator[str]:

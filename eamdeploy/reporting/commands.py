@@ -26,7 +26,7 @@ from eamdeploy.run_state import RunState
 if TYPE_CHECKING:
     from eamdeploy.host.export_record import Export
 
-_IMAGES = re.compile(r"(.*) \((all|even|odd)(?:, at most (\d+))?\)", re.DOTALL)
+_IMAGES = re.compile(r"(.*) \((all|even|odd)(?:, at most (\d+))?(, turned by EXIF)?\)", re.DOTALL)
 _CALIBRATED = re.compile(r"\d+ products in INT8, ranges: (\w+) of (\d+) images of (.+)", re.DOTALL)
 _LIVE = " with all attention live"
 
@@ -74,6 +74,7 @@ def _analyze(item: Sourced[Analysis]) -> Command:
         "--model": record.timm_model,
         "--weights": record.weights,
         "--data": record.calibration.source,
+        "--exif-transpose": record.calibration.exif_transpose,
         **_preprocessing(record.preprocessing),
         "--sparsity": record.sparsity_asked,
         "--granularity": record.granularity,
@@ -106,6 +107,7 @@ def _freeze(item: Sourced[CheckpointHeader]) -> Command:
         )
     chosen = {
         "--data": calibration.source,
+        "--exif-transpose": calibration.exif_transpose,
         "--sparsity": freezing.sparsity_asked,
         "--granularity": freezing.granularity,
         "--window-maps": freezing.window_maps,
@@ -144,7 +146,7 @@ def _build(item: Sourced[Manifest], models: Mapping[str, str]) -> Command:
     }
     unknown = [] if model in models.values() else [f"the name of the model {manifest.model_digest}"]
     if _is_static(manifest):
-        unknown.append("where the calibration images lie, other --calib options, --min-agreement")
+        unknown.append("where the calibration images lie, other --calib options, --exif-transpose, --min-agreement")
     elif manifest.card is not None and "dynamic_int8" in manifest.card.rewrites:
         unknown.append("--min-agreement")
     if manifest.device is not None:
@@ -153,7 +155,7 @@ def _build(item: Sourced[Manifest], models: Mapping[str, str]) -> Command:
             f"{'' if kept else '--keep-fp32, '}--timing-cache and batch sizes, but for what the settings say"
         )
         if _calibration(manifest.device):
-            unknown.append("where the calibration images lie, --calib-split, --calib-cache")
+            unknown.append("where the calibration images lie, --calib-split, --calib-cache, --exif-transpose")
     return Command(item.file, command_line(f"build-{manifest.backend}", options, model), "; ".join(unknown))
 
 
@@ -199,7 +201,7 @@ def _calibration(device: DeviceBuild) -> dict[str, Any]:
 def _evaluate(item: Sourced[EvaluationReport]) -> Command:
     record = item.record
     images = _IMAGES.fullmatch(record.images)
-    folder, split, limit = images.groups() if images else ("IMAGES", None, None)
+    folder, split, limit, turned = images.groups() if images else ("IMAGES", None, None, None)
     reference = record.reference
     options: dict[str, Any] = {
         "--reference": None if reference is None or reference.endswith(_LIVE) else reference,
@@ -207,10 +209,14 @@ def _evaluate(item: Sourced[EvaluationReport]) -> Command:
         "--split": None if split == "all" else split,
         "--images": limit,
         "--skip-bad": record.n_skipped > 0,
+        "--exif-transpose": turned is not None,
+        "--class-order": record.class_order,
         "-o": item.file,
     }
     return Command(
-        item.file, command_line("evaluate", options, record.model), "where the folder of images lies, --threads"
+        item.file,
+        command_line("evaluate", options, record.model),
+        "where the folder of images lies, --class-names, --threads",
     )
 
 

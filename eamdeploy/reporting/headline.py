@@ -80,6 +80,9 @@ def _frozen(frozen: Frozen) -> Figure:
         details.append(f"{frozen.bits}-bit codes, {frozen.quantizer}")
     if frozen.score is not None:
         details.append("chosen by the maps' author" if frozen.score == "given" else f"chosen by {frozen.score}")
+    if (cost := frozen.cost) is not None:
+        images = numbers.plural(cost.n_images, "calibration image")
+        details.append(f"agreement {numbers.percent(cost.agreement)}, KL {cost.kl:.3g} nats on {images}")
     if frozen.window_maps is not None:
         details.append(f"window maps: {frozen.window_maps}")
     return Figure(heads, _how(frozen), tuple(details))

@@ -11,7 +11,7 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from eamdeploy.artifact import Freezing
+from eamdeploy.artifact import Freezing, FreezingCost
 from eamdeploy.eam.analysis import Analysis
 from eamdeploy.eam.selection import Granularity
 from eamdeploy.engines.base import Manifest
@@ -32,6 +32,7 @@ class Frozen:
         heads: how many have something frozen, of `all_heads`; the latter is None where no record says it.
         granularity: None where no record says it.
         planned: it would be frozen, by an analysis.
+        cost: what the frozen set costs on its calibration images, where that was measured.
     """
 
     heads: int
@@ -44,6 +45,7 @@ class Frozen:
     window_maps: str | None = None
     sparsity_asked: float | None = None
     planned: bool = False
+    cost: FreezingCost | None = None
 
     @property
     def summary(self) -> tuple[object, ...]:
@@ -211,6 +213,7 @@ def _frozen(freezing: Freezing, all_heads: int | None) -> Frozen:
         granularity=freezing.granularity,
         window_maps=freezing.window_maps,
         sparsity_asked=freezing.sparsity_asked,
+        cost=freezing.cost,
     )
 
 

@@ -10,7 +10,7 @@ from hypothesis.extra import numpy as hnp
 from numpy.typing import NDArray
 
 from eamdeploy.eam.records import AttentionShape, FrozenMaps
-from eamdeploy.eam.selection import Selection, select, sparsity_of
+from eamdeploy.eam.selection import Selection, cost_of, select, select_together, sparsity_of
 from eamdeploy.errors import ConfigError
 
 DEIT_TINY = {f"blocks.{i}.attn": 197 * 197 for i in range(12)}
@@ -63,11 +63,13 @@ def test_ties_go_by_module_order_then_head() -> None:
     assert select(scores, {"a": 1, "b": 1}, 4 / 6).heads == {"a": (0,), "b": (0, 1, 2)}
 
 
-def test_a_head_that_does_not_fit_ends_the_prefix() -> None:
+def test_smaller_heads_fill_up_where_the_next_one_does_not_fit() -> None:
     scores = {"small": np.array([0.0, 2.0]), "large": np.array([1.0])}
     selection = select(scores, {"small": 10, "large": 80}, 0.5)
-    assert selection.heads == {"small": (0,)}
-    assert selection.sparsity == 0.1
+    assert selection.heads == {"small": (0, 1)}
+    assert selection.sparsity == 0.2
+    assert select(scores, {"small": 10, "large": 80}, 0.15).heads == {"small": (0,)}
+    assert select(scores, {"small": 10, "large": 80}, 0.9).heads == {"small": (0,), "large": (0,)}
 
 
 def test_rows_and_entries() -> None:
@@ -120,7 +122,7 @@ def one_by_one(
     frozen, count = set(), 0
     for _, _, index, path in ranked:
         if (count + entries[path]) / total > sparsity + 1e-9:
-            break
+            continue
         count += entries[path]
         frozen.add((path, index))
     return frozen, count / total
@@ -157,9 +159,76 @@ def test_properties(modules: dict[str, tuple[NDArray[np.float64], int]], sparsit
         assert (pieces.shape, pieces.dtype) == (scores[path].shape, np.bool_) and pieces.any()
         assert selection.heads[path] == tuple(head for head in range(len(pieces)) if pieces[head].any())
 
-    for lower in (0.0, sparsity / 2):  # a smaller sparsity freezes a subset
-        fewer = select(scores, entries, lower).pieces
-        assert {(p, int(i)) for p, pieces in fewer.items() for i in np.flatnonzero(pieces.reshape(-1))} <= frozen
+
+SWIN = {"first": 16, "second": 4, "third": 1}
+"""Entries of a head of three stages with 16, 4 and 1 windows, in maps of a window."""
+
+
+def cheapest(costs: NDArray[np.float64], sizes: list[int], budget: int) -> float:
+    """The least cost of any set that no further head fits into, by trying all."""
+    n, best = len(sizes), np.inf
+    for number in range(2**n):
+        chosen = np.array([bool(number >> i & 1) for i in range(n)])
+        left = budget - sum(size for size, taken in zip(sizes, chosen, strict=True) if taken)
+        if left < 0 or any(size <= left for size, taken in zip(sizes, chosen, strict=True) if not taken):
+            continue
+        best = min(best, cost_of(costs, chosen))
+    return float(best)
+
+
+def chosen_of(selection: Selection, heads: dict[str, int]) -> NDArray[np.bool_]:
+    return np.concatenate([selection.pieces.get(path, np.zeros(count, np.bool_)) for path, count in heads.items()])
+
+
+def test_together_without_interaction_is_the_ranking_by_cost_for_each_entry() -> None:
+    """A head of the last stage costs little, and a head of the first little for its size."""
+    heads = {"first": 2, "second": 4, "third": 8}
+    alone = np.array([0.05, 0.3, *([0.02, 0.1, 0.2, 0.3]), *np.linspace(0.011, 0.018, 8)])
+    together = select_together(np.diag(alone), heads, SWIN, 0.4)
+    each = np.split(alone, [2, 6])
+    separate = select({path: values / SWIN[path] for path, values in zip(heads, each, strict=True)}, SWIN, 0.4)
+    assert_same(together, separate)
+    # per entry 0.003 and 0.019; 0.005, 0.025 …; 0.011 …: of 56, 22 may be frozen
+    assert together.heads == {"first": (0,), "second": (0,), "third": (0, 1)}
+    assert together.sparsity == 22 / 56
+
+
+def test_heads_that_pull_against_each_other_are_frozen_together() -> None:
+    costs = np.array([[1.0, 0.0, 0.9], [0.0, 1.1, -1.0], [0.9, -1.0, 1.2]])
+    assert select_together(costs, {"a": 3}, {"a": 1}, 2 / 3).heads == {"a": (1, 2)}  # 0.3; 0 and 1 cost 2.1
+    assert select_together(costs, {"a": 3}, {"a": 1}, 1 / 3).heads == {"a": (0,)}
+    assert select_together(costs, {"a": 3}, {"a": 1}, 1).heads == {"a": (0, 1, 2)}
+    assert select_together(costs, {"a": 3}, {"a": 1}, 0).heads == {}
+
+
+def test_an_exchange_takes_back_what_greed_chose_first() -> None:
+    """Head 0 is the cheapest alone, and costs most beside the two that go well together."""
+    costs = np.array([[1.0, 0.5, 0.5, 0.4], [0.5, 1.1, -0.9, 0.0], [0.5, -0.9, 1.1, 0.0], [0.4, 0.0, 0.0, 9.0]])
+    assert select_together(costs, {"a": 4}, {"a": 1}, 0.5).heads == {"a": (1, 2)}
+
+
+@given(
+    factors=hnp.arrays(np.float64, (7, 3), elements=st.floats(-1, 1).map(lambda x: round(x, 3))),
+    sparsity=st.floats(0, 1),
+)
+def test_together_fits_fills_up_and_comes_near_the_best_set(factors: NDArray[np.float64], sparsity: float) -> None:
+    heads = {"first": 2, "second": 2, "third": 3}
+    costs = factors @ factors.T + np.diag(np.full(7, 0.1))
+    selection = select_together(costs, heads, SWIN, sparsity)
+    frozen = chosen_of(selection, heads)
+    sizes = [SWIN[path] for path, count in heads.items() for _ in range(count)]
+    budget = int((sparsity + 1e-9) * sum(sizes))
+    used = sum(size for size, taken in zip(sizes, frozen, strict=True) if taken)
+    assert used <= budget and selection.sparsity == used / sum(sizes)
+    assert all(size > budget - used for size, taken in zip(sizes, frozen, strict=True) if not taken)
+    assert cost_of(costs, frozen) >= cheapest(costs, sizes, budget) - 1e-9
+    # no exchange for one of at least the size makes it cheaper
+    for out in np.flatnonzero(frozen):
+        for into in np.flatnonzero(~frozen):
+            if sizes[out] <= sizes[into] <= sizes[out] + budget - used:
+                other = frozen.copy()
+                other[[out, into]] = False, True
+                assert cost_of(costs, other) >= cost_of(costs, frozen) - 1e-6
 
 
 @pytest.mark.parametrize("sparsity", [-0.1, 1.01, 20, float("nan"), float("inf")])
@@ -184,6 +253,10 @@ def test_other_contradictions() -> None:
             select(nothing, dict.fromkeys(nothing, 1), 0.5)
     with pytest.raises(ConfigError, match="without entries"):
         select({"a": np.zeros(2)}, {"a": 0}, 0.5)
+    with pytest.raises(ConfigError, match="costs of pairs of heads"):
+        select_together(np.array([[1.0, np.nan], [np.nan, 1.0]]), {"a": 2}, {"a": 1}, 0.5)
+    with pytest.raises(ConfigError, match="scores of a"):
+        select_together(np.diag([1.0, np.inf]), {"a": 2}, {"a": 1}, 0.5)
 
 
 def whole_heads(heads: int, tokens: int, mask: NDArray[np.bool_] | None = None) -> FrozenMaps:

@@ -5,6 +5,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from head_costs import sensitivity
 from numpy.typing import NDArray
 from tiny_models import SWIN_NAME, images, make_member, make_model
 
@@ -14,7 +15,6 @@ from eamdeploy.host.attention import Constants, attention_sites, freeze_attentio
 from eamdeploy.host.calibrate import collect_statistics
 from eamdeploy.host.fisher import fisher_sensitivity
 from eamdeploy.host.means import mean_maps
-from eamdeploy.host.sensitivity import sensitivity
 from eamdeploy.host.sites import WindowMaps, by_window, window_maps
 
 KINDS: list[tuple[str, WindowMaps]] = [("vit", "shared"), ("swin", "shared"), ("swin, padded", "class")]

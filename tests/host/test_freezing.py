@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import re
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -7,6 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from head_costs import sensitivity
 from numpy.typing import NDArray
 from PIL import Image
 from safetensors.torch import load_file
@@ -42,7 +44,6 @@ from eamdeploy.host.means import mean_maps as means_of
 from eamdeploy.host.model import ModelSpec, PreprocessingOverrides, load_model
 from eamdeploy.host.options import FreezeOptions
 from eamdeploy.host.reference import load_reference
-from eamdeploy.host.sensitivity import sensitivity
 from eamdeploy.host.sites import WindowMaps, window_maps
 from eamdeploy.observer import SILENT
 from eamdeploy.source import ImageSource
@@ -188,11 +189,45 @@ def test_score_images_bounds_the_images_behind_sensitivity(
         assert header.calibration is not None and header.calibration.n_images == 24
         scores.append(header.freezing.scores)
         totals.append(notebook.steps["sensitivity"][-1])
-        assert [note.split(":")[0] for note in notebook.notes] == ["sensitivity of 6 heads"]
+        (note,) = notebook.notes
+        drawn = int(re.fullmatch(r"sensitivity of 6 heads on (\d+) images: about \d+ s", note)[1])  # type: ignore[index]
+        assert drawn == 24 if limit is None else 3 <= drawn <= 5  # one may be drawn twice
         assert notebook.steps["attention maps"] == [(16, 24), (24, 24)]
-    per_image = 2 + 3 * 2 + 3 * 1
-    assert totals == [(24 * per_image, 24 * per_image), (5 * per_image, 5 * per_image)]
+        totals[-1] = tuple(units / drawn for units in totals[-1])
+    assert totals == [(2 + 3 * 2 + 3 * 1,) * 2] * 2
     assert scores[0] != scores[1]
+
+
+@pytest.mark.parametrize(("granularity", "sparsity"), [("head", 0.5), ("row", 0.8), ("head", 0.0)])
+def test_the_cost_of_the_frozen_set_is_measured_on_all_calibration_images(
+    spec: ModelSpec, source: ImageSource, tmp_path: Path, granularity: Granularity, sparsity: float
+) -> None:
+    path = tmp_path / "x.eam.safetensors"
+    header = freeze(spec, source, path, FreezeOptions(sparsity, granularity, score_images=4))
+    _, batches = input_batches(spec, source)
+    loaded = checkpoints.load(path)
+    live, frozen = (load_reference(loaded, frozen=kind, where="x").model for kind in (False, True))
+    with torch.inference_mode():
+        p, q = (torch.cat([model(batch) for batch in batches]).double().log_softmax(-1) for model in (live, frozen))
+    cost = header.freezing.cost
+    assert cost is not None and cost.n_images == 24
+    assert cost.kl == pytest.approx(float((p.exp() * (p - q)).sum(-1).mean()), rel=1e-4, abs=1e-12)
+    assert cost.agreement == pytest.approx(100 * float((p.argmax(-1) == q.argmax(-1)).double().mean()))
+    assert (cost.kl > 1e-4) == (sparsity > 0)
+
+
+def test_a_swin_freezes_what_costs_least_for_each_entry(tmp_path: Path, pictures: Path) -> None:
+    """A head of the first stage has four times the entries of one of the second."""
+    model = make_model(SWIN_NAME)
+    spec = ModelSpec(SWIN_NAME, str(save_weights(model, tmp_path / "swin.safetensors")), SWIN_KWARGS)
+    header = freeze(spec, ImageSource(pictures), tmp_path / "x.eam.safetensors", FreezeOptions(0.4))
+    entries = {path: shape.entries_per_head for path, shape in header.attention.items()}
+    assert set(entries.values()) == {16 * 16, 4 * 16 * 16}
+    total = sum(entries[path] * shape.heads for path, shape in header.attention.items())
+    frozen = sum(entries[path] * len(heads) for path, heads in header.freezing.heads.items())
+    assert header.freezing.sparsity == frozen / total
+    live = [path for path, shape in header.attention.items() if len(header.freezing.heads.get(path, [])) < shape.heads]
+    assert all(frozen + entries[path] > 0.4 * total for path in live), "something still fits"
 
 
 @pytest.mark.parametrize("score", ["entropy", "row-entropy", "variance", "random"])

@@ -5,13 +5,14 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from head_costs import sensitivity
 from numpy.typing import NDArray
 from tiny_models import FAMILY, SWIN_FAMILY, SWIN_NAME, images, make_member, make_model
 from torch.nn import functional
 
 from eamdeploy.accuracy import kl_divergence
 from eamdeploy.host.attention import Constants, attention_sites, freeze_attention
-from eamdeploy.host.sensitivity import sensitivity
+from eamdeploy.host.sensitivity import head_effects
 from eamdeploy.host.sites import WindowMaps, window_maps
 
 BATCHES = [images(4, seed=1), images(3, seed=2)]
@@ -130,3 +131,31 @@ def test_the_model_is_left_as_it_was(name: str) -> None:
         assert torch.equal(model(BATCHES[0]), before)
     assert [str(module) for module in model.modules()] == before_modules
     assert not any(module._forward_pre_hooks for module in model.modules())
+
+
+@pytest.mark.parametrize("kind", ["vit", "distilled", "swin"])
+def test_two_heads_at_once_cost_what_their_pair_says(kind: str) -> None:
+    """With a weak classifier all changes are small, and heads of one module change its output independently."""
+    model = make_member(kind).double()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name.startswith("head"):
+                parameter.mul_(1e-2)
+    sites = attention_sites(model)
+    maps: Any = {path: torch.from_numpy(value).double().numpy() for path, value in maps_of(model).items()}
+    batches = [batch.double() for batch in batches_for(model)]
+    effects = head_effects(model, sites, maps, ((batch, [1.0] * len(batch)) for batch in batches), 7, silent)
+    last = sites[-1]
+    first = sum(site.heads for site in sites[:-1])
+    both = {
+        last.path: Constants(
+            torch.tensor([0, 1]), torch.from_numpy(maps[last.path][:2]), None, window_maps(last, "shared")
+        )
+    }
+    with torch.inference_mode():
+        live = model(torch.cat(batches)).numpy()
+        freeze_attention(model, both)
+        measured = kl_divergence(live, model(torch.cat(batches)).numpy()).mean()
+    pair = effects.covariance[first, first + 1] / 7
+    assert abs(pair) > 1e-10, "too small to tell right from wrong"
+    assert measured == pytest.approx(effects.alone[first] + effects.alone[first + 1] + 2 * pair, rel=0.05)

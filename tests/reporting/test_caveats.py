@@ -61,6 +61,16 @@ def test_random_weights_are_told_whichever_record_says_so(tmp_path: Path, record
     assert caveats_of(tmp_path, {"x.json": record}) == [f"{name}: {RANDOM_WARNING}"]
 
 
+@pytest.mark.parametrize("reference", [None, "b.ort.onnx"])
+def test_labels_in_doubt_are_told(tmp_path: Path, reference: str | None) -> None:
+    doubtful = evaluation("x.ort.onnx", reference, 7.5, labels_in_doubt=True)
+    whose, top1 = ("the model's", "7.5") if reference is None else ("the reference's", "72.2")
+    assert caveats_of(tmp_path, {"e.json": doubtful}) == [
+        f"x.ort.onnx: {whose} top-1, {top1} % of 500 images, is no better than guessing among 10 classes: "
+        "the labels probably do not belong to the model"
+    ]
+
+
 def test_parity_that_was_not_checked_or_failed_is_told_once_for_each_engine(tmp_path: Path) -> None:
     failed = PARITY.model_copy(update={"passed": False, "reason": "max |Δ logit| 3 > 0.002"})
     records: dict[str, Record] = {

@@ -79,12 +79,22 @@ def commands_of(folder: Path, records: dict[str, Record], monkeypatch: pytest.Mo
         (
             evaluation("x", "b", n_skipped=1, skipped=["f"]),
             "eamdeploy evaluate x --reference b --data photos --split odd --images 500 --skip-bad -o r.json",
-            "where the folder of images lies, --threads",
+            "where the folder of images lies, --class-names, --threads",
         ),
         (
             evaluation("x.eam.safetensors", "x.eam.safetensors with all attention live", images="a (b) (all)"),
             "eamdeploy evaluate x.eam.safetensors --data 'a (b)' -o r.json",
-            "where the folder of images lies, --threads",
+            "where the folder of images lies, --class-names, --threads",
+        ),
+        (
+            evaluation("x", None, images="photos (even, turned by EXIF)", class_order="natural"),
+            "eamdeploy evaluate x --data photos --split even --exif-transpose --class-order natural -o r.json",
+            "where the folder of images lies, --class-names, --threads",
+        ),
+        (
+            evaluation("x", None, images="photos (all, at most 9, turned by EXIF)"),
+            "eamdeploy evaluate x --data photos --images 9 --exif-transpose -o r.json",
+            "where the folder of images lies, --class-names, --threads",
         ),
         (
             manifest("x.ort.onnx", card(), parity=None),
@@ -105,7 +115,7 @@ def commands_of(folder: Path, records: dict[str, Record], monkeypatch: pytest.Mo
             manifest("x.ort.onnx", card(rewrites=["integer_map_products", "quantize_products"])),
             "eamdeploy build-ort MODEL.onnx -o r --threads 4 --int8 --calib-data IMAGES",
             f"the name of the model {digest('x.onnx')}; where the calibration images lie, other --calib options, "
-            "--min-agreement",
+            "--exif-transpose, --min-agreement",
         ),
         (
             manifest(
@@ -130,13 +140,21 @@ def commands_of(folder: Path, records: dict[str, Record], monkeypatch: pytest.Mo
             "eamdeploy build-trt MODEL.onnx -o r --fp16 --int8 --calib-data photos --calib-images 8 --calib-method "
             "percentile --layer-profile --baseline base.plan",
             f"the name of the model {digest('x.onnx')}; --keep-fp32, --timing-cache and batch sizes, but for what the "
-            "settings say; where the calibration images lie, --calib-split, --calib-cache",
+            "settings say; where the calibration images lie, --calib-split, --calib-cache, --exif-transpose",
         ),
         (
             analysis(),
             "eamdeploy analyze --model deit_made_up_patch16_224 --weights weights.safetensors --data photos --mean 0.5 "
             "0.5 0.5 --std 0.25 0.25 0.25 --crop-pct 0.875 --interpolation bicubic --sparsity 0.3 --granularity row "
             "--score entropy --bins 16 --spacing uniform -o r.json",
+            "folders of images and weights, --model-kwargs, --split, --images, --bits, --quantizer, --seed; 256 images "
+            "were used",
+        ),
+        (
+            analysis(calibration=analysis().calibration.model_copy(update={"exif_transpose": True})),
+            "eamdeploy analyze --model deit_made_up_patch16_224 --weights weights.safetensors --data photos "
+            "--exif-transpose --mean 0.5 0.5 0.5 --std 0.25 0.25 0.25 --crop-pct 0.875 --interpolation bicubic "
+            "--sparsity 0.3 --granularity row --score entropy --bins 16 --spacing uniform -o r.json",
             "folders of images and weights, --model-kwargs, --split, --images, --bits, --quantizer, --seed; 256 images "
             "were used",
         ),
