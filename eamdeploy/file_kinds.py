@@ -15,6 +15,7 @@ from pathlib import Path
 
 _HEAD_BYTES = 1024
 _COPY = "Copy or download it again."
+_UNPACK = "Unpack it, and give the file that is meant."
 
 
 @dataclass(frozen=True)
@@ -32,8 +33,8 @@ class FileKind:
     remedy: str | None = None
 
 
-EMPTY = FileKind("empty", "an empty file", _COPY)
-ZIP = FileKind("zip", "a ZIP archive of other files", "Unpack it, and give the file that is meant.")
+_EMPTY = FileKind("empty", "an empty file", _COPY)
+_ZIP = FileKind("zip", "a ZIP archive of other files", _UNPACK)
 
 _LFS = FileKind(
     "git-lfs",
@@ -55,7 +56,6 @@ _NPZ = FileKind("npz", "a NumPy archive (.npz)")
 _CUT_ZIP = FileKind(
     "cut zip", "a ZIP archive that is damaged or was cut off (.pth and .npz files are such archives)", _COPY
 )
-_UNPACK = "Unpack it, and give the file that is meant."
 
 # Bytes at a fixed place.
 _MAGIC: tuple[tuple[int, bytes, FileKind], ...] = (
@@ -147,7 +147,7 @@ def text_in_words(source: Path, err: Exception) -> str:
 
 def _kind(head: bytes, source: Path | io.BytesIO) -> FileKind | None:
     if not head:
-        return EMPTY
+        return _EMPTY
     for offset, magic, kind in _MAGIC:
         if head[offset : offset + len(magic)] == magic:
             return kind
@@ -172,7 +172,7 @@ def _archive(source: Path | io.BytesIO) -> FileKind:
             names = archive.namelist()
     except (zipfile.BadZipFile, ValueError, NotImplementedError, EOFError):
         return _CUT_ZIP
-    return next((kind for kind, fits in _ARCHIVES if fits(names)), ZIP)
+    return next((kind for kind, fits in _ARCHIVES if fits(names)), _ZIP)
 
 
 def _some(names: list[str], pattern: str) -> bool:
