@@ -49,6 +49,7 @@ _ELEMENT_BITS: Mapping[int, int] = MappingProxyType(
         **dict.fromkeys((2, 3, 9, 17, 18, 19, 20, 24), 8),  # uint8, int8, bool, floats of 8 bits
         **dict.fromkeys((21, 22, 23), 4),  # uint4, int4, float4
         **dict.fromkeys((25, 26), 2),  # uint2, int2
+        **dict.fromkeys((27, 28), 6),  # floats of 6 bits
         15: 128,  # complex128
     }
 )
