@@ -136,17 +136,8 @@ def test_data_that_is_too_short(read: Callable[[Path], object], lengths: bool, t
 @pytest.mark.parametrize(
     "location",
     [
-        *(
-            "/etc/passwd",
-            "../w.bin",
-            "sub/../../w.bin",
-            "sub/../weights.bin",
-            "..",
-            "..\\w.bin",
-            "C:\\w.bin",
-            "C:w.bin",
-        ),
-        *("\\\\host\\w.bin", "\\w.bin", "", ".", "w\0.bin", "//host/w.bin"),
+        *("/etc/passwd", "//host/w.bin", "../w.bin", "sub/../../w.bin", "sub/../weights.bin", "..", "", "."),
+        *("w\0.bin", "..\\w.bin", "C:\\w.bin", "C:w.bin", "\\\\host\\w.bin", "\\w.bin"),
     ],
 )
 def test_data_outside_the_folder(read: Callable[[Path], object], location: str, path: Path) -> None:
@@ -209,10 +200,12 @@ def test_it_is_the_model_of_one_file(place: Place, gap: int, lengths: bool, tmp_
     model = onnx.load_model_from_string(read.model)
     assert values(model) == values(MODEL)
     assert not any(item.external_data or item.HasField("data_location") for item in constants(model))
-    for made in (model, stock := onnx.load(path)):
-        for item in constants(made):
+    assert model == MODEL
+    if lengths:  # without them, onnx reads on to the file's end, and ONNX Runtime as much as the shape says
+        stock = onnx.load(path)
+        for item in constants(stock):
             item.ClearField("data_location")
-    assert model == stock == MODEL
+        assert model == stock
 
 
 def test_what_onnx_saves_is_read(tmp_path: Path) -> None:
@@ -221,7 +214,7 @@ def test_what_onnx_saves_is_read(tmp_path: Path) -> None:
         path = tmp_path / name / "x.onnx"
         copy = onnx.ModelProto.FromString(MODEL.SerializeToString())
         onnx.save(copy, path, save_as_external_data=True, all_tensors_to_one_file=all_in_one, size_threshold=64)
-        assert len(model_files(path)) == (2 if all_in_one else 4)
+        assert (len(model_files(path)) == 2) is all_in_one
         assert values(onnx.load_model_from_string(read_model(path).model)) == values(MODEL)
 
 
@@ -279,22 +272,19 @@ def test_data_that_tensors_share_is_written_once(two_files: None, tmp_path: Path
 
 def test_both_files_or_none(two_files: None, path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     output = path.with_name("y.onnx")
-    other = ModelData(b"before", {0: b"data before"})
-    output.write_bytes(other.model)
+    output.write_bytes(b"before")
     data_path(output).write_bytes(b"data before")
-    read, real, calls = read_model(path), os.fsync, 0
+    read, real = read_model(path), os.fsync
     before = {file.name: file.read_bytes() for file in path.parent.iterdir()}
 
     def full(descriptor: int) -> None:
-        nonlocal calls
-        calls += 1
-        if calls == failing:
+        left.pop()
+        if not left:
             raise OSError(28, "No space left on device")
         real(descriptor)
 
     monkeypatch.setattr(os, "fsync", full)
-    for failing in (1, 2):
-        calls = 0
+    for left in ([0], [0, 0]):  # the first or the second file is too much
         with pytest.raises(ConfigError, match="No space left on device"):
             write_model(output, read)
         assert {file.name: file.read_bytes() for file in path.parent.iterdir()} == before

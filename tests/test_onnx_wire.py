@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -187,7 +188,7 @@ def test_data_that_is_ignored_where_the_tensor_is_elsewhere_is_left_out() -> Non
     assert onnx.ModelProto.FromString(joined).graph.initializer[1].raw_data == DATA
 
 
-@pytest.mark.parametrize("name", [name for name in TensorProto.DataType.keys() if name != "UNDEFINED"])
+@pytest.mark.parametrize("name", sorted(set(dict(TensorProto.DataType.items())) - {"UNDEFINED"}))
 def test_bytes_by_shape_and_type_are_onnxs(name: str) -> None:
     element = TensorProto.DataType.Value(name)
     made = model()
@@ -247,10 +248,8 @@ def read_damaged(data: bytes) -> None:
     """Whatever the bytes are, it ends soon, by a `WireError` or not, and reads no tensor's data."""
     stream = Counting(data)
     start = time.monotonic()
-    try:
+    with suppress(WireError):
         outside_tensors(stream, len(data))
-    except WireError:
-        pass
     assert time.monotonic() - start < 5 and stream.largest <= 1 << 16
 
 
