@@ -127,7 +127,7 @@ def _key(model: onnx.ModelProto, folder: ImageFolder, how: Preprocessing, method
     from eamdeploy.graph.weights import serialize
 
     parts = (
-        serialize(model).digest(Path("model.onnx")),
+        serialize(model).digest_at(Path("model.onnx")),
         folder_digest(folder),
         how.model_dump_json(),
         method,

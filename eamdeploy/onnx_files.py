@@ -60,10 +60,6 @@ class ModelData:
         return not self.data
 
     @property
-    def size_bytes(self) -> int:
-        return len(self.model) + self.data_bytes
-
-    @property
     def data_bytes(self) -> int:
         """Of the second file."""
         return max((offset + size_of([piece]) for offset, piece in self.data.items()), default=0)
@@ -78,7 +74,11 @@ class ModelData:
 
         return _joined(with_replaced(io.BytesIO(self.model), len(self.model), renamed))
 
-    def digest(self, path: Path) -> str:
+    def bytes_at(self, path: Path) -> int:
+        """What `model_bytes` says when the model is written to `path`."""
+        return len(self.named(data_path(path).name)) + self.data_bytes
+
+    def digest_at(self, path: Path) -> str:
         """What `digest_model` says when the model is written to `path`."""
         if self.is_one_file:
             return digest_bytes(self.model)

@@ -35,19 +35,21 @@ def split(
     gap: int = 0,
     lengths: bool = True,
     at_least: int = 100,
+    shapes: bool = True,
 ) -> Path:
     """`model` is at `path`, its tensors of at least so many bytes in other files; written without our code.
 
     Args:
         gap: bytes in front of each tensor, so that no offset is 0.
         lengths: say how long each is; else it follows from the shape.
+        shapes: int64 tensors too, which ONNX Runtime takes inside the model only.
     """
     copy = onnx.ModelProto()
     copy.CopyFrom(model)
     number = 0
     for tensor in constants(copy):
         data = numpy_helper.from_array(numpy_helper.to_array(tensor)).raw_data
-        if len(data) < at_least:
+        if len(data) < at_least or (not shapes and tensor.data_type == onnx.TensorProto.INT64):
             continue
         location = place(number, tensor)
         number += 1

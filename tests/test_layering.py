@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import json
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -12,8 +13,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+import onnx
 import pytest
 from command_line import COMMANDS
+from split_models import split, three_files
 from tiny_models import NAME
 
 import eamdeploy
@@ -21,6 +24,7 @@ from eamdeploy.diagnosis import Diagnosis
 from eamdeploy.engines.base import Manifest
 from eamdeploy.evaluation import EvaluationReport
 from eamdeploy.inspection import Inspection
+from eamdeploy.onnx_files import model_files
 from eamdeploy.parity import reference_path
 from eamdeploy.profiling.profile import Profile
 
@@ -457,3 +461,33 @@ def test_a_board_builds_evaluates_profiles_and_inspects(
     assert sorted(file.name for file in tmp_path.iterdir()) == sorted(
         [engine.name, f"{engine.name}.json", twin.name, f"{twin.name}.json"]
     )
+
+
+def test_a_board_uses_models_of_several_files(
+    board: dict[str, str], eam_model: Path, pictures: Path, tmp_path: Path
+) -> None:
+    folder = tmp_path / "split"
+    folder.mkdir()
+    path = split(onnx.load(eam_model), folder / eam_model.name, three_files, gap=1)
+    shutil.copy(reference_path(eam_model), folder)
+    small = "import eamdeploy.onnx_files as f; f.ONE_FILE_BYTES = 10_000\n"
+    (tmp_path / "large").mkdir()
+    (tmp_path / "large" / "sitecustomize.py").write_text(BLOCKER + small)
+    large = {**board, "PYTHONPATH": os.pathsep.join([str(tmp_path / "large"), board["PYTHONPATH"]])}
+    quick = ["--warmup-ms", 0, "--min-seconds", 0, "--min-runs", 2, "--sittings", 1]
+    for name, machine in (("one.ort.onnx", board), ("two.ort.onnx", large)):
+        engine = folder / name
+        commands: list[list[object]] = [
+            ["build-ort", path, "-o", engine, "--json"],
+            ["evaluate", engine, "--reference", path, "--data", pictures, "--json"],
+            ["profile", engine, "--baseline", path, *quick, "--json"],
+            ["inspect", engine, "--json"],
+        ]
+        result = run_on(machine, [], commands)
+        assert [(code, err) for code, _, err in result["outcomes"] if code] == []
+        built, evaluated, profiled, inspected = (json.loads(out) for _, out, _ in result["outcomes"])
+        size = sum(file.stat().st_size for file in model_files(engine))
+        assert len(model_files(engine)) == (1 if machine is board else 2)
+        assert built["parity"]["passed"] and evaluated["agreement"] == 100
+        assert built["engine_bytes"] == profiled["engines"][0]["memory"]["engine_bytes"] == inspected["bytes"] == size
+        assert not set(BLOCKED) & set(result["loaded"])

@@ -96,6 +96,7 @@ def test_anything_else_is_one_file_with_its_own_digest(data: bytes, suffix: str,
     assert model_files(path) == (path,) and model_bytes(path) == len(data)
     assert digest_model(path) == digest_file(path) == f"sha256:{hashlib.sha256(data).hexdigest()}"
     assert read_model(path) == ModelData(data)
+    assert (ModelData(data).digest_at(path), ModelData(data).bytes_at(path)) == (digest_file(path), len(data))
 
 
 def test_a_file_that_is_not_there(tmp_path: Path) -> None:
@@ -234,7 +235,7 @@ def test_up_to_the_limit_it_is_one_file_and_above_two(path: Path, monkeypatch: p
 def test_two_files_that_onnx_and_we_read(place: Place, two_files: None, tmp_path: Path) -> None:
     path = split(MODEL, tmp_path / "x.onnx", place, gap=7)
     read = read_model(path)
-    assert not read.is_one_file and len(read.model) < 4000 < read.size_bytes
+    assert not read.is_one_file and len(read.model) < 4000 < read.bytes_at(path)
     output = tmp_path / "there" / "y.onnx"
     output.parent.mkdir()
     write_model(output, read)
@@ -242,8 +243,8 @@ def test_two_files_that_onnx_and_we_read(place: Place, two_files: None, tmp_path
     assert model_files(output) == (output, data_path(output))
     stock = onnx.load(output)
     assert values(stock) == values(MODEL)
-    assert digest_model(output) == read.digest(output)
-    assert model_bytes(output) == len(read.named("y.onnx.data")) + read.data_bytes
+    assert digest_model(output) == read.digest_at(output)
+    assert model_bytes(output) == read.bytes_at(output)
     written = onnx.load(output, load_external_data=False)
     offsets = [int(e.value) for item in written.graph.initializer for e in item.external_data if e.key == "offset"]
     assert offsets and all(offset % 4096 == 0 for offset in offsets)
@@ -270,11 +271,12 @@ def test_data_that_tensors_share_is_written_once(two_files: None, tmp_path: Path
     assert len(read_model(path).data) == 2
 
 
-def test_both_files_or_none(two_files: None, path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("failing", [1, 2], ids=["the first", "the second"])
+def test_both_files_or_none(two_files: None, path: Path, failing: int, monkeypatch: pytest.MonkeyPatch) -> None:
     output = path.with_name("y.onnx")
     output.write_bytes(b"before")
     data_path(output).write_bytes(b"data before")
-    read, real = read_model(path), os.fsync
+    read, real, left = read_model(path), os.fsync, [0] * failing
     before = {file.name: file.read_bytes() for file in path.parent.iterdir()}
 
     def full(descriptor: int) -> None:
@@ -284,10 +286,9 @@ def test_both_files_or_none(two_files: None, path: Path, monkeypatch: pytest.Mon
         real(descriptor)
 
     monkeypatch.setattr(os, "fsync", full)
-    for left in ([0], [0, 0]):  # the first or the second file is too much
-        with pytest.raises(ConfigError, match="No space left on device"):
-            write_model(output, read)
-        assert {file.name: file.read_bytes() for file in path.parent.iterdir()} == before
+    with pytest.raises(ConfigError, match="No space left on device"):
+        write_model(output, read)
+    assert {file.name: file.read_bytes() for file in path.parent.iterdir()} == before
 
 
 def test_staged_files_are_gone_or_moved(two_files: None, path: Path) -> None:
@@ -298,7 +299,7 @@ def test_staged_files_are_gone_or_moved(two_files: None, path: Path) -> None:
         assert sorted(path.parent.iterdir()) == before, "one file touches no disk"
         first, second = stage.source(read), stage.source(read)
         assert isinstance(first, Path) and isinstance(second, Path) and first != second
-        assert digest_model(first) == digest_model(second) == read.digest(output)
+        assert digest_model(first) == digest_model(second) == read.digest_at(output)
         move_model(second, output)
     assert sorted(path.parent.iterdir()) == sorted([*before, output, data_path(output)])
     assert values(onnx.load(output)) == values(MODEL)

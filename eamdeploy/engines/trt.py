@@ -123,7 +123,7 @@ def build(
     log_path = output.with_name(f"{output.name}.log")
     with BuildLog(log_path) as log, staging(output) as stage:
         plan = build_plan(trt, request, stage.source(model.data), model.facts, log, note)
-    model_bytes = model.data.size_bytes
+    model_bytes = model.data.bytes_at(output)
     if _is_mostly_fp32(request, len(plan), model_bytes):
         note(
             f"the engine has {len(plan) / 1e6:.1f} MB, the model in FP32 {model_bytes / 1e6:.1f} MB: most of it "

@@ -247,8 +247,8 @@ def _write(draft: _Draft, path: Path, files: ExitStack) -> ExportedModel:
     reference_file.flush()  # a full disk shows here, and not after another file was renamed
     return ExportedModel(
         file=str(path),
-        digest=draft.model.data.digest(path),
-        bytes=draft.model.data.size_bytes,
+        digest=draft.model.data.digest_at(path),
+        bytes=draft.model.data.bytes_at(path),
         nodes_stock=draft.model.nodes_stock,
         nodes=draft.model.nodes,
         rewrites=draft.model.card.rewrites,
