@@ -86,7 +86,7 @@ def has_data_elsewhere(model: onnx.ModelProto) -> bool:
 
 
 def infer_shapes(model: onnx.ModelProto, *, strict: bool = False) -> onnx.ModelProto:
-    """A copy of `model` with the types and shapes that onnx infers.
+    """A copy of `model` with the types and shapes that onnx infers; above the limit `model` itself, with them.
 
     Raises:
         onnx.shape_inference.InferenceError: `strict` and the model contradicts itself.
@@ -94,12 +94,10 @@ def infer_shapes(model: onnx.ModelProto, *, strict: bool = False) -> onnx.ModelP
     if fits_one_file(model):
         return onnx.shape_inference.infer_shapes(model, strict_mode=strict, data_prop=True)
     inferred = onnx.shape_inference.infer_shapes(without_weights(model).model, strict_mode=strict, data_prop=True)
-    full = onnx.ModelProto()
-    full.CopyFrom(model)
     for field in ("value_info", "output"):
-        full.graph.ClearField(field)
-        getattr(full.graph, field).extend(getattr(inferred.graph, field))
-    return full
+        model.graph.ClearField(field)
+        getattr(model.graph, field).extend(getattr(inferred.graph, field))
+    return model  # a copy would be another few gigabytes
 
 
 def check_model(model: onnx.ModelProto) -> None:

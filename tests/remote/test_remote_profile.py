@@ -155,7 +155,9 @@ def test_models_of_several_files_are_measured_there(
 ) -> None:
     monkeypatch.setattr(onnx_files, "ONE_FILE_BYTES", 1000)
     (tmp_path / "a board's models").mkdir()
-    foreign = split(FROZEN.to_onnx(), tmp_path / "a board's models" / "x y.onnx", three_files, at_least=10, shapes=False)
+    foreign = split(
+        FROZEN.to_onnx(), tmp_path / "a board's models" / "x y.onnx", three_files, at_least=10, shapes=False
+    )
     engine = tmp_path / "x.ort.onnx"
     build(foreign, engine, threads=1, reference=FROZEN.reference())
     assert len(model_files(foreign)) == 4 and len(model_files(engine)) == 2
