@@ -23,6 +23,7 @@ from eamdeploy.errors import CheckpointError, ConfigError, EngineError
 from eamdeploy.folder import ImageFolder, Split, folder_digest
 from eamdeploy.images import network_input
 from eamdeploy.observer import Observer
+from eamdeploy.onnx_files import write_model
 from eamdeploy.source import ImageSource
 
 if TYPE_CHECKING:
@@ -130,8 +131,10 @@ def measure_ranges(
 
 
 def _key(model: onnx.ModelProto, folder: ImageFolder, how: Preprocessing, method: Method) -> str:
+    from eamdeploy.graph.weights import serialize
+
     parts = (
-        digest_bytes(model.SerializeToString(deterministic=True)),
+        serialize(model).digest_at(Path("model.onnx")),
         folder_digest(folder),
         how.model_dump_json(),
         method,
@@ -159,6 +162,7 @@ def _measure(
     model: onnx.ModelProto, folder: ImageFolder, how: Preprocessing, calibration: Calibration, observer: Observer
 ) -> Mapping[str, tuple[float, float]]:
     from eamdeploy.engines.ort import ORT_FAILURES
+    from eamdeploy.graph.weights import fits_one_file, serialize
     from eamdeploy.ort_tools import import_tool
 
     calibrate = import_tool("quantization.calibrate")
@@ -174,13 +178,14 @@ def _measure(
     at_once = fixed or _AT_ONCE
     with tempfile.TemporaryDirectory() as scratch, contextlib.redirect_stdout(io.StringIO()):  # it prints
         path = Path(scratch) / "model.onnx"
-        path.write_bytes(model.SerializeToString())
+        write_model(path, serialize(model))
         try:
             calibrator = calibrate.create_calibrator(
                 str(path),
                 ["MatMul"],
                 str(Path(scratch) / "augmented.onnx"),
                 method,
+                use_external_data_format=not fits_one_file(model),
                 extra_options=options,
             )
             done = 0

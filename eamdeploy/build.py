@@ -7,13 +7,13 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from eamdeploy.artifact import require_output, write_bytes
 from eamdeploy.engines.base import Manifest
 from eamdeploy.engines.ort_providers import require_provider
 from eamdeploy.engines.provenance import usable_cores
 from eamdeploy.engines.registry import load_backend
 from eamdeploy.errors import ConfigError, conversion_packages
 from eamdeploy.observer import SILENT, Observer
+from eamdeploy.onnx_files import require_model_output, write_model
 from eamdeploy.ort_form import AS_EXPORTED, OrtForm
 from eamdeploy.parity import ReferenceSet, reduced_tolerance, reference_path
 
@@ -172,12 +172,12 @@ def _prepare(
         raise ConfigError("calibration images are of use for INT8 alone", hint="Give --int8 too.")
     for file in (onnx_output, calibration.cache if calibration else None):
         if file is not None:
-            require_output(file, model)
+            require_model_output(file, model)
     with conversion_packages("converting a model for TensorRT"):
         from eamdeploy.trt_model import prepare
     prepared = prepare(model, version, options, calibration, observer)
     if onnx_output is not None:
-        write_bytes(onnx_output, prepared.data)
+        write_model(onnx_output, prepared.data)
     return prepared
 
 

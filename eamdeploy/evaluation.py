@@ -8,12 +8,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from eamdeploy.accuracy import Evaluation, Predict, is_no_better_than_guessing, measure_accuracy
-from eamdeploy.artifact import Preprocessing, digest_file
+from eamdeploy.artifact import Preprocessing
 from eamdeploy.class_labels import ClassOrder
 from eamdeploy.eam import checkpoint as checkpoints
 from eamdeploy.engines.registry import open_runner
 from eamdeploy.errors import ConfigError, host_packages
 from eamdeploy.observer import SILENT, Observer
+from eamdeploy.onnx_files import digest_model
 from eamdeploy.source import ImageSource
 
 _BATCH = 16
@@ -25,7 +26,7 @@ class EvaluationReport(Evaluation):
     Attributes:
         weights: where the model's weights came from; `random` makes every figure here meaningless.
         model, reference: the files, or what stands for the reference.
-        model_digest, reference_digest: their SHA-256.
+        model_digest, reference_digest: their SHA-256 (`onnx_files.digest_model`).
         images: folder, split, limit and use of the EXIF orientation in words.
         class_order: how the user said that labels are to be read; None if not.
         labels_in_doubt: the reference, or without one the model, is no better than guessing at the labels, so that they
@@ -89,11 +90,11 @@ def evaluate(
     """
     with ExitStack() as stack:
         candidate = stack.enter_context(_open(model, threads, frozen=True))
-        model_digest = digest_file(model)
+        model_digest = digest_model(model)
         other, other_name, other_digest = None, None, None
         if reference is not None:
             other = stack.enter_context(_open(reference, threads, frozen=True))
-            other_name, other_digest = str(reference), digest_file(reference)
+            other_name, other_digest = str(reference), digest_model(reference)
         elif _is_checkpoint(model):
             other = stack.enter_context(_open(model, threads, frozen=False))
             other_name, other_digest = f"{model} with all attention live", model_digest

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -9,7 +10,7 @@ from pathlib import Path
 import numpy as np
 from pydantic import JsonValue
 
-from eamdeploy.artifact import Freezing, ModelCard, Record, digest_file
+from eamdeploy.artifact import Freezing, ModelCard, Record
 from eamdeploy.diagnosis import Diagnosis
 from eamdeploy.documents import DocumentKind, read_document
 from eamdeploy.eam import checkpoint as checkpoints
@@ -19,6 +20,7 @@ from eamdeploy.eam.selection import PLURALS
 from eamdeploy.engines.base import Manifest, read_manifest
 from eamdeploy.engines.registry import open_runner
 from eamdeploy.errors import ConfigError
+from eamdeploy.onnx_files import digest_model, model_bytes, model_files
 from eamdeploy.parity import ReferenceSet
 from eamdeploy.profiling.profile import EngineProfile, Profile
 from eamdeploy.remote.profile import RemoteProfiles
@@ -29,6 +31,7 @@ class Inspection(Record):
 
     Attributes:
         kind: what the file is, in words.
+        bytes, digest: of all its files, where an ONNX model has several.
         details: what it says, by topic; values are text, numbers or lists of them.
     """
 
@@ -46,14 +49,14 @@ def inspect(path: Path) -> Inspection:
         ConfigError: the file can't be read, or is of no known kind.
         CheckpointError, EngineError: it is damaged.
     """
-    digest = digest_file(path)
+    digest = digest_model(path)
     describe = _BY_SUFFIX.get(path.suffix.lower())
     if describe is None:
         raise ConfigError(
             f"cannot tell what {path} is", expected=f"a file that ends in {', '.join(_BY_SUFFIX)}", got=path.suffix
         )
     kind, details = describe(path)
-    return Inspection(file=str(path), kind=kind, bytes=path.stat().st_size, digest=digest, details=details)
+    return Inspection(file=str(path), kind=kind, bytes=model_bytes(path), digest=digest, details=details)
 
 
 def _checkpoint(path: Path) -> tuple[str, dict[str, JsonValue]]:
@@ -113,11 +116,17 @@ def _onnx(path: Path) -> tuple[str, dict[str, JsonValue]]:
         "output": io.output_name,
         "classes": io.num_classes,
     }
-    details |= _card(card) | _nodes(path)
+    details |= _data_files(path) | _card(card) | _nodes(path)
     manifest = read_manifest(path)
     if manifest is not None:
         return "ONNX Runtime engine", {**details, **_built(manifest)}
     return ("ONNX model" if card is None else "exported ONNX model"), details
+
+
+def _data_files(path: Path) -> dict[str, JsonValue]:
+    """The files that the weights are in, where that is not the model's own."""
+    others = [str(file.relative_to(path.parent)) for file in model_files(path)[1:]]
+    return {"weights in": list(others)} if others else {}
 
 
 def _plan(path: Path) -> tuple[str, dict[str, JsonValue]]:
@@ -157,11 +166,11 @@ def _nodes(path: Path) -> dict[str, JsonValue]:
         import onnx
     except ModuleNotFoundError:
         return {}
-    model = onnx.load(str(path))
+    model = onnx.load(str(path), load_external_data=False)
     counts = Counter(node.op_type for node in model.graph.node)
     integers = (onnx.TensorProto.UINT8, onnx.TensorProto.UINT16, onnx.TensorProto.INT8)
     maps = [item for item in model.graph.initializer if item.data_type in integers and len(item.dims) > 1]
-    sizes = [len(item.raw_data) for item in maps]
+    sizes = [math.prod(item.dims) * (2 if item.data_type == onnx.TensorProto.UINT16 else 1) for item in maps]
     return {
         "opset": next(entry.version for entry in model.opset_import if entry.domain in ("", "ai.onnx")),
         "nodes": sum(counts.values()),

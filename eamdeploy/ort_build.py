@@ -24,6 +24,7 @@ from eamdeploy.errors import (
     conversion_packages,
 )
 from eamdeploy.observer import Observer
+from eamdeploy.onnx_files import ModelData, Staging, digest_model, staging
 from eamdeploy.ort_form import OrtForm
 from eamdeploy.parity import TOLERANCES, ReferenceSet, Tolerance
 from eamdeploy.profiling.inputs import random_images
@@ -69,28 +70,41 @@ def build(
 
     Raises:
         ParityError, EngineError, DeviceError, UnsupportedGraph: no form passes; the first one's reason.
-        ConfigError, MissingDependency: as `build_ort` says.
+        ConfigError, CheckpointError, MissingDependency: as `build_ort` says.
     """
-    data = ort.read_model(request.model, request.output)
-    for file in (request.output, manifest_path(request.output)):
-        require_output(file, request.model)
+    data = ort.read_source(request.model, request.output)
+    require_output(manifest_path(request.output), request.model)
+    with staging(request.output) as stage:
+        chosen, tried = _chosen(request, forms, data, stage, observer, schedule)
+        manifest = chosen.checked.manifest.model_copy(update={"tried": tried})
+        publish(request.output, chosen.checked.source, manifest)
+    return manifest
+
+
+def _chosen(
+    request: Request,
+    forms: Sequence[OrtForm],
+    data: ModelData,
+    stage: Staging,
+    observer: Observer,
+    schedule: Schedule,
+) -> tuple[_Candidate, list[TriedForm] | None]:
+    """The candidate to keep, and what is to be told of every form where there was a choice."""
+    digest = digest_model(request.model)
     passed: list[_Candidate] = []
     refused: dict[OrtForm, EamDeployError] = {}
     for form in forms:
         if len(forms) > 1:
             observer.note(f"building: {form.name}")
         try:
-            passed.append(_Candidate(form, _checked(request, form, data, observer)))
+            passed.append(_Candidate(form, _checked(request, form, data, digest, stage, observer)))
         except (ParityError, EngineError, DeviceError, UnsupportedGraph) as err:
             refused[form] = err
     if not passed:
         raise next(iter(refused.values()))
-    chosen, tried = (
-        (passed[0], None) if len(forms) == 1 else _choose(request, forms, passed, refused, observer, schedule)
-    )
-    manifest = chosen.checked.manifest.model_copy(update={"tried": tried})
-    publish(request.output, chosen.checked.data, manifest)
-    return manifest
+    if len(forms) == 1:
+        return passed[0], None
+    return _choose(request, forms, passed, refused, observer, schedule)
 
 
 def _choose(
@@ -118,17 +132,19 @@ def fastest(speed_ups: Sequence[SpeedUp | None]) -> int:
     return max(faster, key=faster.__getitem__, default=0)
 
 
-def _checked(request: Request, form: OrtForm, data: bytes, observer: Observer) -> ort.Checked:
+def _checked(
+    request: Request, form: OrtForm, data: ModelData, digest: str, stage: Staging, observer: Observer
+) -> ort.Checked:
     engine = data
     if not form.is_exported:
         with conversion_packages("converting a model"):
             from eamdeploy.ort_model import convert
         engine = convert(data, form, str(request.model), request.calibration, observer)
     return ort.check(
-        engine,
+        stage.source(engine),
         str(request.model),
         request.output,
-        model=data,
+        model_digest=digest,
         threads=request.threads,
         reference=request.reference,
         tolerance=request.reduced if form.int8 else TOLERANCES["f32-engine"],
@@ -142,7 +158,7 @@ def _timed(passed: Sequence[_Candidate], threads: int, schedule: Schedule) -> tu
     opening = [
         partial(
             ort.OrtRunner,
-            candidate.checked.data,
+            candidate.checked.source,
             threads=threads,
             settings=candidate.checked.manifest.settings,
             name=candidate.form.name,

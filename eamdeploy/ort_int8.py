@@ -22,6 +22,8 @@ import onnx_graphsurgeon as gs
 
 from eamdeploy.errors import ConfigError, EngineError
 from eamdeploy.graph.linear import is_classifier
+from eamdeploy.graph.weights import fits_one_file, serialize
+from eamdeploy.onnx_files import write_model
 from eamdeploy.ort_tools import import_tool
 
 
@@ -60,7 +62,7 @@ def _quantize(model: onnx.ModelProto, names: list[str], where: str) -> onnx.Mode
     try:
         with tempfile.TemporaryDirectory() as scratch:
             source, target = Path(scratch) / "model.onnx", Path(scratch) / "int8.onnx"
-            onnx.save(model, source)
+            write_model(source, serialize(model))
             quantize.quantize_dynamic(
                 str(source),
                 str(target),
@@ -68,6 +70,7 @@ def _quantize(model: onnx.ModelProto, names: list[str], where: str) -> onnx.Mode
                 nodes_to_quantize=names,
                 per_channel=True,
                 weight_type=quantize.QuantType.QInt8,
+                use_external_data_format=not fits_one_file(model),
                 extra_options={"MatMulConstBOnly": True, "DefaultTensorType": onnx.TensorProto.FLOAT},
             )
             return onnx.load(target)

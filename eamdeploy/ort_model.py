@@ -15,7 +15,9 @@ from eamdeploy.activation_ranges import Calibration, measure_ranges
 from eamdeploy.artifact import ModelCard
 from eamdeploy.errors import ConfigError, UnsupportedGraph
 from eamdeploy.graph.model import card_of, fold_constants, parse_model, to_graph, to_model, with_card
+from eamdeploy.graph.weights import serialize
 from eamdeploy.observer import SILENT, Observer
+from eamdeploy.onnx_files import ModelData
 from eamdeploy.ort_form import OrtForm
 from eamdeploy.ort_int8 import dynamic_int8
 from eamdeploy.passes.base import Pass, PlannedPass, run_passes
@@ -26,12 +28,12 @@ from eamdeploy.passes.quantize_products import QuantizeProducts, Range, calibrat
 
 
 def convert(
-    data: bytes, form: OrtForm, where: str, calibration: Calibration | None = None, observer: Observer = SILENT
-) -> bytes:
+    data: ModelData, form: OrtForm, where: str, calibration: Calibration | None = None, observer: Observer = SILENT
+) -> ModelData:
     """The model in that form; its card names what was done among the rewrites.
 
     Args:
-        data: a serialized ONNX model.
+        data: an ONNX model.
         where: what messages call it.
         calibration: images that tell the ranges of activations, for static INT8.
 
@@ -58,7 +60,7 @@ def convert(
         done.append("dynamic_int8")
     if card is not None:
         model = with_card(model, card.model_copy(update={"rewrites": [*card.rewrites, *done]}))
-    return bytes(model.SerializeToString())
+    return serialize(model)
 
 
 def _ranges(

@@ -17,9 +17,10 @@ from pathlib import Path
 from eamdeploy.artifact import Record, digest_bytes, digest_file
 from eamdeploy.eam import checkpoint as checkpoints
 from eamdeploy.eam.checkpoint import CheckpointHeader
-from eamdeploy.errors import CheckpointError, ConfigError
+from eamdeploy.errors import CheckpointError, ConfigError, EamDeployError
 from eamdeploy.evaluation import EvaluationReport
 from eamdeploy.observer import SILENT, Observer
+from eamdeploy.onnx_files import digest_model
 from eamdeploy.profiling.profile import Profile
 from eamdeploy.reporting.report import report
 from eamdeploy.run_config import RunConfig
@@ -74,7 +75,7 @@ def run(config: RunConfig, *, force: bool = False, observer: Observer = SILENT) 
         else:
             observer.note(f"{name}: running")
             stage.action()
-            finished = StageState(inputs=inputs, outputs={file.name: digest_file(file) for file in stage.outputs})
+            finished = StageState(inputs=inputs, outputs={file.name: digest_model(file) for file in stage.outputs})
             state = RunState(stages={**state.stages, name: finished})
             state.write(state_path)
             ran.append(name)
@@ -122,8 +123,16 @@ def _is_done(state: StageState | None, inputs: str, outputs: list[Path]) -> bool
     return (
         state is not None
         and state.inputs == inputs
-        and all(file.is_file() and state.outputs.get(file.name) == digest_file(file) for file in outputs)
+        and all(file.is_file() and state.outputs.get(file.name) == _digest(file) for file in outputs)
     )
+
+
+def _digest(output: Path) -> str | None:
+    """None for a model that lacks a file with its data."""
+    try:
+        return digest_model(output)
+    except EamDeployError:
+        return None
 
 
 def _without(name: str, state: RunState, path: Path) -> RunState:

@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import replace
 
 from eamdeploy.activation_ranges import CALIBRATION_IMAGES, Calibration
-from eamdeploy.artifact import digest_file
 from eamdeploy.build import build_ort
 from eamdeploy.eam import checkpoint as checkpoints
 from eamdeploy.engines.base import manifest_path
@@ -13,6 +12,7 @@ from eamdeploy.engines.provenance import usable_cores
 from eamdeploy.evaluation import evaluate
 from eamdeploy.folder import folder_digest
 from eamdeploy.observer import Observer
+from eamdeploy.onnx_files import digest_model
 from eamdeploy.ort_form import AS_EXPORTED, OrtForm, chosen_form
 from eamdeploy.parity import reference_path
 from eamdeploy.profiling.profile import profile
@@ -50,7 +50,7 @@ def build_stage(config: RunConfig, observer: Observer) -> Stage:
         )
 
     inputs = {
-        "models": [digest_file(file) for path in (model, twin) for file in (path, reference_path(path))],
+        "models": [digest_model(file) for path in (model, twin) for file in (path, reference_path(path))],
         "threads": config.profile.threads,
         "versions": runtime_versions(form.provider for form in forms),
         **({} if forms == [AS_EXPORTED] else _conversion_inputs(config, forms)),

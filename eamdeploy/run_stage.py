@@ -6,10 +6,10 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from eamdeploy.artifact import digest_file
 from eamdeploy.engines.base import Manifest, ProviderName, manifest_path
 from eamdeploy.engines.provenance import package_versions
 from eamdeploy.engines.registry import load_backend
+from eamdeploy.onnx_files import digest_model
 from eamdeploy.run_config import EvaluateConfig, ImagesConfig, RunConfig
 from eamdeploy.source import ImageSource, read_class_names
 
@@ -76,7 +76,7 @@ def engine_inputs(config: RunConfig) -> dict[str, object]:
     providers = [Manifest.read(manifest_path(engine)).provider for engine in files]
     elsewhere = {} if set(providers) == {"cpu"} else {"providers": providers}  # for which the file may be the same
     return {
-        "engines": [digest_file(engine) for engine in files],
+        "engines": [digest_model(engine) for engine in files],
         "versions": runtime_versions(providers),
         **elsewhere,
     }

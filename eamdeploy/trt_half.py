@@ -18,6 +18,7 @@ import onnx
 from onnx import numpy_helper
 
 from eamdeploy.engines.trt_precision import Step, steps_to_keep
+from eamdeploy.graph.weights import fits_one_file, infer_shapes
 from eamdeploy.ort_tools import import_tool
 
 _KINDS = {
@@ -48,10 +49,12 @@ def to_half(model: onnx.ModelProto, kinds: Sequence[str]) -> onnx.ModelProto:
     for index, node in enumerate(named.graph.node):
         node.name = node.name or f"{node.op_type}_{index}"
     steps = _steps(named)
+    large = not fits_one_file(named)
     float16 = import_tool("transformers.float16")
     half: onnx.ModelProto = float16.convert_float_to_float16(
-        named,
+        infer_shapes(named) if large else named,
         keep_io_types=True,
+        disable_shape_infer=large,
         op_block_list=list(float16.DEFAULT_OP_BLOCK_LIST),
         node_block_list=[
             *(named.graph.node[index].name for index in steps_to_keep(steps, kinds)),

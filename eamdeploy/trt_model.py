@@ -13,12 +13,14 @@ import onnx
 import onnx.version_converter
 
 from eamdeploy.activation_ranges import Calibration, measure_ranges
-from eamdeploy.artifact import ModelCard, digest_bytes
+from eamdeploy.artifact import ModelCard
 from eamdeploy.engines.trt_request import FrozenMap, ModelFacts, TrtModel, TrtOptions, kept_kinds, what_stays_fp32
 from eamdeploy.engines.trt_versions import TrtVersion, capabilities
 from eamdeploy.errors import ConfigError, EngineError, UnsupportedGraph
 from eamdeploy.graph.model import card_of, parse_model, to_graph, to_model, with_card
+from eamdeploy.graph.weights import fits_one_file, serialize
 from eamdeploy.observer import SILENT, Observer
+from eamdeploy.onnx_files import ModelData, digest_model, read_model
 from eamdeploy.passes.base import PlannedPass, run_passes
 from eamdeploy.passes.quantize_products import QuantizeProducts, calibrated_tensors
 from eamdeploy.trt_flavour import to_trt
@@ -48,16 +50,12 @@ def prepare(
             quantized already.
 
     Raises:
-        ConfigError: the file can't be read, the version is too old, or calibration is not what this model needs.
-        CheckpointError: the card in its metadata is damaged.
-        EngineError: it is no ONNX model in one file, or no image classifier; or calibration failed.
+        ConfigError: a file can't be read, the version is too old, or calibration is not what this model needs.
+        CheckpointError: the card in its metadata is damaged, or a file with its data is too short or elsewhere.
+        EngineError: it is no ONNX model, or no image classifier; or calibration failed.
         UnsupportedGraph: the converted graph is not valid.
     """
-    try:
-        data = path.read_bytes()
-    except OSError as err:
-        raise ConfigError(f"cannot read {path}: {err.strerror or err}") from err
-    original = _load(data, path)
+    original = _load(read_model(path), path)
     card = card_of(original, f"{path}: metadata")
     model = to_trt(original, version)
     new = _rewrites(model, path)[len(card.rewrites) if card else 0 :]
@@ -77,8 +75,8 @@ def prepare(
     requantized = tuple(_TEXT[name] for name in new if name == "requantize_maps")
     return TrtModel(
         path=path,
-        digest=digest_bytes(data),
-        data=model.SerializeToString(),
+        digest=digest_model(path),
+        data=serialize(model),
         card=card,
         facts=replace(_facts(model, maps, path, requantized), decomposed_norms=decomposed),
         changes=tuple(changes),
@@ -112,6 +110,11 @@ def _raise_opset(model: onnx.ModelProto) -> onnx.ModelProto:
     opset = next(item.version for item in model.opset_import if item.domain in ("", "ai.onnx"))
     if opset >= HALF_SCALES_OPSET:
         return model
+    if not fits_one_file(model):
+        raise UnsupportedGraph(
+            f"a model of more than 2 GB can't be brought to operator set {HALF_SCALES_OPSET} for INT8",
+            hint=f"Export it with --opset {HALF_SCALES_OPSET}.",
+        )
     try:
         return onnx.version_converter.convert_version(model, HALF_SCALES_OPSET)
     except RuntimeError as err:
@@ -121,7 +124,7 @@ def _raise_opset(model: onnx.ModelProto) -> onnx.ModelProto:
         ) from err
 
 
-def _load(data: bytes, path: Path) -> onnx.ModelProto:
+def _load(data: ModelData, path: Path) -> onnx.ModelProto:
     model = parse_model(data, f"can't build from {path}", _EXPORT)
     if len(model.graph.input) != 1 or len(model.graph.output) != 1 or not model.graph.node:
         counts = f"{len(model.graph.input)} inputs and {len(model.graph.output)} outputs"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import json
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -12,8 +13,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+import onnx
 import pytest
 from command_line import COMMANDS
+from split_models import split, three_files
 from tiny_models import NAME
 
 import eamdeploy
@@ -21,6 +24,7 @@ from eamdeploy.diagnosis import Diagnosis
 from eamdeploy.engines.base import Manifest
 from eamdeploy.evaluation import EvaluationReport
 from eamdeploy.inspection import Inspection
+from eamdeploy.onnx_files import model_files
 from eamdeploy.parity import reference_path
 from eamdeploy.profiling.profile import Profile
 
@@ -32,6 +36,8 @@ LAYERS: dict[str, set[str]] = {
     "observer": set(),
     "file_kinds": set(),
     "artifact": {"errors", "file_kinds"},
+    "onnx_wire": set(),
+    "onnx_files": {"artifact", "errors", "onnx_wire"},
     "documents": {"errors", "file_kinds"},
     "run_state": {"artifact"},
     "class_labels": {"errors"},
@@ -41,59 +47,67 @@ LAYERS: dict[str, set[str]] = {
     "parity": {"artifact", "errors", "file_kinds"},
     "accuracy": {"artifact", "errors", "folder", "images"},
     "eam": {"artifact", "errors", "file_kinds"},
-    "graph": {"artifact", "errors"},
+    "graph": {"artifact", "errors", "onnx_files"},
     "passes": {"eam", "errors", "graph"},
     "devices": {"artifact", "errors"},
-    "engines": {"accuracy", "artifact", "devices", "errors", "file_kinds", "images", "parity"},
+    "engines": {"accuracy", "artifact", "devices", "errors", "file_kinds", "images", "onnx_files", "parity"},
     "ort_tools": set(),
-    "activation_ranges": {"artifact", "engines", "errors", "folder", "images", "observer", "ort_tools", "source"},
+    "activation_ranges": {
+        *("artifact", "engines", "errors", "folder", "graph", "images", "observer", "onnx_files", "ort_tools"),
+        "source",
+    },
     "ort_form": {"engines", "errors"},
-    "ort_int8": {"errors", "graph", "ort_tools"},
+    "ort_int8": {"errors", "graph", "onnx_files", "ort_tools"},
     "ort_model": {
-        *("activation_ranges", "artifact", "errors", "graph", "observer", "ort_form", "ort_int8", "passes"),
+        *("activation_ranges", "artifact", "errors", "graph", "observer", "onnx_files", "ort_form", "ort_int8"),
+        "passes",
     },
     "trt_flavour": {"engines", "graph", "passes"},
-    "trt_half": {"engines", "ort_tools"},
+    "trt_half": {"engines", "graph", "ort_tools"},
     "trt_model": {
-        *("activation_ranges", "artifact", "engines", "errors", "graph", "observer", "passes"),
+        *("activation_ranges", "artifact", "engines", "errors", "graph", "observer", "onnx_files", "passes"),
         *("trt_flavour", "trt_half"),
     },
-    "lint": {"artifact", "engines", "errors", "file_kinds"},
-    "profiling": {"artifact", "devices", "engines", "errors", "parity"},
-    "remote": {"artifact", "engines", "errors", "observer", "profiling"},
+    "lint": {"artifact", "engines", "errors", "file_kinds", "graph", "onnx_files"},
+    "profiling": {"artifact", "devices", "engines", "errors", "onnx_files", "parity"},
+    "remote": {"artifact", "engines", "errors", "observer", "onnx_files", "profiling"},
     "diagnosis": {"artifact", "devices", "engines", "errors", "profiling"},
     "host": {
-        *("accuracy", "artifact", "eam", "engines", "errors", "file_kinds", "folder", "graph"),
-        *("images", "observer", "parity", "passes", "profiling", "source", "trt_flavour"),
+        *("accuracy", "artifact", "eam", "engines", "errors", "file_kinds", "folder", "graph", "images"),
+        *("observer", "onnx_files", "parity", "passes", "profiling", "source", "trt_flavour"),
     },
     "ort_build": {
-        *("activation_ranges", "artifact", "engines", "errors", "observer", "ort_form", "ort_model", "parity"),
-        "profiling",
+        *("activation_ranges", "artifact", "engines", "errors", "observer", "onnx_files", "ort_form", "ort_model"),
+        *("parity", "profiling"),
     },
     "build": {
-        *("activation_ranges", "artifact", "engines", "errors", "observer", "ort_build", "ort_form", "parity"),
+        *("activation_ranges", "engines", "errors", "observer", "onnx_files", "ort_build", "ort_form", "parity"),
         "trt_model",
     },
-    "evaluation": {"accuracy", "artifact", "class_labels", "eam", "engines", "errors", "host", "observer", "source"},
+    "evaluation": {
+        *("accuracy", "artifact", "class_labels", "eam", "engines", "errors", "host", "observer", "onnx_files"),
+        "source",
+    },
     "inspection": {
-        *("artifact", "diagnosis", "documents", "eam", "engines", "errors", "parity", "profiling", "remote"),
+        *("artifact", "diagnosis", "documents", "eam", "engines", "errors", "onnx_files", "parity", "profiling"),
+        "remote",
     },
     "reporting": {
         *("artifact", "documents", "eam", "engines", "errors", "evaluation", "host", "parity", "profiling"),
         *("remote", "run_state"),
     },
     "run_config": {"artifact", "class_labels", "engines", "errors", "file_kinds", "folder", "ort_form"},
-    "run_stage": {"artifact", "engines", "run_config", "source"},
+    "run_stage": {"engines", "onnx_files", "run_config", "source"},
     "run_host": {
         *("artifact", "errors", "folder", "host", "observer", "parity", "reporting", "run_config", "run_stage"),
         "source",
     },
     "run_engines": {
-        *("activation_ranges", "artifact", "build", "eam", "engines", "evaluation", "folder", "observer", "ort_form"),
-        *("parity", "profiling", "run_config", "run_stage"),
+        *("activation_ranges", "build", "eam", "engines", "evaluation", "folder", "observer", "onnx_files"),
+        *("ort_form", "parity", "profiling", "run_config", "run_stage"),
     },
     "pipeline": {
-        *("artifact", "eam", "errors", "evaluation", "observer", "profiling", "reporting"),
+        *("artifact", "eam", "errors", "evaluation", "observer", "onnx_files", "profiling", "reporting"),
         *("run_config", "run_engines", "run_host", "run_stage", "run_state"),
     },
     "show_profile": {"artifact", "devices", "profiling"},
@@ -104,9 +118,9 @@ LAYERS: dict[str, set[str]] = {
     "console": {"artifact"},
     "cli_options": {"class_labels", "devices", "eam", "engines", "errors"},
     "cli": {
-        *("activation_ranges", "artifact", "build", "cli_options", "console", "diagnosis", "engines"),
-        *("errors", "evaluation", "host", "inspection", "lint", "ort_form", "pipeline", "profiling", "remote"),
-        *("reporting", "run_config", "show", "show_profile", "source"),
+        *("activation_ranges", "artifact", "build", "cli_options", "console", "diagnosis", "engines", "errors"),
+        *("evaluation", "host", "inspection", "lint", "ort_form", "pipeline", "profiling", "remote", "reporting"),
+        *("run_config", "show", "show_profile", "source"),
     },
 }
 HOST_ONLY = {"graph", "passes", "host", "lint", "ort_int8", "ort_model", "trt_flavour", "trt_half", "trt_model"}
@@ -452,3 +466,33 @@ def test_a_board_builds_evaluates_profiles_and_inspects(
     assert sorted(file.name for file in tmp_path.iterdir()) == sorted(
         [engine.name, f"{engine.name}.json", twin.name, f"{twin.name}.json"]
     )
+
+
+def test_a_board_uses_models_of_several_files(
+    board: dict[str, str], eam_model: Path, pictures: Path, tmp_path: Path
+) -> None:
+    folder = tmp_path / "split"
+    folder.mkdir()
+    path = split(onnx.load(eam_model), folder / eam_model.name, three_files, gap=1)
+    shutil.copy(reference_path(eam_model), folder)
+    small = "import eamdeploy.onnx_files as f; f.ONE_FILE_BYTES = 10_000\n"
+    (tmp_path / "large").mkdir()
+    (tmp_path / "large" / "sitecustomize.py").write_text(BLOCKER + small)
+    large = {**board, "PYTHONPATH": os.pathsep.join([str(tmp_path / "large"), board["PYTHONPATH"]])}
+    quick = ["--warmup-ms", 0, "--min-seconds", 0, "--min-runs", 2, "--sittings", 1]
+    for name, machine in (("one.ort.onnx", board), ("two.ort.onnx", large)):
+        engine = folder / name
+        commands: list[list[object]] = [
+            ["build-ort", path, "-o", engine, "--json"],
+            ["evaluate", engine, "--reference", path, "--data", pictures, "--json"],
+            ["profile", engine, "--baseline", path, *quick, "--json"],
+            ["inspect", engine, "--json"],
+        ]
+        result = run_on(machine, [], commands)
+        assert [(code, err) for code, _, err in result["outcomes"] if code] == []
+        built, evaluated, profiled, inspected = (json.loads(out) for _, out, _ in result["outcomes"])
+        size = sum(file.stat().st_size for file in model_files(engine))
+        assert len(model_files(engine)) == (1 if machine is board else 2)
+        assert built["parity"]["passed"] and evaluated["agreement"] == 100
+        assert built["engine_bytes"] == profiled["engines"][0]["memory"]["engine_bytes"] == inspected["bytes"] == size
+        assert not set(BLOCKED) & set(result["loaded"])

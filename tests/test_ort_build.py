@@ -21,6 +21,7 @@ from eamdeploy.engines.registry import open_runner
 from eamdeploy.errors import ConfigError, EngineError, ParityError, UnsupportedGraph
 from eamdeploy.graph.model import card_of, with_card
 from eamdeploy.observer import SILENT
+from eamdeploy.onnx_files import ModelData, read_model
 from eamdeploy.ort_build import Request, build, fastest
 from eamdeploy.ort_form import AS_EXPORTED, OrtForm, candidates
 from eamdeploy.ort_model import convert
@@ -169,9 +170,9 @@ def test_where_no_form_passes_nothing_is_written_and_the_first_reason_given(mode
 
 
 def test_what_can_not_be_converted(model: Path, calibration: Calibration) -> None:
-    data = model.read_bytes()
+    data = read_model(model)
     with pytest.raises(EngineError, match="x: it is damaged or no ONNX model"):
-        convert(b"no model", FUSED, "x")
+        convert(ModelData(b"no model"), FUSED, "x")
     with pytest.raises(ConfigError, match=r"x can't be calibrated.*--calib-data"):
         convert(data, STATIC, "x")
     with pytest.raises(UnsupportedGraph, match="x has no live attention that can be fused"):
@@ -190,7 +191,7 @@ def test_maps_that_stay_floats_are_one_constant_in_static_int8(calibration: Cali
     how = Preprocessing(size=(HEIGHT, WIDTH), mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5))
     card = CARD.model_copy(update={"preprocessing": how})
     stock = with_card(g.classify(g.project(g.merge_heads(context))), card)
-    made = onnx.load_from_string(convert(stock.SerializeToString(), STATIC, "x", calibration))
+    made = onnx.load_from_string(convert(ModelData(stock.SerializeToString()), STATIC, "x", calibration).model)
     done = card_of(made, "x")
     assert done is not None and done.rewrites == ["float_maps", "quantize_products"]
     constants = {item.name for item in made.graph.initializer}
@@ -206,7 +207,7 @@ def test_dynamic_int8_alone_gets_the_file_as_it_is(model: Path, monkeypatch: pyt
 
     monkeypatch.setattr("eamdeploy.ort_model.dynamic_int8", quantizer)
     for form in (OrtForm(int8="dynamic"), OrtForm(True, "dynamic")):
-        convert(model.read_bytes(), form, "x")
+        convert(read_model(model), form, "x")
     assert [stock == onnx.load(model) for stock in given] == [True, False]
 
 
@@ -242,7 +243,7 @@ def test_data_in_a_second_file_is_refused(model: Path) -> None:
     loaded = onnx.load(model)
     loaded.graph.initializer[0].data_location = onnx.TensorProto.EXTERNAL
     with pytest.raises(EngineError, match="keeps data in a second file"):
-        convert(loaded.SerializeToString(), FUSED, "x")
+        convert(ModelData(loaded.SerializeToString()), FUSED, "x")
 
 
 def test_an_old_manifest_without_what_was_tried_is_still_read(model: Path) -> None:

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from tiny_models import KWARGS, NAME, draw_pictures, make_model, save_weights
 
-from eamdeploy import ort_build, run, run_engines
+from eamdeploy import onnx_files, ort_build, run, run_engines
 from eamdeploy.activation_ranges import ActivationRanges
 from eamdeploy.artifact import digest_file
 from eamdeploy.eam import checkpoint as checkpoints
@@ -19,6 +19,7 @@ from eamdeploy.engines.base import Manifest
 from eamdeploy.errors import ConfigError
 from eamdeploy.evaluation import EvaluationReport
 from eamdeploy.observer import SILENT
+from eamdeploy.onnx_files import model_files
 from eamdeploy.ort_form import AS_EXPORTED
 from eamdeploy.parity import ReferenceSet
 from eamdeploy.pipeline import RunReport
@@ -588,3 +589,19 @@ def test_defaults_are_those_of_the_commands(tmp_path: Path) -> None:
         "min_runs": 50,
         "sittings": 6,
     }
+
+
+def test_models_of_two_files_are_remembered_with_both(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(onnx_files, "ONE_FILE_BYTES", 10_000)
+    changes: dict[str, dict[str, object]] = {"export": {"batch": 1}}
+    assert ran_before_the_report(project, changes) == STAGES[1:-1]
+    out = project / "out"
+    for name in ("model.onnx", "baseline.onnx", "model.ort.onnx", "baseline.ort.onnx"):
+        assert model_files(out / name) == (out / name, out / f"{name}.data")
+    assert ran_before_the_report(project, changes) == []
+    data = (out / "model.onnx.data").read_bytes()
+    (out / "model.onnx.data").write_bytes(data[:-1] + bytes([data[-1] ^ 1]))
+    assert ran_before_the_report(project, changes) == ["export"]
+    assert (out / "model.onnx.data").read_bytes() == data
+    (out / "baseline.ort.onnx.data").unlink()
+    assert ran_before_the_report(project, changes) == ["build"], "the same engines come of it"

@@ -18,9 +18,10 @@ from numpy.typing import NDArray
 from pydantic import Field
 
 from eamdeploy.accuracy import with_fixed_batch
-from eamdeploy.artifact import ModelCard, Record, atomic_output, digest_file
+from eamdeploy.artifact import ModelCard, Record, atomic_output
 from eamdeploy.errors import ConfigError, EngineError, ParityError
 from eamdeploy.images import network_input
+from eamdeploy.onnx_files import digest_model, move_model
 from eamdeploy.parity import ParityReport, ReferenceSet, Tolerance, compare, require
 
 ProviderName: TypeAlias = Literal["cpu", "openvino", "cuda", "tensorrt", "xnnpack", "acl"]
@@ -252,8 +253,9 @@ class Manifest(Record):
 
     Attributes:
         backend: which backend runs it.
-        engine, engine_digest, engine_bytes: name, SHA-256 and size of the engine file.
-        model_digest: SHA-256 of the ONNX model it was built from.
+        engine, engine_digest, engine_bytes: name of the engine file; SHA-256 and size of it and of its second file, if
+            it has one (`onnx_files.digest_model`).
+        model_digest: likewise of the ONNX model it was built from.
         card: the model's description; None for a foreign model.
         batch: the only batch size accepted, or None for any.
         settings: the backend's own options, by its own names; needed again to run the engine as it was checked.
@@ -294,14 +296,14 @@ def read_manifest(engine: Path) -> Manifest | None:
     """The manifest beside the engine, checked against it; None when there is none.
 
     Raises:
-        CheckpointError: the manifest is damaged or foreign.
+        ConfigError, CheckpointError: the manifest is damaged or foreign, or a file of the engine is missing or short.
         EngineError: it describes another file than the one beside it.
     """
     path = manifest_path(engine)
     if not path.exists():
         return None
     manifest = Manifest.read(path)
-    digest = digest_file(engine)
+    digest = digest_model(engine)
     if manifest.engine_digest != digest:
         raise EngineError(
             f"{path} describes another engine than {engine}",
@@ -312,14 +314,24 @@ def read_manifest(engine: Path) -> Manifest | None:
     return manifest
 
 
-def publish(output: Path, data: bytes, manifest: Manifest) -> None:
+def publish(output: Path, engine: bytes | Path, manifest: Manifest) -> None:
     """Engine and manifest are both in place; both are on the disk in full before either is renamed.
+
+    Args:
+        engine: its bytes, or where its two files are staged.
 
     Raises:
         ConfigError: one can't be written; whatever was there stays.
     """
+    if isinstance(engine, Path):
+        with atomic_output(manifest_path(output)) as manifest_file:
+            manifest_file.write((manifest.model_dump_json(indent=2) + "\n").encode())
+            manifest_file.flush()
+            os.fsync(manifest_file.fileno())
+            move_model(engine, output)
+        return
     with atomic_output(output) as engine_file, atomic_output(manifest_path(output)) as manifest_file:
-        engine_file.write(data)
+        engine_file.write(engine)
         engine_file.flush()
         os.fsync(engine_file.fileno())
         manifest_file.write((manifest.model_dump_json(indent=2) + "\n").encode())

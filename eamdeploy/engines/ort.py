@@ -59,6 +59,7 @@ from eamdeploy.engines.ort_reasons import explain, plain
 from eamdeploy.engines.provenance import machine_summary, package_versions
 from eamdeploy.errors import ConfigError, EngineError
 from eamdeploy.file_kinds import recognize
+from eamdeploy.onnx_files import ModelData, digest_model, model_bytes, read_model, require_model_output
 from eamdeploy.parity import TOLERANCES, ReferenceSet, Tolerance
 
 _PIXELS = "tensor(uint8)"
@@ -280,34 +281,37 @@ class OrtRunner:
 
 @dataclass(frozen=True)
 class Checked:
-    """An engine that was run and checked, not yet on the disk."""
+    """An engine that was run and checked, not yet in place.
 
-    data: bytes
+    Attributes:
+        source: its bytes, or where its two files are staged.
+    """
+
+    source: bytes | Path
     manifest: Manifest
 
 
-def read_model(model: Path, output: Path) -> bytes:
-    """The model's bytes, once it is sure that `output` can be the name of an engine of it.
+def read_source(model: Path, output: Path) -> ModelData:
+    """The model, once it is sure that `output` can be the name of an engine of it.
 
     Raises:
         ConfigError: the model can't be read, or `output` is no `.onnx` or the model itself.
+        CheckpointError: a file with its data is too short, or not in its folder.
     """
     if output.suffix != ".onnx":
         raise ConfigError(f"the engine can't be named {output}", expected="a name that ends in .onnx")
     if output.exists() and model.exists() and output.samefile(model):
         raise ConfigError(f"the engine would replace its model {model}", hint="Give -o another file name.")
-    try:
-        return model.read_bytes()
-    except OSError as err:
-        raise ConfigError(f"cannot read {model}: {err.strerror or err}") from err
+    require_model_output(output, model)
+    return read_model(model)
 
 
 def check(
-    engine: bytes,
+    engine: bytes | Path,
     name: str,
     output: Path,
     *,
-    model: bytes,
+    model_digest: str,
     threads: int,
     reference: ReferenceSet | None,
     tolerance: Tolerance = TOLERANCES["f32-engine"],
@@ -317,9 +321,10 @@ def check(
     """The engine was opened with its final settings and gives the reference's logits; nothing is written.
 
     Args:
+        engine: its bytes, or where its two files are staged.
         name: what messages call it.
         output: where it is going to lie.
-        model: what it was made of.
+        model_digest: of what it was made of.
         threads: the engine's default number of threads, and those of the check.
         reference: images and logits of the model; None leaves the engine unchecked, and its manifest says so.
         tolerance: what the engine is held to.
@@ -329,7 +334,7 @@ def check(
         EngineError, MissingDependency, DeviceError: the provider can't load or run it, or is not here.
         ParityError: its logits are not the reference's.
     """
-    # from memory: nothing is on the disk before the gate, and data in a second file, which a copy loses, is refused
+    # from memory, where it is one file: nothing is on the disk before the gate
     with OrtRunner(engine, threads=threads, settings=settings, name=name, provider=provider) as runner:
         runner.infer(np.zeros((runner.io.batch or 1, *runner.io.input_shape[1:]), runner.io.dtype))
         parity = None if reference is None else check_against_reference(runner, reference, tolerance)
@@ -338,9 +343,9 @@ def check(
             Manifest(
                 backend="ort",
                 engine=output.name,
-                engine_digest=digest_bytes(engine),
-                engine_bytes=len(engine),
-                model_digest=digest_bytes(model),
+                engine_digest=digest_bytes(engine) if isinstance(engine, bytes) else digest_model(engine),
+                engine_bytes=len(engine) if isinstance(engine, bytes) else model_bytes(engine),
+                model_digest=model_digest,
                 card=runner.card,
                 batch=runner.io.batch,
                 settings=dict(runner.settings),

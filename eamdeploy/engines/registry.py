@@ -10,6 +10,7 @@ from typing import Literal
 from eamdeploy.engines.base import Runner, read_manifest
 from eamdeploy.engines.provenance import usable_cores
 from eamdeploy.errors import ConfigError, MissingDependency
+from eamdeploy.onnx_files import model_files
 
 Backend = Literal["ort", "trt"]
 
@@ -76,8 +77,8 @@ def open_runner(engine: Path, threads: int | None = None) -> Runner:
         threads: threads of one inference; None takes the manifest's, or without one every usable core.
 
     Raises:
-        ConfigError: the file can't be read, or `threads` is below 1.
-        CheckpointError: the manifest is damaged.
+        ConfigError: the file or one with its data can't be read, or `threads` is below 1.
+        CheckpointError: the manifest is damaged, or a file with the model's data is too short or not in its folder.
         EngineError: the backend can't load the engine, or the manifest describes another file.
         MissingDependency: the backend is not installed here, or has not the manifest's execution provider.
         DeviceError: the backend needs a GPU, and there is none.
@@ -86,6 +87,7 @@ def open_runner(engine: Path, threads: int | None = None) -> Runner:
     if not engine.is_file():
         raise ConfigError(f"cannot read {engine}", expected="an engine file", got="no such file")
     load_backend(backend)
+    model_files(engine)  # its words say which file is missing, ONNX Runtime's do not
     manifest = read_manifest(engine)
     if threads is None:
         threads = manifest.threads if manifest else usable_cores()

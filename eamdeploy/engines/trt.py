@@ -39,6 +39,7 @@ from eamdeploy.engines.trt_request import BuilderRequest, ModelFacts, TrtModel
 from eamdeploy.engines.trt_run import TrtRunner
 from eamdeploy.engines.trt_versions import TrtVersion, capabilities
 from eamdeploy.errors import ConfigError, EngineError, MissingDependency
+from eamdeploy.onnx_files import staging
 from eamdeploy.parity import TOLERANCES, ReferenceSet, Tolerance, reduced_tolerance
 
 SUFFIXES = (".plan", ".engine")
@@ -120,11 +121,12 @@ def build(
     cuda = import_cuda() if reference is not None or request.layer_profile else None
     twin = None if baseline is None else _size_of(baseline)
     log_path = output.with_name(f"{output.name}.log")
-    with BuildLog(log_path) as log:
-        plan = build_plan(trt, request, model.data, model.facts, log, note)
-    if _is_mostly_fp32(request, len(plan), len(model.data)):
+    with BuildLog(log_path) as log, staging(output) as stage:
+        plan = build_plan(trt, request, stage.source(model.data), model.facts, log, note)
+    model_bytes = model.data.bytes_at(output)
+    if _is_mostly_fp32(request, len(plan), model_bytes):
         note(
-            f"the engine has {len(plan) / 1e6:.1f} MB, the model in FP32 {len(model.data) / 1e6:.1f} MB: most of it "
+            f"the engine has {len(plan) / 1e6:.1f} MB, the model in FP32 {model_bytes / 1e6:.1f} MB: most of it "
             f"computes in FP32, though {request.precision.upper()} is allowed; {log_path.name} and what TensorRT "
             "printed may tell why"
         )

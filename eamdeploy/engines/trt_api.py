@@ -32,7 +32,7 @@ _ALWAYS = Span()
 _EVERYWHERE = """
 ILogger: INTERNAL_ERROR ERROR WARNING INFO VERBOSE
 Builder: create_network create_builder_config create_optimization_profile build_serialized_network
-OnnxParser: parse num_errors get_error
+OnnxParser: parse parse_from_file num_errors get_error
 ParserError: node desc
 IBuilderConfig: set_flag clear_flag set_memory_pool_limit profiling_verbosity add_optimization_profile
 IBuilderConfig: create_timing_cache set_timing_cache get_timing_cache

@@ -45,13 +45,18 @@ _OPERATIONS = {
 
 
 def build_plan(
-    trt: Any, request: BuilderRequest, model: bytes, facts: ModelFacts, log: BuildLog, note: Callable[[str], None]
+    trt: Any,
+    request: BuilderRequest,
+    model: bytes | Path,
+    facts: ModelFacts,
+    log: BuildLog,
+    note: Callable[[str], None],
 ) -> bytes:
     """The serialized engine.
 
     Args:
         trt: the module tensorrt; there must be a GPU.
-        model: the ONNX model in the form that the request speaks of.
+        model: the ONNX model in the form that the request speaks of; a path for one of two files.
         note: is told what a person should know.
 
     Raises:
@@ -89,9 +94,9 @@ def _network_flags(trt: Any, request: BuilderRequest) -> int:
     return flags
 
 
-def _parse(trt: Any, network: Any, logger: Any, model: bytes, facts: ModelFacts, log: BuildLog) -> None:
+def _parse(trt: Any, network: Any, logger: Any, model: bytes | Path, facts: ModelFacts, log: BuildLog) -> None:
     parser = trt.OnnxParser(network, logger)
-    if parser.parse(model):
+    if parser.parse(model) if isinstance(model, bytes) else parser.parse_from_file(str(model)):
         return
     errors = []
     for index in range(parser.num_errors):

@@ -21,6 +21,7 @@ from typing import Literal
 from eamdeploy.artifact import ModelCard, Record
 from eamdeploy.engines.trt_versions import Capabilities, TrtVersion, capabilities
 from eamdeploy.errors import ConfigError
+from eamdeploy.onnx_files import ModelData
 
 Precision = Literal["fp32", "fp16", "bf16"]
 Kept = Literal["norm-softmax", "norm", "none"]
@@ -110,7 +111,7 @@ class TrtModel:
     """A model ready for TensorRT's parser.
 
     Attributes:
-        path: where it came from; `digest` is that file's.
+        path: where it came from; `digest` is that of its files.
         data: what the parser gets, serialized.
         card: of the file; None for a foreign model.
         changes: what was done to it, in words.
@@ -118,7 +119,7 @@ class TrtModel:
 
     path: Path
     digest: str
-    data: bytes
+    data: ModelData
     card: ModelCard | None
     facts: ModelFacts
     changes: tuple[str, ...]

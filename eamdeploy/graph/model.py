@@ -17,24 +17,26 @@ from onnx_graphsurgeon.logger import G_LOGGER
 from eamdeploy.artifact import CARD_KEY, ModelCard
 from eamdeploy.errors import EngineError, UnsupportedGraph
 from eamdeploy.graph.running import fill_in_shapes
+from eamdeploy.graph.weights import check_model, deserialize, has_data_elsewhere, infer_shapes
+from eamdeploy.onnx_files import ModelData
 
 _ORT_FATAL, _ORT_WARNING = 4, 2
 
 
-def parse_model(data: bytes, what: str, hint: str | None = None) -> onnx.ModelProto:
-    """The model that `data` is, whole.
+def parse_model(data: ModelData, what: str, hint: str | None = None) -> onnx.ModelProto:
+    """The model that `data` is, with all its weights.
 
     Args:
         what: what can't be done without it, for the message; `hint`: what to try.
 
     Raises:
-        EngineError: it is no ONNX model, or keeps data in a second file.
+        EngineError: it is no ONNX model, or keeps data in a file that `data` has not.
     """
     try:
-        model = onnx.load_model_from_string(data)
+        model = deserialize(data)
     except Exception as err:  # protobuf's own exception is in a package that we don't depend on
         raise EngineError(f"{what}: it is damaged or no ONNX model", hint=hint) from err
-    if any(tensor.data_location == onnx.TensorProto.EXTERNAL for tensor in model.graph.initializer):
+    if has_data_elsewhere(model):
         raise EngineError(f"{what}: it keeps data in a second file", hint=hint)
     return model
 
@@ -49,7 +51,7 @@ def to_graph(model: onnx.ModelProto) -> gs.Graph:
         UnsupportedGraph: shapes that inference can't tell can't be measured either.
     """
     with _quiet():
-        graph = gs.import_onnx(onnx.shape_inference.infer_shapes(model, data_prop=True))
+        graph = gs.import_onnx(infer_shapes(model))
     fold_constants(graph)
     with _quiet():
         fill_in_shapes(graph)
@@ -75,8 +77,8 @@ def to_model(graph: gs.Graph) -> onnx.ModelProto:
         model = gs.export_onnx(graph)
     del model.graph.value_info[:]
     try:
-        inferred = onnx.shape_inference.infer_shapes(model, strict_mode=True, data_prop=True)
-        onnx.checker.check_model(inferred, full_check=True)
+        inferred = infer_shapes(model, strict=True)
+        check_model(inferred)
     except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as err:
         raise UnsupportedGraph(f"the rewritten graph is not valid ONNX: {err}") from err
     return inferred

@@ -6,12 +6,14 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
 import numpy as np
+import onnx
 import onnx_graphsurgeon as gs
 import onnxruntime
 from numpy.typing import NDArray
 
 from eamdeploy.errors import UnsupportedGraph
 from eamdeploy.graph.nodes import redirect
+from eamdeploy.graph.weights import fits_one_file, without_weights
 
 PROBE_BATCH = 2  # images where the batch is dynamic
 
@@ -107,6 +109,12 @@ def session_of(graph: gs.Graph) -> onnxruntime.InferenceSession:
     model = gs.export_onnx(graph.cleanup(remove_unused_graph_inputs=True).toposort())
     del model.graph.value_info[:]
     with _refusals():
+        if not fits_one_file(model):
+            slim = without_weights(model)
+            arrays = {item.name: onnx.numpy_helper.to_array(item) for item in slim.weights.values()}
+            values = [onnxruntime.OrtValue.ortvalue_from_numpy(array) for array in arrays.values()]
+            options.add_external_initializers(list(arrays), values)
+            model = slim.model
         return onnxruntime.InferenceSession(
             model.SerializeToString(), sess_options=options, providers=["CPUExecutionProvider"]
         )

@@ -8,9 +8,10 @@ from eamdeploy.parity import ParityReport
 
 
 class ExportedModel(Record):
-    """One ONNX file that `export` wrote.
+    """One ONNX model that `export` wrote.
 
     Attributes:
+        digest, bytes: of its file, or of both where it has two (`onnx_files.digest_model`).
         nodes_stock, nodes: nodes as torch exported it (constants folded), and after the passes.
         parity: the graph on ONNX Runtime with its optimizer off, against the reference forward in torch.
         reference: the file beside it with the images and logits of that comparison.

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from eamdeploy.artifact import ModelCard, Preprocessing, atomic_output, digest_bytes, digest_file, require_output
+from eamdeploy.artifact import ModelCard, Preprocessing, atomic_output, digest_file, require_output
 from eamdeploy.eam import checkpoint as checkpoints
 from eamdeploy.eam.checkpoint import AttentionShape, Checkpoint, FrozenMaps
 from eamdeploy.eam.int8 import int8_checkpoint
@@ -22,6 +22,7 @@ from eamdeploy.engines.trt_versions import TrtVersion, capabilities
 from eamdeploy.errors import ConfigError
 from eamdeploy.graph.frozen import IntegerMaps
 from eamdeploy.graph.model import to_graph, to_model, with_card
+from eamdeploy.graph.weights import serialize
 from eamdeploy.host.attention import parts
 from eamdeploy.host.calibrate import predict
 from eamdeploy.host.export_record import Export, ExportedModel
@@ -31,6 +32,7 @@ from eamdeploy.host.reference import LoadedModel, load_reference
 from eamdeploy.host.stock_export import Exporter, StockExport, export_stock
 from eamdeploy.images import normalize
 from eamdeploy.observer import SILENT, Observer
+from eamdeploy.onnx_files import ModelData, data_path, model_output, staging
 from eamdeploy.parity import REFERENCE_IMAGES, TOLERANCES, ParityReport, ReferenceSet, reference_path
 from eamdeploy.passes.base import run_passes
 from eamdeploy.passes.class_token_only import ClassTokenOnly
@@ -86,7 +88,8 @@ def export(
     if baseline is not None and baseline.resolve() == output.resolve():
         raise ConfigError(f"the baseline would replace the model {output}", hint="Give --baseline another file name.")
     for path in paths:
-        require_output(path, checkpoint)
+        for file in (path, data_path(path)):
+            require_output(file, checkpoint)
     if fold_preprocess and trt is not None:
         raise ConfigError(
             "TensorRT is not given pixels", expected="a float32 input", got="uint8", hint="Leave --fold-preprocess out."
@@ -121,14 +124,17 @@ def export(
     changes = {"freezing": header.freezing, "rewrites": [RequantizeMaps.name] if requantized else []}
     has = parts(live.model)
     model = _rewrite(stock, modules, has, card.model_copy(update=changes), trt, left_out)
-    drafts = [_prove(model, frozen, pixels, source)]
+    with staging(output) as stage:
+        source_file = stage.source(model.data)
+        drafts = [_prove(model, source_file, frozen, pixels, source)]
+        unfrozen = [replace(module, frozen=None) for module in modules]
+        twin = _rewrite(stock, unfrozen, has, card, trt, left_out) if baseline is not None or measure else None
+        twin_file = None if twin is None else stage.source(twin.data)
+        if twin is not None and twin_file is not None and baseline is not None:  # one that is only timed needs no proof
+            drafts.append(_prove(twin, twin_file, live, pixels, source))
+        gain = measure_gain(source_file, twin_file, usable_cores()) if twin_file is not None and measure else None
     if requantized:
         observer.note(f"{requantized} rows of frozen maps do not fit INT8 and are quantized anew")
-    unfrozen = [replace(module, frozen=None) for module in modules]
-    twin = _rewrite(stock, unfrozen, has, card, trt, left_out) if baseline is not None or measure else None
-    if twin is not None and baseline is not None:  # a twin that is only timed needs no proof
-        drafts.append(_prove(twin, live, pixels, source))
-    gain = measure_gain(model.data, twin.data, usable_cores()) if twin is not None and measure else None
     with ExitStack() as files:
         written = [_write(draft, path, files) for draft, path in zip(drafts, paths, strict=True)]
     return Export(frozen=written[0], baseline=written[1] if baseline is not None else None, gain=gain)
@@ -136,9 +142,9 @@ def export(
 
 @dataclass(frozen=True)
 class _Rewritten:
-    """A rewritten model: the file's bytes, the card in it, and its number of nodes before the passes and after."""
+    """A rewritten model: its one file or two, the card in it, and its number of nodes before the passes and after."""
 
-    data: bytes
+    data: ModelData
     card: ModelCard
     nodes_stock: int
     nodes: int
@@ -218,31 +224,31 @@ def _rewrite(
         results += [result for result in run_passes(graph, plan_trt(trt)) if result.rewritten]
         model = to_model(graph)
     card = card.model_copy(update={"rewrites": [*card.rewrites, *(result.name for result in results)]})
-    return _Rewritten(with_card(model, card).SerializeToString(), card, nodes_stock, len(model.graph.node))
+    return _Rewritten(serialize(with_card(model, card)), card, nodes_stock, len(model.graph.node))
 
 
-def _prove(model: _Rewritten, reference: LoadedModel, pixels: NDArray[np.uint8], source: str) -> _Draft:
-    """`model` with the logits of `reference` on `pixels`, which it gives too."""
+def _prove(
+    model: _Rewritten, file: bytes | Path, reference: LoadedModel, pixels: NDArray[np.uint8], source: str
+) -> _Draft:
+    """`model`, which a runtime opens as `file`, with the logits of `reference` on `pixels`, which it gives too."""
     images = normalize(pixels, model.card.preprocessing)
     logits = np.concatenate([predict(reference.model, images[i : i + 1]) for i in range(len(images))])
     references = ReferenceSet(pixels, logits, source)
-    with OrtRunner(model.data, threads=usable_cores(), settings=UNOPTIMIZED, name="the exported graph") as runner:
+    with OrtRunner(file, threads=usable_cores(), settings=UNOPTIMIZED, name="the exported graph") as runner:
         parity = check_against_reference(runner, references, TOLERANCES["f32-engine"])
     return _Draft(model, parity, references)
 
 
 def _write(draft: _Draft, path: Path, files: ExitStack) -> ExportedModel:
     """The model and its reference set are written; they appear when `files` is closed."""
-    model_file = files.enter_context(atomic_output(path))
+    files.enter_context(model_output(path, draft.model.data))
     reference_file = files.enter_context(atomic_output(reference_path(path)))
-    model_file.write(draft.model.data)
     draft.reference.write(reference_file)
-    for file in (model_file, reference_file):
-        file.flush()  # a full disk shows here, and not after another file was renamed
+    reference_file.flush()  # a full disk shows here, and not after another file was renamed
     return ExportedModel(
         file=str(path),
-        digest=digest_bytes(draft.model.data),
-        bytes=len(draft.model.data),
+        digest=draft.model.data.digest_at(path),
+        bytes=draft.model.data.bytes_at(path),
         nodes_stock=draft.model.nodes_stock,
         nodes=draft.model.nodes,
         rewrites=draft.model.card.rewrites,

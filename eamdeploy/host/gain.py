@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
+from pathlib import Path
 
 from pydantic import Field
 
@@ -30,11 +31,11 @@ class Gain(Record):
     machine: str
 
 
-def measure_gain(frozen: bytes, twin: bytes, threads: int, schedule: Schedule = _SCHEDULE) -> Gain:
+def measure_gain(frozen: bytes | Path, twin: bytes | Path, threads: int, schedule: Schedule = _SCHEDULE) -> Gain:
     """Both models loaded as `build-ort` would, and timed in turns with one image each (or their fixed batch).
 
     Args:
-        frozen, twin: ONNX models.
+        frozen, twin: ONNX models, or their files.
         threads: threads inside one operator.
 
     Raises:

@@ -8,11 +8,13 @@ import onnx
 
 from eamdeploy.artifact import Record
 from eamdeploy.engines.trt_versions import TrtVersion, capabilities
-from eamdeploy.errors import CheckpointError, ConfigError
+from eamdeploy.errors import CheckpointError
 from eamdeploy.file_kinds import in_words
+from eamdeploy.graph.weights import deserialize
 from eamdeploy.lint import fusion, operators, quantization
 from eamdeploy.lint.base import Finding, Rule
 from eamdeploy.lint.view import view
+from eamdeploy.onnx_files import read_model
 
 RULES: tuple[Rule, ...] = (*operators.RULES, *quantization.RULES, *fusion.RULES)
 
@@ -56,14 +58,13 @@ def lint_file(path: Path, version: TrtVersion) -> LintReport:
     """`lint` of the ONNX model at `path`.
 
     Raises:
-        ConfigError: the file can't be read, or TensorRT before 8.5.
-        CheckpointError: it is no ONNX model.
+        ConfigError: a file can't be read, or TensorRT before 8.5.
+        CheckpointError: it is no ONNX model, or a file with its data is too short or not in its folder.
     """
+    data = read_model(path)
     try:
-        model = onnx.load(str(path))
-    except OSError as err:
-        raise ConfigError(f"cannot read {path}: {err.strerror or err}") from err
-    except Exception as err:  # protobuf's and onnx's own
+        model = deserialize(data)
+    except Exception as err:  # protobuf's own
         raise CheckpointError(
             f"{path} is not an ONNX model", got=in_words(path, "onnx", otherwise="a file that is damaged or foreign")
         ) from err

@@ -11,6 +11,8 @@ import numpy as np
 import onnx
 from numpy.typing import NDArray
 
+from eamdeploy.graph.weights import infer_shapes
+
 STANDARD_DOMAINS = ("", "ai.onnx")
 
 
@@ -53,7 +55,7 @@ class GraphView:
 def view(model: onnx.ModelProto) -> GraphView:
     """`model` with whatever types and shapes inference can tell; a model with errors keeps those that it states."""
     try:
-        inferred = onnx.shape_inference.infer_shapes(model, data_prop=True)
+        inferred = infer_shapes(model)
     except (onnx.shape_inference.InferenceError, RuntimeError):
         inferred = model
     graphs = list(_graphs(inferred.graph))

@@ -18,9 +18,10 @@ from typing import TypeVar
 
 import psutil
 
-from eamdeploy.artifact import Record, digest_file
+from eamdeploy.artifact import Record
 from eamdeploy.engines.registry import backend_of, load_backend, open_runner
 from eamdeploy.errors import EamDeployError, EngineError
+from eamdeploy.onnx_files import digest_model, model_bytes
 from eamdeploy.profiling.inputs import random_images
 
 _MODULE = "eamdeploy.profiling.fresh_process"
@@ -105,7 +106,7 @@ def measure_here(engine: Path, threads: int | None, batch: int) -> FreshProcess:
     """What this process needs to run the engine; means little unless the process is fresh."""
     load_backend(backend_of(engine))
     import_ms = 1e3 * (time.time() - psutil.Process().create_time())  # the kernel tells it to 10 ms
-    digest_file(engine)  # now it is in the system's cache, for every engine that is compared
+    digest_model(engine)  # now it is in the system's cache, for every engine that is compared
     baseline, _ = _resident_bytes()
     available = _available_bytes()
     runner, load_ms = _timed(lambda: open_runner(engine, threads))
@@ -117,7 +118,7 @@ def measure_here(engine: Path, threads: int | None, batch: int) -> FreshProcess:
         rss, peak = _resident_bytes()
         left = _available_bytes()
         memory = Memory(
-            engine_bytes=engine.stat().st_size,
+            engine_bytes=model_bytes(engine),
             baseline_rss_bytes=baseline,
             peak_rss_bytes=peak,
             engine_peak_rss_bytes=max(peak - baseline, 0),

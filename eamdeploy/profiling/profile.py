@@ -9,12 +9,13 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-from eamdeploy.artifact import ModelCard, Record, digest_file
+from eamdeploy.artifact import ModelCard, Record
 from eamdeploy.devices.base import Device, DeviceState, SensorNotes
 from eamdeploy.devices.registry import find_device
 from eamdeploy.engines.base import LatencySplit, ProviderName, read_manifest
 from eamdeploy.engines.registry import backend_of, open_runner, open_runners, runs_on_gpu
 from eamdeploy.errors import ConfigError, DeviceError
+from eamdeploy.onnx_files import digest_model
 from eamdeploy.parity import ParityReport
 from eamdeploy.profiling.fresh_process import ColdStart, Memory, measure_fresh
 from eamdeploy.profiling.inputs import random_images
@@ -61,7 +62,7 @@ class EngineProfile(Record):
 
     Attributes:
         engine: the path as it was given.
-        digest: SHA-256 of the file that was measured.
+        digest: SHA-256 of what was measured (`onnx_files.digest_model`).
         model: None for a foreign model.
         provider: what ONNX Runtime ran it on; None for another backend, and where an older profile does not say.
         settings: what the backend ran it with, beyond its defaults.
@@ -188,7 +189,7 @@ def profile(
         EngineProfile(
             engine=str(path),
             backend=backend_of(path),
-            digest=digest_file(path),
+            digest=digest_model(path),
             model=None if single.card is None else summarize_card(single.card),
             provider=single.provider,
             settings=single.settings,

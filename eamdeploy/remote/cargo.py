@@ -5,12 +5,12 @@ from __future__ import annotations
 import tarfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
-from eamdeploy.artifact import digest_file
 from eamdeploy.engines.base import manifest_path, read_manifest
 from eamdeploy.engines.registry import backend_of
 from eamdeploy.errors import ConfigError
+from eamdeploy.onnx_files import digest_model, model_files
 
 _BLOCK_BYTES = 512
 _READ_BYTES = 1 << 16
@@ -35,16 +35,14 @@ class Cargo:
 
     Attributes:
         engines: in the order in which they were given; `digests` are theirs.
-        files: engines and manifests.
+        engine_bytes: theirs, and those of the files that a model keeps its data in.
+        files: engines, such files, and manifests.
     """
 
     engines: tuple[CargoFile, ...]
     digests: tuple[str, ...]
+    engine_bytes: int
     files: tuple[CargoFile, ...]
-
-    @property
-    def engine_bytes(self) -> int:
-        return sum(file.size_bytes for file in self.engines)
 
     @property
     def archive_bytes(self) -> int:
@@ -66,27 +64,32 @@ class Cargo:
 
 
 def pack_cargo(engines: Sequence[Path]) -> Cargo:
-    """The engines with their manifests, each engine in a numbered folder of its own, as two may have the same name.
+    """The engines with their data and manifests, each in a numbered folder of its own, as two may have one name.
 
     Raises:
         ConfigError: one can't be read, or is none by its name.
-        CheckpointError, EngineError: its manifest is damaged or describes another file.
+        CheckpointError, EngineError: its manifest is damaged or describes another file, or a file with its data is
+            too short or not in its folder.
     """
-    packed, files = [], []
+    packed: list[CargoFile] = []
+    files: list[CargoFile] = []
+    engine_bytes = 0
     for index, path in enumerate(engines):
         backend_of(path)
         if not path.is_file():
             raise ConfigError(f"cannot read {path}", expected="an engine file", got="no such file")
-        engine = _file(path, index)
-        packed.append(engine)
-        files.append(engine)
+        parts = [_file(file, path.parent, index) for file in model_files(path)]
+        packed.append(parts[0])
+        files += parts
+        engine_bytes += sum(part.size_bytes for part in parts)
         if read_manifest(path) is not None:
-            files.append(_file(manifest_path(path), index))
-    return Cargo(tuple(packed), tuple(digest_file(file.path) for file in packed), tuple(files))
+            files.append(_file(manifest_path(path), path.parent, index))
+    digests = tuple(digest_model(file.path) for file in packed)
+    return Cargo(tuple(packed), digests, engine_bytes, tuple(files))
 
 
-def _file(path: Path, index: int) -> CargoFile:
-    return CargoFile(path, f"{index}/{path.name}", path.stat().st_size)
+def _file(path: Path, folder: Path, index: int) -> CargoFile:
+    return CargoFile(path, f"{index}/{path.relative_to(folder).as_posix()}", path.stat().st_size)
 
 
 def _header(file: CargoFile) -> bytes:
@@ -97,7 +100,8 @@ def _header(file: CargoFile) -> bytes:
 
 def _folders(files: Sequence[CargoFile]) -> bytes:
     headers = []
-    for name in dict.fromkeys(file.name.partition("/")[0] for file in files):
+    above = (str(folder) for file in files for folder in list(PurePosixPath(file.name).parents)[-2::-1])
+    for name in dict.fromkeys(above):
         info = tarfile.TarInfo(name)
         info.type, info.mode = tarfile.DIRTYPE, 0o700
         headers.append(info.tobuf(tarfile.GNU_FORMAT))

@@ -108,7 +108,7 @@ def profile_remote(
 
     Args:
         targets: machines as `ssh://[user@]host[:port]`.
-        engines: or any ONNX models, each in one file.
+        engines: or any ONNX models; files that they keep their data in are sent along.
         arguments: options of `eamdeploy profile`, but for engines, `--baseline`, `--output` and `--json`.
         remote_command: what runs eamdeploy there, e.g. `~/venv/bin/eamdeploy`; `~/` is the home folder there.
         timeout_s: for each machine, everything together.

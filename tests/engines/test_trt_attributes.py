@@ -17,6 +17,7 @@ from fake_tensorrt import GENERATIONS
 from real_tensorrt import RELEASES, Release, attributes, find_python310, folder_of
 from trt_workshop import FROZEN, Workshop, make_workshop, named, with_int8_activations, with_softmax
 
+from eamdeploy import onnx_files
 from eamdeploy.engines.registry import open_runner
 from eamdeploy.engines.trt_api import API, missing_attributes, require_api
 from eamdeploy.engines.trt_request import TrtOptions
@@ -52,6 +53,9 @@ def use_everything(workshop: Workshop) -> None:
     with open_runner(workshop.engine) as runner:
         assert isinstance(runner, TrtRunner)
         runner.split(np.zeros((1, 3, 8, 8), np.float32), 1)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(onnx_files, "ONE_FILE_BYTES", 1000)  # a model of two files
+        workshop.build(TrtOptions(int8=True), check=False)
     workshop.save(FROZEN.to_onnx(card=None))
     with pytest.raises(EngineError, match="UINT8"):
         workshop.build(check=False)

@@ -16,11 +16,13 @@ from fake_tensorrt import GENERATIONS, read_plan
 from onnx import TensorProto, numpy_helper
 from trt_workshop import FROZEN, Workshop, make_workshop, named, with_int8_activations, with_softmax
 
+from eamdeploy import onnx_files
 from eamdeploy.engines.base import Manifest, manifest_path
 from eamdeploy.engines.trt import _is_mostly_fp32
 from eamdeploy.engines.trt_request import ModelFacts, TrtOptions, make_request
 from eamdeploy.engines.trt_versions import TrtVersion
 from eamdeploy.errors import ConfigError, DeviceError, EngineError, ParityError
+from eamdeploy.onnx_files import digest_model
 
 FP16 = TrtOptions(precision="fp16")
 
@@ -365,9 +367,17 @@ def test_killed_while_writing_leaves_the_old_engine(ten: Workshop) -> None:
     assert {name: after[name] for name in before} == before
 
 
-def test_model_with_data_in_a_second_file_is_refused(ten: Workshop) -> None:
+@pytest.mark.parametrize("limit", [onnx_files.ONE_FILE_BYTES, 1000], ids=["parsed as one", "parsed as two"])
+def test_model_with_data_in_a_second_file(ten: Workshop, limit: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    one = ten.build()
     onnx.save(named(FROZEN.to_onnx()), ten.model, save_as_external_data=True, location="eam.data", size_threshold=100)
-    with pytest.raises(EngineError, match=r"eam\.onnx: it keeps data in a second file"):
+    monkeypatch.setattr(onnx_files, "ONE_FILE_BYTES", limit)
+    two = ten.build()
+    assert two.parity is not None and two.parity == one.parity
+    assert two.model_digest == digest_model(ten.model) != one.model_digest
+    assert not [path.name for path in ten.engine.parent.iterdir() if path.name.startswith(".")]
+    (ten.model.parent / "eam.data").unlink()
+    with pytest.raises(ConfigError, match=r"eam\.onnx keeps its weights in eam\.data, which is not beside it"):
         ten.build()
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import json
 import types
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -214,9 +215,15 @@ class OnnxParser(Recorded):
         self._errors: list[ParserError] = []
 
     def parse(self, data: bytes) -> bool:
+        return self._parse(lambda: onnx.load_model_from_string(data))
+
+    def parse_from_file(self, path: str) -> bool:
+        return self._parse(lambda: onnx.load(path))
+
+    def _parse(self, load: Callable[[], onnx.ModelProto]) -> bool:
         trt = self._trt
         try:
-            model = onnx.load_model_from_string(data)
+            model = load()
             onnx.checker.check_model(model)
         except Exception as err:  # noqa: BLE001
             say(self._logger, trt, "ERROR", f"ModelImporter: {err}")
@@ -232,7 +239,7 @@ class OnnxParser(Recorded):
             kind, op = _LAYERS.get(node.op_type, ("IDENTITY", None))
             operation = None if op is None else of(trt, _OPERATION_ENUMS[kind], op)
             self._network._layers.append(new(trt, "ILayer", node, of(trt, "LayerType", kind), operation))
-        self._network._model = data
+        self._network._model = model.SerializeToString()
         return True
 
     @property

@@ -16,10 +16,13 @@ import onnx
 import psutil
 import pytest
 from engine_models import build, make_frozen_model
+from split_models import split, three_files
 from ssh_server import REPOSITORY, Board, Boards, make_key, python_eamdeploy, running_boards
 
+from eamdeploy import onnx_files
 from eamdeploy.artifact import digest_file
 from eamdeploy.errors import CheckpointError, ConfigError, DeviceError, EngineError, ParityError
+from eamdeploy.onnx_files import digest_model, model_files
 from eamdeploy.profiling.profile import Extras, Profile, profile
 from eamdeploy.profiling.timing import Schedule
 from eamdeploy.remote.profile import RemoteFailure, RemoteProfiles, profile_remote
@@ -144,6 +147,36 @@ def test_an_engine_and_its_baseline_are_measured_there(boards: Boards, board: Bo
     assert only.speed_up is not None and only.memory is not None and only.latency.runs == 4
     assert (measured.threads, measured.min_runs) == (1, 3)
     assert sent[-1][0] == sent[-1][1] > engines.engine.stat().st_size and notes
+    require_no_debris(board)
+
+
+def test_models_of_several_files_are_measured_there(
+    boards: Boards, board: Board, engines: Engines, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(onnx_files, "ONE_FILE_BYTES", 1000)
+    (tmp_path / "a board's models").mkdir()
+    foreign = split(
+        FROZEN.to_onnx(), tmp_path / "a board's models" / "x y.onnx", three_files, at_least=10, shapes=False
+    )
+    engine = tmp_path / "x.ort.onnx"
+    build(foreign, engine, threads=1, reference=FROZEN.reference())
+    assert len(model_files(foreign)) == 4 and len(model_files(engine)) == 2
+    result = profile_remote(
+        [board.alias],
+        [engine, foreign],
+        engines.baseline,
+        QUICK,
+        remote_command=python_eamdeploy(),
+        ssh_config=boards.ssh_config,
+    )
+    result.require_all()
+    measured = result.profiles[board.alias].engines
+    assert [(item.engine, item.digest) for item in measured] == [
+        (str(path), digest_model(path)) for path in (engine, foreign)
+    ]
+    sizes = [item.memory.engine_bytes for item in measured if item.memory is not None]
+    assert sizes == [sum(file.stat().st_size for file in model_files(path)) for path in (engine, foreign)]
+    assert measured[0].parity is not None and measured[0].parity.passed
     require_no_debris(board)
 
 
