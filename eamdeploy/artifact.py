@@ -18,6 +18,7 @@ from typing import IO, Literal, TypeVar
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from eamdeploy.errors import CheckpointError, ConfigError
+from eamdeploy.seal import opened_json, sealed_json
 
 _CHUNK_BYTES = 1 << 20
 
@@ -130,22 +131,26 @@ class Record(BaseModel):
             raise CheckpointError(f"{where} is not a valid {cls.__name__}: {key}: {first['msg']}") from err
 
     def write(self, path: Path) -> None:
-        """`path` holds this record as JSON, or is unchanged if that fails."""
-        write_bytes(path, (self.model_dump_json(indent=2) + "\n").encode())
+        """`path` holds this record as sealed JSON, or is unchanged if that fails."""
+        write_bytes(path, self.sealed())
+
+    def sealed(self) -> bytes:
+        """This record as JSON in UTF-8, with its seal (see `seal`) as the last key."""
+        return sealed_json(self.model_dump_json()).encode()
 
     @classmethod
     def read(cls: type[RecordT], path: Path) -> RecordT:
-        """The record in the file at `path`.
+        """The record in the file at `path`; where the file has a seal, the contents are those that were written.
 
         Raises:
             ConfigError: the file can't be read.
-            CheckpointError: its contents don't fit.
+            CheckpointError: its contents don't fit, or not its seal.
         """
         try:
             data = path.read_bytes()
         except OSError as err:
             raise ConfigError(f"cannot read {path}: {err.strerror or err}") from err
-        return cls.parse(data, str(path))
+        return cls.parse(opened_json(data, str(path)), str(path))
 
 
 class Preprocessing(Record):

@@ -270,6 +270,7 @@ def export(
     measure: Annotated[
         bool, typer.Option(help="Time the model against its unfrozen twin on ONNX Runtime here (about 3 s).")
     ] = True,
+    verify: options.Verify = True,
     as_json: options.AsJson = False,
 ) -> None:
     """Export an EAM checkpoint to ONNX: frozen maps as integers, no queries and keys of frozen heads."""
@@ -288,6 +289,7 @@ def export(
             trt=options.parse_target(target, trt),
             images=None if data is None else ImageSource(data, split, images, skip_bad),
             measure=measure,
+            verify=verify,
             observer=terminal,
         )
     print_result(result, show.export(result), as_json=as_json)
@@ -340,6 +342,7 @@ def build_ort(
         Path | None, typer.Option(help="Reference set of the parity gate; by default the one beside the model.")
     ] = None,
     check: Annotated[bool, typer.Option("--check/--no-check", help="Run the parity gate.")] = True,
+    verify: options.Verify = True,
     min_agreement: options.MinAgreement = None,
     as_json: options.AsJson = False,
 ) -> None:
@@ -365,6 +368,7 @@ def build_ort(
             calibration=calibration,
             reference=reference,
             check=check,
+            verify=verify,
             min_agreement=min_agreement,
             observer=terminal,
         )
@@ -416,6 +420,7 @@ def build_trt(
         Path | None, typer.Option(help="Reference set of the parity gate; by default the one beside the model.")
     ] = None,
     check: Annotated[bool, typer.Option("--check/--no-check", help="Run the parity gate.")] = True,
+    verify: options.Verify = True,
     min_agreement: options.MinAgreement = None,
     save_onnx: Annotated[
         Path | None, typer.Option(help="Also write the ONNX model that TensorRT's parser gets.")
@@ -467,6 +472,7 @@ def build_trt(
             asked,
             reference=reference,
             check=check,
+            verify=verify,
             min_agreement=min_agreement,
             calibration=calibration,
             baseline=baseline,
@@ -490,6 +496,7 @@ def evaluate(
     split: options.Split = "all",
     skip_bad: options.SkipBad = False,
     threads: options.Threads = None,
+    verify: options.Verify = True,
     as_json: options.AsJson = False,
 ) -> None:
     """Measure top-1 and top-5 where there are labels, and agreement and KL against a reference."""
@@ -498,7 +505,7 @@ def evaluate(
     _require_outputs([output], [model])
     source = ImageSource(data, split, images, skip_bad)
     with context.obj as terminal:
-        result = run_evaluate(model, source, reference=reference, threads=threads, observer=terminal)
+        result = run_evaluate(model, source, reference=reference, threads=threads, verify=verify, observer=terminal)
     if output is not None:
         result.write(output)
     print_result(result, show.evaluation(result), as_json=as_json)
@@ -605,12 +612,13 @@ def report(
     output: Output,
     markdown: Annotated[Path | None, typer.Option(help="Also write it as Markdown.")] = None,
     title: Annotated[str | None, typer.Option(help="Of the page.", show_default="the models")] = None,
+    verify: options.Verify = True,
     as_json: options.AsJson = False,
 ) -> None:
     """Show what was frozen, what it cost and what it gained, on one HTML page that needs no network."""
     from eamdeploy.reporting.report import report as run_report
 
-    result = run_report(files, output, markdown=markdown, title=title)
+    result = run_report(files, output, markdown=markdown, title=title, verify=verify)
     print_result(result, show.report(result), as_json=as_json)
 
 
@@ -634,12 +642,13 @@ def run(
 @app.command()
 def inspect(
     file: Annotated[Path, typer.Argument(help="Checkpoint, ONNX model, engine, manifest, reference set or JSON.")],
+    verify: options.Verify = True,
     as_json: options.AsJson = False,
 ) -> None:
     """Show what an artifact is and what it holds."""
     from eamdeploy.inspection import inspect as run_inspect
 
-    result = run_inspect(file)
+    result = run_inspect(file, verify=verify)
     print_result(result, show.inspection(result), as_json=as_json)
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, Final, Literal
 
 from eamdeploy.errors import CheckpointError, ConfigError
+from eamdeploy.seal import opened_json
 
 DocumentKind = Literal[
     "engine manifest", "profile", "profiles of machines", "evaluation", "analysis", "export", "run", "diagnosis"
@@ -25,14 +26,14 @@ _KEYS: Final[dict[DocumentKind, frozenset[str]]] = {
 
 
 def read_document(path: Path) -> tuple[DocumentKind | None, dict[str, Any]]:
-    """What the JSON file at `path` holds, by its kind; None for an object of another kind.
+    """What the JSON file at `path` holds but its seal, by its kind; None for an object of another kind.
 
     Raises:
         ConfigError: the file can't be read.
-        CheckpointError: it holds no JSON, or no object.
+        CheckpointError: it holds no JSON, or no object, or was altered after it was written.
     """
     try:
-        document: Any = json.loads(path.read_bytes())
+        document: Any = json.loads(opened_json(path.read_bytes(), str(path)))
     except OSError as err:
         raise ConfigError(f"cannot read {path}: {err.strerror or err}") from err
     except (ValueError, RecursionError) as err:

@@ -322,7 +322,7 @@ def publish(output: Path, data: bytes, manifest: Manifest) -> None:
         engine_file.write(data)
         engine_file.flush()
         os.fsync(engine_file.fileno())
-        manifest_file.write((manifest.model_dump_json(indent=2) + "\n").encode())
+        manifest_file.write(manifest.sealed())
 
 
 def check_against_reference(

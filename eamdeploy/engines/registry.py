@@ -7,9 +7,11 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Literal
 
+from eamdeploy.artifact import digest_file
 from eamdeploy.engines.base import Runner, read_manifest
 from eamdeploy.engines.provenance import usable_cores
 from eamdeploy.errors import ConfigError, MissingDependency
+from eamdeploy.parity import ReferenceSet, reference_path
 
 Backend = Literal["ort", "trt"]
 
@@ -67,17 +69,19 @@ def runs_on_gpu(engine: Path) -> bool:
     return manifest is not None and PROVIDERS[manifest.provider].on_gpu
 
 
-def open_runner(engine: Path, threads: int | None = None) -> Runner:
+def open_runner(engine: Path, threads: int | None = None, *, verify: bool = True) -> Runner:
     """The engine at `engine`, loaded with the settings in its manifest and ready to run.
 
-    An `.onnx` file without a manifest is any ONNX model and runs with ONNX Runtime's own defaults.
+    An `.onnx` file without a manifest is any ONNX model and runs with ONNX Runtime's own defaults; with a reference set
+    beside it, it is an exported model as it was written.
 
     Args:
         threads: threads of one inference; None takes the manifest's, or without one every usable core.
+        verify: an exported model must be as it was written; False for one that was changed on purpose.
 
     Raises:
         ConfigError: the file can't be read, or `threads` is below 1.
-        CheckpointError: the manifest is damaged.
+        CheckpointError: the manifest is damaged, or a model's reference set, or the model was altered after its export.
         EngineError: the backend can't load the engine, or the manifest describes another file.
         MissingDependency: the backend is not installed here, or has not the manifest's execution provider.
         DeviceError: the backend needs a GPU, and there is none.
@@ -98,8 +102,21 @@ def open_runner(engine: Path, threads: int | None = None) -> Runner:
     from eamdeploy.engines.ort import OrtRunner
 
     if manifest is None:
+        if verify:
+            _require_unaltered(engine)
         return OrtRunner(engine, threads=threads, settings={})
     return OrtRunner(engine, threads=threads, settings=manifest.settings, provider=manifest.provider)
+
+
+def _require_unaltered(model: Path) -> None:
+    """An exported model is the one that the reference set beside it was written with.
+
+    Raises:
+        CheckpointError: it is not, or the reference set is damaged.
+    """
+    path = reference_path(model)
+    if path.is_file():
+        ReferenceSet.load(path).require_model(model, digest_file(model))
 
 
 @contextmanager

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
@@ -60,6 +61,7 @@ def export(
     trt: TrtVersion | None = None,
     images: ImageSource | None = None,
     measure: bool = False,
+    verify: bool = True,
     observer: Observer = SILENT,
 ) -> Export:
     """`output` is the checkpoint's model in ONNX, its frozen maps integer constants, with reference logits beside it.
@@ -76,6 +78,7 @@ def export(
         trt: the TensorRT that must take the graph; None for ONNX Runtime.
         images: where the reference images come from; seeded synthetic ones if None.
         measure: also time the model against its unfrozen twin on ONNX Runtime CPU, about 3 seconds.
+        verify: the checkpoint must be as it was written; False for one that was changed on purpose.
 
     Raises:
         ConfigError, CheckpointError: the checkpoint or an option can't be used, or a file can't be written.
@@ -93,7 +96,7 @@ def export(
         )
     opset = _choose_opset(opset, trt)
     left_out = with_dependents(without)
-    loaded = checkpoints.load(checkpoint)
+    loaded = checkpoints.load(checkpoint, verify=verify)
     header, requantized = loaded.header, 0
     if trt is not None and capabilities(trt).integer_maps:
         loaded, requantized = int8_checkpoint(loaded)
@@ -225,7 +228,7 @@ def _prove(model: _Rewritten, reference: LoadedModel, pixels: NDArray[np.uint8],
     """`model` with the logits of `reference` on `pixels`, which it gives too."""
     images = normalize(pixels, model.card.preprocessing)
     logits = np.concatenate([predict(reference.model, images[i : i + 1]) for i in range(len(images))])
-    references = ReferenceSet(pixels, logits, source)
+    references = ReferenceSet(pixels, logits, source, digest_bytes(model.data))
     with OrtRunner(model.data, threads=usable_cores(), settings=UNOPTIMIZED, name="the exported graph") as runner:
         parity = check_against_reference(runner, references, TOLERANCES["f32-engine"])
     return _Draft(model, parity, references)
@@ -239,6 +242,7 @@ def _write(draft: _Draft, path: Path, files: ExitStack) -> ExportedModel:
     draft.reference.write(reference_file)
     for file in (model_file, reference_file):
         file.flush()  # a full disk shows here, and not after another file was renamed
+        os.fsync(file.fileno())  # nor does a slow one keep old and new files side by side
     return ExportedModel(
         file=str(path),
         digest=digest_bytes(draft.model.data),

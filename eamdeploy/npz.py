@@ -1,0 +1,52 @@
+"""Archives of arrays (`.npz`), read without unpickling and with one kind of error for everything that can be wrong."""
+
+from __future__ import annotations
+
+import struct
+import zipfile
+import zlib
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from eamdeploy.errors import CheckpointError, ConfigError
+
+# What numpy, zipfile and zlib let escape for damaged files; RuntimeError: one that says that it is encrypted.
+_FAILURES = (
+    zipfile.BadZipFile,
+    zlib.error,
+    struct.error,
+    ValueError,
+    EOFError,
+    LookupError,
+    RuntimeError,
+    MemoryError,
+    OSError,  # a place before the start of the file
+)
+
+
+def read_npz(path: Path, what: str, hint: str | None = None) -> dict[str, NDArray[Any]]:
+    """The arrays in the archive at `path`, by name.
+
+    Args:
+        what: what the file is if it is not damaged, for the message: "reference set"; `hint`: what to try.
+
+    Raises:
+        ConfigError: the file can't be read.
+        CheckpointError: it is damaged, no archive of arrays, or has arrays of Python objects.
+    """
+    try:
+        file = path.open("rb")
+    except OSError as err:
+        raise ConfigError(f"cannot read {path}: {err.strerror or err}") from err
+    with file:
+        try:
+            archive = np.load(file, allow_pickle=False)
+            if not isinstance(archive, np.lib.npyio.NpzFile):
+                raise ValueError("one array, not an archive of named arrays")
+            with archive:
+                return dict(archive)
+        except _FAILURES as err:
+            raise CheckpointError(f"{path} is damaged or no {what}: {err or type(err).__name__}", hint=hint) from err
