@@ -13,7 +13,7 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import IO, Literal, TypeVar
+from typing import IO, Any, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
@@ -111,10 +111,28 @@ def _umask() -> int:
     return mask
 
 
+def printable(value: Any) -> Any:
+    """`value` with every text in it as UTF-8 can hold it: names of files are bytes, and what is no UTF-8 in them is
+    spelled out as `\\udcff`.
+    """
+    if isinstance(value, str):
+        return value if value.isascii() else value.encode(errors="backslashreplace").decode()
+    if isinstance(value, dict):
+        return {printable(key): printable(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return type(value)(map(printable, value))
+    return value
+
+
 class Record(BaseModel):
     """An immutable, validated piece of JSON; an unknown or missing key is an error, never ignored."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
+
+    @field_validator("*", mode="after")
+    @classmethod
+    def _can_be_written(cls, value: Any) -> Any:
+        return printable(value)
 
     @classmethod
     def parse(cls: type[RecordT], text: str | bytes, where: str) -> RecordT:

@@ -58,7 +58,7 @@ LAYERS: dict[str, set[str]] = {
         *("activation_ranges", "artifact", "engines", "errors", "graph", "observer", "passes"),
         *("trt_flavour", "trt_half"),
     },
-    "lint": {"artifact", "engines", "errors"},
+    "lint": {"artifact", "engines", "errors", "graph"},
     "profiling": {"artifact", "devices", "engines", "errors", "parity"},
     "remote": {"artifact", "engines", "errors", "observer", "profiling"},
     "diagnosis": {"artifact", "devices", "engines", "errors", "profiling"},

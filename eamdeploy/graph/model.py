@@ -17,6 +17,7 @@ from onnx_graphsurgeon.logger import G_LOGGER
 from eamdeploy.artifact import CARD_KEY, ModelCard
 from eamdeploy.errors import EngineError, UnsupportedGraph
 from eamdeploy.graph.running import fill_in_shapes
+from eamdeploy.graph.texts import has_only_text
 
 _ORT_FATAL, _ORT_WARNING = 4, 2
 
@@ -34,6 +35,8 @@ def parse_model(data: bytes, what: str, hint: str | None = None) -> onnx.ModelPr
         model = onnx.load_model_from_string(data)
     except Exception as err:  # protobuf's own exception is in a package that we don't depend on
         raise EngineError(f"{what}: it is damaged or no ONNX model", hint=hint) from err
+    if not has_only_text(model):
+        raise EngineError(f"{what}: it is damaged, it has names or other texts that are no UTF-8", hint=hint)
     if any(tensor.data_location == onnx.TensorProto.EXTERNAL for tensor in model.graph.initializer):
         raise EngineError(f"{what}: it keeps data in a second file", hint=hint)
     return model

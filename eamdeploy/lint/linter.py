@@ -9,6 +9,7 @@ import onnx
 from eamdeploy.artifact import Record
 from eamdeploy.engines.trt_versions import TrtVersion, capabilities
 from eamdeploy.errors import CheckpointError, ConfigError
+from eamdeploy.graph.texts import has_only_text
 from eamdeploy.lint import fusion, operators, quantization
 from eamdeploy.lint.base import Finding, Rule
 from eamdeploy.lint.view import view
@@ -64,6 +65,8 @@ def lint_file(path: Path, version: TrtVersion) -> LintReport:
         raise ConfigError(f"cannot read {path}: {err.strerror or err}") from err
     except Exception as err:  # protobuf's and onnx's own
         raise CheckpointError(f"{path} is not an ONNX model: {err}") from err
+    if not has_only_text(model):
+        raise CheckpointError(f"{path} is damaged: it has names or other texts that are no UTF-8")
     if not model.opset_import or not model.graph.node:
         raise CheckpointError(f"{path} is not an ONNX model", expected="a graph with nodes and an operator set")
     return LintReport(file=str(path), trt=str(version), findings=lint(model, version))
