@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import struct
+import tokenize
 import zipfile
 import zlib
 from pathlib import Path
@@ -13,7 +14,8 @@ from numpy.typing import NDArray
 
 from eamdeploy.errors import CheckpointError, ConfigError
 
-# What numpy, zipfile and zlib let escape for damaged files; RuntimeError: one that says that it is encrypted.
+# What numpy, zipfile and zlib let escape for damaged files. RuntimeError: one that says that it is encrypted; TypeError,
+# SyntaxError and TokenError: a header that is no literal.
 _FAILURES = (
     zipfile.BadZipFile,
     zlib.error,
@@ -21,6 +23,10 @@ _FAILURES = (
     ValueError,
     EOFError,
     LookupError,
+    ArithmeticError,
+    TypeError,
+    SyntaxError,
+    tokenize.TokenError,
     RuntimeError,
     MemoryError,
     OSError,  # a place before the start of the file
@@ -47,6 +53,9 @@ def read_npz(path: Path, what: str, hint: str | None = None) -> dict[str, NDArra
             if not isinstance(archive, np.lib.npyio.NpzFile):
                 raise ValueError("one array, not an archive of named arrays")
             with archive:
-                return dict(archive)
+                arrays: dict[str, Any] = dict(archive)
+            if strange := [name for name, array in arrays.items() if not isinstance(array, np.ndarray)]:
+                raise ValueError(f"{strange[0]!r} in it is no array")
+            return arrays
         except _FAILURES as err:
             raise CheckpointError(f"{path} is damaged or no {what}: {err or type(err).__name__}", hint=hint) from err
