@@ -33,7 +33,7 @@ def read_document(path: Path) -> tuple[DocumentKind | None, dict[str, Any]]:
         CheckpointError: it holds no JSON, or no object, or was altered after it was written.
     """
     try:
-        document: Any = json.loads(opened_json(path.read_bytes(), str(path)))
+        document: Any = json.loads(opened_json(path.read_bytes(), str(path)).decode())
     except OSError as err:
         raise ConfigError(f"cannot read {path}: {err.strerror or err}") from err
     except (ValueError, RecursionError) as err:

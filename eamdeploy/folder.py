@@ -242,7 +242,7 @@ def _class_numbers(texts: Collection[str], class_names: Sequence[str] | None, wh
 
 
 def _is_number(text: str) -> bool:
-    return re.fullmatch(r"-?[0-9]+", text) is not None
+    return re.fullmatch(r"-?[0-9]{1,18}", text) is not None  # Python refuses to convert thousands of digits
 
 
 def _shortened(names: Sequence[str], shown: int = 5) -> str:

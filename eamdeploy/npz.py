@@ -14,8 +14,8 @@ from numpy.typing import NDArray
 
 from eamdeploy.errors import CheckpointError, ConfigError
 
-# What numpy, zipfile and zlib let escape for damaged files. RuntimeError: one that says that it is encrypted; TypeError,
-# SyntaxError and TokenError: a header that is no literal.
+# What numpy, zipfile and zlib let escape for damaged files. RuntimeError: one that says that it is encrypted;
+# TypeError, SyntaxError and TokenError: a header that is no literal.
 _FAILURES = (
     zipfile.BadZipFile,
     zlib.error,

@@ -66,7 +66,7 @@ def opened_json(data: bytes, where: str) -> bytes:
     if f'"{SEAL}"'.encode() not in data:
         return data
     try:
-        document = json.loads(data)
+        document = json.loads(data.decode())
     except (ValueError, RecursionError) as err:
         raise CheckpointError(f"{where} is no JSON", got=str(err)) from err
     if not isinstance(document, dict) or SEAL not in document:

@@ -59,7 +59,7 @@ def hurt_and_seal_checkpoint(data: bytes, rng: Random, _: Sequence[bytes]) -> by
     """Header or tensors are others, and the seal is that of what the file then holds."""
     from safetensors.numpy import load, save
 
-    header, body = _split_safetensors(data)
+    header, _body = _split_safetensors(data)
     document = json.loads(header["__metadata__"]["eam"])
     tensors = load(data)
     if rng.random() < 0.6:
@@ -396,10 +396,8 @@ def other_image(data: bytes, rng: Random, _: Sequence[bytes]) -> bytes:
     elif kind == 2:
         picture.convert("L").save(file, "TIFF")
     elif kind == 3:  # 90 to 179 million pixels: a picture that only warns of a decompression bomb
-        side = rng.choice((9_500, 13_000))
-        whole = zlib.compressobj(9)
-        body = b"".join([*(whole.compress(bytes(side + 1) * 64) for _ in range(side // 64)), whole.flush()])
-        return _png(side, side // 64 * 64, 8, 0, body)
+        side, (colours, channels) = rng.choice((9_500, 10_800, 13_000)), rng.choice(((0, 1), (2, 3), (6, 4)))
+        return _png(side, side // 64 * 64, 8, colours, _compressed_zeros((side * channels + 1) * 64, side // 64))
     elif kind == 4:
         picture.convert("RGB").save(file, "PNG", icc_profile=rng.randbytes(300))
     elif kind == 5:
@@ -407,8 +405,15 @@ def other_image(data: bytes, rng: Random, _: Sequence[bytes]) -> bytes:
     elif kind == 6:
         return _png(65_500, 1, 16, 6, zlib.compress(bytes(65_500 * 8 + 1)))
     else:
-        picture.convert(rng.choice(("1", "L", "P", "RGBA", "LA", "I"))).save(file, "PNG")
+        picture.convert(rng.choice(("1", "L", "P", "RGBA", "LA", "I;16"))).save(file, "PNG")
     return file.getvalue()
+
+
+def _compressed_zeros(length: int, times: int) -> bytes:
+    """Many zeros as zlib has them, without compressing them all: a block, repeated, and the checksum of the whole."""
+    block = zlib.compressobj(9, wbits=-15)
+    repeated = (block.compress(bytes(length)) + block.flush(zlib.Z_FULL_FLUSH)) * times
+    return b"\x78\xda" + repeated + b"\x03\x00" + struct.pack(">HH", length * times % 65521, 1)
 
 
 def _png(width: int, height: int, bits: int, colours: int, body: bytes) -> bytes:

@@ -86,7 +86,7 @@ class Judge:
         good = (self._good / source.file).read_bytes()
         try:
             return mutation.__name__, mutation(good, rng, others)
-        except Exception as err:  # what its library refuses to write, such as graphs that are nested too deep
+        except Exception as err:  # noqa: BLE001 (what its library refuses to write, such as graphs that are nested too deep)
             return f"{mutation.__name__}, impossible: {type(err).__name__}", good
 
     def judge(self, job: Job) -> Verdict:

@@ -14,6 +14,7 @@ from types import MappingProxyType
 from typing import Literal
 
 import numpy as np
+import torch
 
 from eamdeploy.activation_ranges import ActivationRanges
 from eamdeploy.artifact import Preprocessing, Record
@@ -118,7 +119,9 @@ def _reference(path: Path) -> str:
 
 
 def _weights(path: Path) -> str:
-    return fingerprint(*(part for key, value in sorted(read_weights(path).items()) for part in (key, str(value.shape))))
+    state = sorted(read_weights(path).items())
+    raw = {key: value.reshape(-1).contiguous().view(torch.uint8).numpy() for key, value in state}
+    return fingerprint(*(part for key, value in state for part in (key, value.shape, value.dtype, raw[key])))
 
 
 def _maps(path: Path) -> str:
@@ -158,7 +161,7 @@ def _convert(path: Path) -> str:
 
 
 def _for_trt(path: Path) -> str:
-    return fingerprint(plan_trt_build(path, TrtOptions(precision="fp16", int8=True), TrtVersion.parse("10.3")))
+    return fingerprint(plan_trt_build(path, TrtOptions(precision="fp16"), TrtVersion.parse("10.3")))
 
 
 def _lint(path: Path) -> str:
