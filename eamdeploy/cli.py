@@ -13,7 +13,7 @@ from rich.console import Console
 from eamdeploy import cli_options as options
 from eamdeploy import show, show_profile
 from eamdeploy.activation_ranges import CALIBRATION_IMAGES
-from eamdeploy.artifact import require_output
+from eamdeploy.artifact import printable, require_output
 from eamdeploy.console import Terminal, print_result
 from eamdeploy.engines.base import ProviderName
 from eamdeploy.engines.trt_versions import TrtVersion
@@ -41,7 +41,7 @@ def main() -> None:
         command(arguments, prog_name="eamdeploy")  # exits by itself: 0, 2 after wrong use, 130 after Ctrl-C
     except EamDeployError as err:
         plain = Console(stderr=True, soft_wrap=True, highlight=False, markup=False, emoji=False)
-        plain.print(f"error: {' '.join(str(err).split())}")
+        plain.print(f"error: {printable(' '.join(str(err).split()))}")
         sys.exit(err.exit_code)
 
 

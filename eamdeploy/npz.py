@@ -33,6 +33,9 @@ _FAILURES = (
 )
 
 
+_KINDS = "biufU"  # booleans, numbers, texts
+
+
 def read_npz(path: Path, what: str, hint: str | None = None) -> dict[str, NDArray[Any]]:
     """The arrays in the archive at `path`, by name.
 
@@ -41,7 +44,7 @@ def read_npz(path: Path, what: str, hint: str | None = None) -> dict[str, NDArra
 
     Raises:
         ConfigError: the file can't be read.
-        CheckpointError: it is damaged, no archive of arrays, or has arrays of Python objects.
+        CheckpointError: it is damaged, no archive of arrays, or has arrays of something else than numbers and texts.
     """
     try:
         file = path.open("rb")
@@ -54,8 +57,9 @@ def read_npz(path: Path, what: str, hint: str | None = None) -> dict[str, NDArra
                 raise ValueError("one array, not an archive of named arrays")
             with archive:
                 arrays: dict[str, Any] = dict(archive)
-            if strange := [name for name, array in arrays.items() if not isinstance(array, np.ndarray)]:
-                raise ValueError(f"{strange[0]!r} in it is no array")
+            for name, array in arrays.items():
+                if not isinstance(array, np.ndarray) or array.dtype.kind not in _KINDS:
+                    raise ValueError(f"{name!r} in it is no array of numbers or texts")
             return arrays
         except _FAILURES as err:
             raise CheckpointError(f"{path} is damaged or no {what}: {err or type(err).__name__}", hint=hint) from err

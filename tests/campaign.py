@@ -24,7 +24,8 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ["HF_HUB_OFFLINE"] = "1"  # a hurt configuration may ask for pretrained weights
 
 from hostile.good_files import make_good_files
-from hostile.judging import Job, Judge, Verdict
+from hostile.jobs import Job, Verdict
+from hostile.judging import Judge
 from hostile.sources import SOURCES
 from hostile.tally import Finding, Tally
 from hostile.workers import judge_all

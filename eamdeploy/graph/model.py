@@ -29,7 +29,7 @@ def parse_model(data: bytes, what: str, hint: str | None = None) -> onnx.ModelPr
         what: what can't be done without it, for the message; `hint`: what to try.
 
     Raises:
-        EngineError: it is no ONNX model, or keeps data in a second file.
+        EngineError: it is no valid ONNX model, or keeps data in a second file.
     """
     try:
         model = onnx.load_model_from_string(data)
@@ -39,6 +39,11 @@ def parse_model(data: bytes, what: str, hint: str | None = None) -> onnx.ModelPr
         raise EngineError(f"{what}: it is damaged, it has names or other texts that are no UTF-8", hint=hint)
     if any(tensor.data_location == onnx.TensorProto.EXTERNAL for tensor in model.graph.initializer):
         raise EngineError(f"{what}: it keeps data in a second file", hint=hint)
+    try:  # or what comes after it ends in errors of any kind
+        onnx.checker.check_model(model, full_check=True)
+    except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as err:
+        reason = str(err).strip().partition("\n")[0]
+        raise EngineError(f"{what}: it is damaged or no valid ONNX model: {reason}", hint=hint) from err
     return model
 
 

@@ -19,6 +19,7 @@ from random import Random
 from eamdeploy.cli import main
 from eamdeploy.errors import EamDeployError, ExitCode
 from eamdeploy.seal import SEAL
+from hostile.jobs import Job, Verdict
 from hostile.sources import OUT, SOURCES, Source
 
 OLD = b"what was there before"
@@ -27,35 +28,6 @@ _OUTPUTS = (
 )
 MEMORY_LIMIT = 1 << 30  # bytes above what the good file takes
 _BORROWED = ("weights.safetensors", "x.onnx", "maps.npz", "one_png/a.png", "evaluation.json", "run.toml", "weights.pth")
-
-
-@dataclass(frozen=True)
-class Job:
-    """The input of that number among those of its kind; the same seed gives the same bytes."""
-
-    source: str
-    index: int
-    seed: int
-
-
-@dataclass(frozen=True)
-class Verdict:
-    """What came of an input.
-
-    Attributes:
-        mutation: what was done to the good file.
-        outcome: `right`, `other` (a foreign file that means something else now), or `refused: <error>`.
-        finding: what should not have happened, in a few words; None where all is well.
-        details: of a finding, e.g. the traceback.
-        seconds: from the first byte read to the last thing printed; `extra_bytes`: memory above the good file's.
-    """
-
-    mutation: str
-    outcome: str
-    finding: str | None = None
-    details: str = ""
-    seconds: float = 0.0
-    extra_bytes: int = 0
 
 
 @dataclass(frozen=True)
@@ -106,16 +78,15 @@ class Judge:
         return Verdict(name, verdict.outcome, verdict.finding, verdict.details, seconds, extra)
 
     def _measure(self, source: Source) -> _Normal:
-        """Reads the good file, which must work; twice, as the first time imports packages."""
+        """Reads the good file, which must work."""
         good = (self._good / source.file).read_bytes()
-        for _ in range(2):
-            target = self._lay_out(source, good)
-            with _peak_memory() as peak:
-                found = source.read(target)
-                if source.command is not None:
-                    self._lay_out(source, good)
-                    code, _out, err = _command(source.command(target))
-                    assert code == ExitCode.DONE or source.name == "configuration", (source.name, err)
+        target = self._lay_out(source, good)
+        with _peak_memory() as peak:
+            found = source.read(target)
+            if source.command is not None:
+                self._lay_out(source, good)
+                code, _out, err = _command(source.command(target))
+                assert code == ExitCode.DONE or source.name == "configuration", (source.name, err)
         self._normal[source.name] = _Normal(found, peak[0])
         return self._normal[source.name]
 

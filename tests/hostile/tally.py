@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
-from hostile.judging import Job, Verdict
+from hostile.jobs import Job, Verdict
 from hostile.sources import SOURCES
 
 

@@ -10,14 +10,30 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
+from typing import Protocol
 
-from hostile.judging import Job, Judge, Verdict
+from hostile.jobs import Job, Verdict
 
 LIMIT_S = 10.0
-_START_S = 120.0  # to import torch on a busy machine, and to read the good file of a kind for the first time
+FIRST_S = 60.0  # what the first file of a kind may take besides, as the good one is read before it
+_START_S = 300.0  # to import torch on a busy machine
 _ADDRESS_SPACE = 6 << 30  # more than a finding of too much memory takes, less than the machine has
 
-MakeJudge = Callable[[Path, Path], Judge]
+
+class AnyJudge(Protocol):
+    """What a worker asks."""
+
+    def judge(self, job: Job) -> Verdict: ...
+
+
+MakeJudge = Callable[[Path, Path], AnyJudge]
+
+
+def real_judge(good: Path, scratch: Path) -> AnyJudge:
+    """A `Judge`, imported in the worker alone, as it imports all that reads files."""
+    from hostile.judging import Judge
+
+    return Judge(good, scratch)
 
 
 @dataclass
@@ -36,15 +52,22 @@ def judge_all(
     *,
     workers: int,
     limit_s: float = LIMIT_S,
-    make_judge: MakeJudge = Judge,
+    first_s: float = FIRST_S,
+    make_judge: MakeJudge = real_judge,
 ) -> Iterator[tuple[Job, Verdict]]:
-    """What came of every job, as it comes. A job that takes too long is tried once more before it is a finding."""
+    """What came of every job, as it comes. A job that takes too long is tried once more before it is a finding.
+
+    Args:
+        good, scratch: folders of good files and for hurt ones.
+        limit_s: what a job may take; `first_s` is added for the first of its kind in a worker.
+        make_judge: makes what judges in a worker.
+    """
     pool = [_start(good, scratch / str(number), make_judge) for number in range(workers)]
     waiting, late = iter(jobs), set[Job]()
     again: list[Job] = []
     try:
         for worker in pool:
-            _give(worker, again, waiting, limit_s)
+            _give(worker, again, waiting, limit_s, first_s)
         while busy := [worker for worker in pool if worker.job is not None]:
             patience = max(0.0, min(worker.deadline for worker in busy) - time.monotonic())
             ready = wait([worker.connection for worker in busy], timeout=patience)
@@ -66,7 +89,7 @@ def judge_all(
                 if verdict is None or verdict.finding in ("hang", "crash"):
                     _end(worker)
                     pool[number] = worker = _start(good, scratch / str(number), make_judge)
-                _give(worker, again, waiting, limit_s)
+                _give(worker, again, waiting, limit_s, first_s)
     finally:
         for worker in pool:
             _end(worker)
@@ -81,14 +104,20 @@ def _start(good: Path, scratch: Path, make_judge: MakeJudge) -> _Worker:
     return _Worker(process, ours, None, 0.0, set())
 
 
-def _give(worker: _Worker, again: list[Job], waiting: Iterator[Job], limit_s: float) -> None:
-    """The next job, if there is one."""
+def _give(worker: _Worker, again: list[Job], waiting: Iterator[Job], limit_s: float, first_s: float) -> None:
+    """The next job, if there is one.
+
+    Raises:
+        RuntimeError: the worker did not start.
+    """
     worker.job = again.pop() if again else next(waiting, None)
     if worker.job is None:
         return
+    if not worker.known and not (worker.connection.poll(_START_S) and worker.connection.recv() == "ready"):
+        raise RuntimeError(f"a worker did not start within {_START_S:g} s")
     first = worker.job.source not in worker.known
     worker.known.add(worker.job.source)
-    worker.deadline = time.monotonic() + limit_s + (_START_S if first else 0)
+    worker.deadline = time.monotonic() + limit_s + (first_s if first else 0)
     worker.connection.send(worker.job)
 
 
@@ -118,6 +147,7 @@ def _serve(connection: Connection, good: Path, scratch: Path, make_judge: MakeJu
     used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
     resource.setrlimit(resource.RLIMIT_AS, (used + _ADDRESS_SPACE, resource.RLIM_INFINITY))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    connection.send("ready")
     while True:
         try:
             job = connection.recv()
