@@ -5,7 +5,7 @@ BIN    := $(VENV)/bin
 READY  := $(VENV)/.ready
 
 .PHONY: install demo test lint bench bench-sparsity bench-passes trt-attributes gpu-check image-models image-lint
-.PHONY: image-check image-check-arm64 clean
+.PHONY: campaign campaign-kill image-check image-check-arm64 clean
 
 install: $(READY)
 
@@ -26,6 +26,14 @@ lint: $(READY)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+# Files of every kind, hurt on purpose; CAMPAIGN="--seed 2 --count 1000 -o campaign.json" for others; ten minutes or so
+campaign: $(READY)
+	$(BIN)/python tests/campaign.py $(CAMPAIGN)
+
+# Commands killed at random moments; KILL="--only export --count 20 -o kills.json"; three quarters of an hour or so
+campaign-kill: $(READY)
+	$(BIN)/python tests/campaign_kill.py $(KILL)
 
 # Beside every peer that is installed (pip install '.[bench]' brings OpenVINO and NNCF);
 # BENCH="--weights W --data IMAGES --keep build/peers -o peers.json --plot peers.svg", random weights and noise otherwise

@@ -25,6 +25,7 @@ from safetensors.numpy import save_file
 
 from eamdeploy import export, freeze
 from eamdeploy.activation_ranges import Calibration
+from eamdeploy.artifact import digest_file
 from eamdeploy.build import plan_trt_build
 from eamdeploy.eam import checkpoint as checkpoints
 from eamdeploy.eam.records import Checkpoint, FrozenMaps
@@ -34,7 +35,7 @@ from eamdeploy.engines.trt_versions import TrtVersion
 from eamdeploy.host.model import RANDOM, ModelSpec, PreprocessingOverrides, load_model
 from eamdeploy.host.options import FreezeOptions
 from eamdeploy.host.stock_export import export_stock
-from eamdeploy.parity import reference_path
+from eamdeploy.parity import ReferenceSet, reference_path
 from eamdeploy.source import ImageSource
 
 FORM = TrtVersion.parse("10.3")  # INT8 maps at opset 17: `build-trt` makes floats of them where they must be
@@ -125,7 +126,8 @@ def _make_swin(folder: Path, images: ImageSource, work: Path) -> None:
 def _quantize(model: Path, output: Path, images: ImageSource) -> None:
     """The model in INT8, as `build-trt --int8` would have it, with the reference set of the model itself."""
     plan_trt_build(model, TrtOptions(int8=True), FORM, calibration=Calibration(images), onnx_output=output)
-    reference_path(output).write_bytes(reference_path(model).read_bytes())
+    reference = ReferenceSet.load(reference_path(model))
+    replace(reference, model_digest=digest_file(output)).save(reference_path(output))
 
 
 def ranked_heads(checkpoint: Checkpoint) -> list[tuple[str, int]]:

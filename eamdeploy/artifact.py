@@ -5,22 +5,26 @@ Nothing here needs torch, onnx or a runtime, so that a board can read every arti
 
 from __future__ import annotations
 
+import fcntl
+import glob
 import hashlib
 import json
 import math
 import os
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import IO, Literal, TypeVar
+from typing import IO, Any, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from eamdeploy.errors import CheckpointError, ConfigError
 from eamdeploy.file_kinds import in_words
+from eamdeploy.seal import opened_json, sealed_json
 
 _CHUNK_BYTES = 1 << 20
+_PARTIAL = ".partial"
 
 RecordT = TypeVar("RecordT", bound="Record")
 
@@ -51,7 +55,8 @@ def atomic_output(path: Path) -> Iterator[IO[bytes]]:
     """A binary file that becomes `path` when the block ends well, and leaves no trace when it does not.
 
     The bytes go to a temporary file in the same folder, are flushed to the disk and then renamed over `path`, so a
-    full disk, an error or Ctrl-C leaves whatever was at `path` before.
+    full disk, an error or Ctrl-C leaves whatever was at `path` before. So does `kill -9`, after which the temporary
+    file is left, until `path` is written again.
 
     Raises:
         ConfigError: the folder does not exist, can't be written, or the disk is full; or `path` is a folder or device.
@@ -59,14 +64,14 @@ def atomic_output(path: Path) -> Iterator[IO[bytes]]:
     require_output(path)
     temporary: Path | None = None
     try:
-        descriptor, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".partial", dir=path.parent)
-        temporary = Path(name)
+        _remove_leftovers(path)
+        descriptor, temporary = _new_temporary(path)
         with os.fdopen(descriptor, "wb") as file:
             yield file
             file.flush()
             os.fsync(file.fileno())
-        temporary.chmod(0o666 & ~_umask())
-        temporary.replace(path)
+            temporary.chmod(0o666 & ~_umask())
+            temporary.replace(path)  # before the file is closed, which unlocks it
     except BaseException as err:
         if temporary is not None:
             temporary.unlink(missing_ok=True)
@@ -76,6 +81,30 @@ def atomic_output(path: Path) -> Iterator[IO[bytes]]:
                 hint="Check that the folder exists, is writable and has free space; nothing there was changed.",
             ) from err
         raise
+
+
+def _new_temporary(path: Path) -> tuple[int, Path]:
+    """A new file beside `path`, open and locked: a lock ends with its process, and tells a leftover from a file in use.
+
+    Raises:
+        OSError: it can't be made.
+    """
+    while True:
+        descriptor, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=_PARTIAL, dir=path.parent)
+        with suppress(OSError):  # a file system without locks, on which leftovers stay
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+        if os.fstat(descriptor).st_nlink:
+            return descriptor, Path(name)
+        os.close(descriptor)  # another process took it for a leftover just before it was locked
+
+
+def _remove_leftovers(path: Path) -> None:
+    """The temporary files of processes that were killed while they wrote `path` are gone, as far as that can be."""
+    pattern = f".{glob.escape(path.name)}.{'[a-z0-9_]' * 8}{_PARTIAL}"
+    for leftover in path.parent.glob(pattern):
+        with suppress(OSError), leftover.open("rb") as file:  # locked: somebody writes it now
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            leftover.unlink()
 
 
 def require_output(path: Path, *inputs: Path) -> None:
@@ -111,10 +140,28 @@ def _umask() -> int:
     return mask
 
 
+def printable(value: Any) -> Any:
+    """`value` with every text in it as UTF-8 can hold it: names of files are bytes, and what is no UTF-8 in them is
+    spelled out as `\\udcff`.
+    """
+    if isinstance(value, str):
+        return value if value.isascii() else value.encode(errors="backslashreplace").decode()
+    if isinstance(value, dict):
+        return {printable(key): printable(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return type(value)(map(printable, value))
+    return value
+
+
 class Record(BaseModel):
     """An immutable, validated piece of JSON; an unknown or missing key is an error, never ignored."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
+
+    @field_validator("*", mode="after")
+    @classmethod
+    def _can_be_written(cls, value: Any) -> Any:
+        return printable(value)
 
     @classmethod
     def parse(cls: type[RecordT], text: str | bytes, where: str) -> RecordT:
@@ -134,22 +181,26 @@ class Record(BaseModel):
             ) from err
 
     def write(self, path: Path) -> None:
-        """`path` holds this record as JSON, or is unchanged if that fails."""
-        write_bytes(path, (self.model_dump_json(indent=2) + "\n").encode())
+        """`path` holds this record as sealed JSON, or is unchanged if that fails."""
+        write_bytes(path, self.sealed())
+
+    def sealed(self) -> bytes:
+        """This record as JSON in UTF-8, with its seal (see `seal`) as the last key."""
+        return sealed_json(self.model_dump_json()).encode()
 
     @classmethod
     def read(cls: type[RecordT], path: Path) -> RecordT:
-        """The record in the file at `path`.
+        """The record in the file at `path`; where the file has a seal, the contents are those that were written.
 
         Raises:
             ConfigError: the file can't be read.
-            CheckpointError: its contents don't fit.
+            CheckpointError: its contents don't fit, or not its seal.
         """
         try:
             data = path.read_bytes()
         except OSError as err:
             raise ConfigError(f"cannot read {path}: {err.strerror or err}") from err
-        return cls.parse(data, str(path))
+        return cls.parse(opened_json(data, str(path)), str(path))
 
 
 class Preprocessing(Record):

@@ -7,6 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from eamdeploy.artifact import digest_file
 from eamdeploy.engines.base import Manifest
 from eamdeploy.engines.ort_providers import require_provider
 from eamdeploy.engines.provenance import usable_cores
@@ -32,6 +33,7 @@ def build_ort(
     calibration: Calibration | None = None,
     reference: Path | None = None,
     check: bool = True,
+    verify: bool = True,
     min_agreement: float | None = None,
     observer: Observer = SILENT,
 ) -> Manifest:
@@ -45,11 +47,14 @@ def build_ort(
         calibration: images for static INT8; its ranges are kept beside the engine unless it names a cache.
         reference: the reference set; the one that `export` left beside the model if None.
         check: run the parity gate; without it the manifest says that the engine was not checked.
+        verify: model and reference set must be the files that were exported together; False for one that was changed
+            on purpose.
         min_agreement: with INT8, percent of the reference images that need the reference's first class; None for that
             of tolerance `reduced-engine`.
 
     Raises:
         ConfigError: a file can't be read or written, an option is of no use, or there is no reference set.
+        CheckpointError: model or reference set was altered after the export, or they don't belong together.
         UnsupportedGraph: the model has nothing that a form would change.
         EngineError: ONNX Runtime can't load or run the model, or not on that provider.
         ParityError: the engine's logits are not the reference's; what was at `output` stays.
@@ -73,7 +78,7 @@ def build_ort(
         output=output,
         threads=threads or usable_cores(),
         calibration=_with_cache(calibration, output),
-        reference=_reference(model, reference) if check else None,
+        reference=_reference(model, reference, verify=verify) if check else None,
         reduced=reduced_tolerance(min_agreement),
     )
     return ort_build.build(request, forms, observer)
@@ -86,6 +91,7 @@ def build_trt(
     *,
     reference: Path | None = None,
     check: bool = True,
+    verify: bool = True,
     min_agreement: float | None = None,
     calibration: Calibration | None = None,
     baseline: Path | None = None,
@@ -97,7 +103,7 @@ def build_trt(
     The model is converted to what the installed TensorRT takes, in memory. The builder's log lies beside the engine.
 
     Args:
-        reference, check: as for `build_ort`.
+        reference, check, verify: as for `build_ort`.
         min_agreement: percent of the reference images that need the reference's first class, where the engine is not
             held to FP32's tolerance; None for that of tolerance `reduced-engine`.
         calibration: images for INT8; its ranges are kept beside the engine unless it names a cache.
@@ -107,6 +113,7 @@ def build_trt(
     Raises:
         MissingDependency, DeviceError: TensorRT, a GPU, or a package that the build needs is not here.
         ConfigError: a file or an option can't be used, or there is no reference set.
+        CheckpointError: as for `build_ort`.
         EngineError: TensorRT can't build or run the engine.
         ParityError: the engine's logits are not the reference's; what was at `output` stays.
     """
@@ -115,7 +122,7 @@ def build_trt(
 
     version, _ = trt.require_device()  # before anything else: without it there is nothing to do here
     trt.require_plan_output(output, model)
-    references = _reference(model, reference) if check else None
+    references = _reference(model, reference, verify=verify) if check else None
     prepared = _prepare(model, version, options, _with_cache(calibration, output), onnx_output, observer)
     request = make_request(version, options, prepared.facts, list(prepared.changes))
     for change in prepared.changes:
@@ -188,11 +195,14 @@ def _with_cache(calibration: Calibration | None, output: Path) -> Calibration | 
     return replace(calibration, cache=output.with_name(f"{output.name}.ranges.json"))
 
 
-def _reference(model: Path, reference: Path | None) -> ReferenceSet:
+def _reference(model: Path, reference: Path | None, *, verify: bool) -> ReferenceSet:
     path = reference_path(model) if reference is None else reference
     if not path.is_file():
         raise ConfigError(
             f"no reference set at {path}, so the engine can't be checked",
             hint="Copy it together with the model (export writes both), name it with --reference, or use --no-check.",
         )
-    return ReferenceSet.load(path)
+    loaded = ReferenceSet.load(path, verify=verify)
+    if verify:
+        loaded.require_model(model, digest_file(model))
+    return loaded

@@ -13,7 +13,7 @@ from rich.console import Console
 from eamdeploy import cli_options as options
 from eamdeploy import show, show_profile
 from eamdeploy.activation_ranges import CALIBRATION_IMAGES
-from eamdeploy.artifact import require_output
+from eamdeploy.artifact import printable, require_output
 from eamdeploy.console import Terminal, print_result
 from eamdeploy.engines.base import ProviderName
 from eamdeploy.engines.trt_versions import TrtVersion
@@ -41,7 +41,7 @@ def main() -> None:
         command(arguments, prog_name="eamdeploy")  # exits by itself: 0, 2 after wrong use, 130 after Ctrl-C
     except EamDeployError as err:
         plain = Console(stderr=True, soft_wrap=True, highlight=False, markup=False, emoji=False)
-        plain.print(f"error: {' '.join(str(err).split())}")
+        plain.print(f"error: {printable(' '.join(str(err).split()))}")
         sys.exit(err.exit_code)
 
 
@@ -275,6 +275,7 @@ def export(
     measure: Annotated[
         bool, typer.Option(help="Time the model against its unfrozen twin on ONNX Runtime here (about 3 s).")
     ] = True,
+    verify: options.Verify = True,
     as_json: options.AsJson = False,
 ) -> None:
     """Export an EAM checkpoint to ONNX: frozen maps as integers, no queries and keys of frozen heads."""
@@ -293,6 +294,7 @@ def export(
             trt=options.parse_target(target, trt),
             images=None if data is None else ImageSource(data, split, images, skip_bad, exif_transpose),
             measure=measure,
+            verify=verify,
             observer=terminal,
         )
     print_result(result, show.export(result), as_json=as_json)
@@ -346,6 +348,7 @@ def build_ort(
         Path | None, typer.Option(help="Reference set of the parity gate; by default the one beside the model.")
     ] = None,
     check: Annotated[bool, typer.Option("--check/--no-check", help="Run the parity gate.")] = True,
+    verify: options.Verify = True,
     min_agreement: options.MinAgreement = None,
     as_json: options.AsJson = False,
 ) -> None:
@@ -379,6 +382,7 @@ def build_ort(
             calibration=calibration,
             reference=reference,
             check=check,
+            verify=verify,
             min_agreement=min_agreement,
             observer=terminal,
         )
@@ -431,6 +435,7 @@ def build_trt(
         Path | None, typer.Option(help="Reference set of the parity gate; by default the one beside the model.")
     ] = None,
     check: Annotated[bool, typer.Option("--check/--no-check", help="Run the parity gate.")] = True,
+    verify: options.Verify = True,
     min_agreement: options.MinAgreement = None,
     save_onnx: Annotated[
         Path | None, typer.Option(help="Also write the ONNX model that TensorRT's parser gets.")
@@ -490,6 +495,7 @@ def build_trt(
             asked,
             reference=reference,
             check=check,
+            verify=verify,
             min_agreement=min_agreement,
             calibration=calibration,
             baseline=baseline,
@@ -516,6 +522,7 @@ def evaluate(
     class_order: options.LabelOrder = None,
     class_names: options.LabelNames = None,
     threads: options.Threads = None,
+    verify: options.Verify = True,
     as_json: options.AsJson = False,
 ) -> None:
     """Measure top-1 and top-5 where there are labels, and agreement and KL against a reference."""
@@ -525,7 +532,7 @@ def evaluate(
     names = read_class_names(class_names)
     source = ImageSource(data, split, images, skip_bad, exif_transpose, class_order, names)
     with context.obj as terminal:
-        result = run_evaluate(model, source, reference=reference, threads=threads, observer=terminal)
+        result = run_evaluate(model, source, reference=reference, threads=threads, verify=verify, observer=terminal)
     if output is not None:
         result.write(output)
     print_result(result, show.evaluation(result), as_json=as_json)
@@ -632,12 +639,13 @@ def report(
     output: Output,
     markdown: Annotated[Path | None, typer.Option(help="Also write it as Markdown.")] = None,
     title: Annotated[str | None, typer.Option(help="Of the page.", show_default="the models")] = None,
+    verify: options.Verify = True,
     as_json: options.AsJson = False,
 ) -> None:
     """Show what was frozen, what it cost and what it gained, on one HTML page that needs no network."""
     from eamdeploy.reporting.report import report as run_report
 
-    result = run_report(files, output, markdown=markdown, title=title)
+    result = run_report(files, output, markdown=markdown, title=title, verify=verify)
     print_result(result, show.report(result), as_json=as_json)
 
 
@@ -661,12 +669,13 @@ def run(
 @app.command()
 def inspect(
     file: Annotated[Path, typer.Argument(help="Checkpoint, ONNX model, engine, manifest, reference set or JSON.")],
+    verify: options.Verify = True,
     as_json: options.AsJson = False,
 ) -> None:
     """Show what an artifact is and what it holds."""
     from eamdeploy.inspection import inspect as run_inspect
 
-    result = run_inspect(file)
+    result = run_inspect(file, verify=verify)
     print_result(result, show.inspection(result), as_json=as_json)
 
 

@@ -59,6 +59,12 @@ LabelNames = Annotated[
     Path | None,
     typer.Option("--class-names", help="The model's class names, in place of those it carries: as for freeze."),
 ]
+Verify = Annotated[
+    bool,
+    typer.Option(
+        "--verify/--no-verify", help="Refuse files that were altered after they were written; not those made before."
+    ),
+]
 Bits = Annotated[int, typer.Option(help="Bits of a frozen map's codes: 2, 3, 4 or 8.")]
 Quantizer = Annotated[Literal["squared", "uniform"], typer.Option(help="A code stands for scale·code² or scale·code.")]
 Threads = Annotated[int | None, typer.Option(min=1, help="Threads inside one inference; every usable core by default.")]

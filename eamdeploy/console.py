@@ -7,7 +7,7 @@ from types import TracebackType
 from rich.console import Console, RenderableType
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
-from eamdeploy.artifact import Record
+from eamdeploy.artifact import Record, printable
 
 
 class Terminal:
@@ -34,7 +34,7 @@ class Terminal:
     def note(self, text: str) -> None:
         """`text` stands on a line of its own, above the bars."""
         if not self._quiet:
-            self._console.print(text)
+            self._console.print(printable(text))
 
     def __enter__(self) -> Terminal:
         self._bars.start()

@@ -8,6 +8,7 @@ from typing import Any, Final, Literal
 
 from eamdeploy.errors import CheckpointError, ConfigError
 from eamdeploy.file_kinds import text_in_words
+from eamdeploy.seal import opened_json
 
 DocumentKind = Literal[
     "engine manifest", "profile", "profiles of machines", "evaluation", "analysis", "export", "run", "diagnosis"
@@ -26,14 +27,14 @@ _KEYS: Final[dict[DocumentKind, frozenset[str]]] = {
 
 
 def read_document(path: Path) -> tuple[DocumentKind | None, dict[str, Any]]:
-    """What the JSON file at `path` holds, by its kind; None for an object of another kind.
+    """What the JSON file at `path` holds but its seal, by its kind; None for an object of another kind.
 
     Raises:
         ConfigError: the file can't be read.
-        CheckpointError: it holds no JSON, or no object.
+        CheckpointError: it holds no JSON, or no object, or was altered after it was written.
     """
     try:
-        document: Any = json.loads(path.read_bytes())
+        document: Any = json.loads(opened_json(path.read_bytes(), str(path)).decode())
     except OSError as err:
         raise ConfigError(f"cannot read {path}: {err.strerror or err}") from err
     except (ValueError, RecursionError) as err:

@@ -74,6 +74,7 @@ def evaluate(
     *,
     reference: Path | None = None,
     threads: int | None = None,
+    verify: bool = True,
     observer: Observer = SILENT,
 ) -> EvaluationReport:
     """Accuracy where the images have labels, and agreement with a reference.
@@ -81,6 +82,8 @@ def evaluate(
     Args:
         model: an EAM checkpoint (needs the host packages) or an engine.
         reference: another checkpoint or engine; for a checkpoint by default its own model with all attention live.
+        verify: checkpoints and exported models must be as they were written; False for one that was changed on
+            purpose.
 
     Raises:
         ConfigError: a file or the images can't be used, or the two models don't go together.
@@ -89,14 +92,14 @@ def evaluate(
         MissingDependency: a checkpoint is given and torch is not installed.
     """
     with ExitStack() as stack:
-        candidate = stack.enter_context(_open(model, threads, frozen=True))
+        candidate = stack.enter_context(_open(model, threads, frozen=True, verify=verify))
         model_digest = digest_model(model)
         other, other_name, other_digest = None, None, None
         if reference is not None:
-            other = stack.enter_context(_open(reference, threads, frozen=True))
+            other = stack.enter_context(_open(reference, threads, frozen=True, verify=verify))
             other_name, other_digest = str(reference), digest_model(reference)
         elif _is_checkpoint(model):
-            other = stack.enter_context(_open(model, threads, frozen=False))
+            other = stack.enter_context(_open(model, threads, frozen=False, verify=verify))
             other_name, other_digest = f"{model} with all attention live", model_digest
         how = _preprocessing(model, candidate, other)
         class_names = candidate.class_names or (other.class_names if other else None)
@@ -152,11 +155,11 @@ def _is_checkpoint(path: Path) -> bool:
 
 
 @contextmanager
-def _open(path: Path, threads: int | None, *, frozen: bool) -> Iterator[_Model]:
+def _open(path: Path, threads: int | None, *, frozen: bool, verify: bool) -> Iterator[_Model]:
     if _is_checkpoint(path):
-        yield _open_checkpoint(path, frozen=frozen)
+        yield _open_checkpoint(path, frozen=frozen, verify=verify)
         return
-    with open_runner(path, threads) as runner:
+    with open_runner(path, threads, verify=verify) as runner:
         card = runner.card
         yield _Model(
             runner.infer,
@@ -169,11 +172,11 @@ def _open(path: Path, threads: int | None, *, frozen: bool) -> Iterator[_Model]:
         )
 
 
-def _open_checkpoint(path: Path, *, frozen: bool) -> _Model:
+def _open_checkpoint(path: Path, *, frozen: bool, verify: bool) -> _Model:
     with host_packages("evaluating a checkpoint"):
         from eamdeploy.host.calibrate import predict
         from eamdeploy.host.reference import load_reference
-    loaded = checkpoints.load(path)
+    loaded = checkpoints.load(path, verify=verify)
     reference = load_reference(loaded, frozen=frozen, where=str(path))
     return _Model(
         lambda images: predict(reference.model, images),

@@ -51,6 +51,9 @@ _FILTERS = {
 # A photograph of 1 × 60000 pixels grows to gigabytes when its shorter side becomes 256; boards have few.
 _MAX_RESIZED_PIXELS = 1 << 26
 
+# Pillow takes 4 bytes for a pixel, and twice that while it converts one; its own limit allows 1.4 GB.
+_MAX_PIXELS = 120_000_000
+
 # What Pillow's decoders let escape for damaged files, beyond the OSError that they document.
 _DECODE_FAILURES = (
     OSError,
@@ -105,7 +108,7 @@ def as_rgb(image: Image.Image, *, exif_transpose: bool = False) -> Image.Image:
         return Image.fromarray((np.asarray(upright) >> 8).astype(np.uint8)).convert("RGB")
     if upright.mode == "La":  # which Pillow converts to nothing else
         return upright.convert("LA").convert("RGB")
-    return upright.convert("RGB")
+    return upright if upright.mode == "RGB" else upright.convert("RGB")  # a conversion would be a copy
 
 
 def preprocess(image: Image.Image, how: Preprocessing) -> NDArray[np.uint8]:
@@ -128,6 +131,11 @@ def preprocess(image: Image.Image, how: Preprocessing) -> NDArray[np.uint8]:
     # torchvision rounds half to even here, as Python does; it never pads, as no side is below the crop's
     top, left = round((height - H) / 2), round((width - W) / 2)
     return np.array(resized.crop((left, top, left + W, top + H)), dtype=np.uint8)
+
+
+def _in_rgb(image: Image.Image) -> Image.Image:
+    """The image itself if it is RGB: a conversion would be a copy."""
+    return image if image.mode == "RGB" else image.convert("RGB")
 
 
 def _resized_size(height: int, width: int, how: Preprocessing) -> tuple[int, int]:
@@ -211,6 +219,9 @@ class _UnusableImage(Exception):
 def _read_pixels(file: Path, how: Preprocessing, *, exif_transpose: bool) -> NDArray[np.uint8]:
     try:
         with Image.open(file) as image:
+            if image.width * image.height > _MAX_PIXELS:
+                raise _UnusableImage(f"{image.width} × {image.height} are more than {_MAX_PIXELS} pixels")
+            image.load()
             rgb = as_rgb(image, exif_transpose=exif_transpose)
     except ConfigError as err:
         raise _UnusableImage(str(err)) from err

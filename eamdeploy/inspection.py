@@ -42,12 +42,16 @@ class Inspection(Record):
     details: dict[str, JsonValue]
 
 
-def inspect(path: Path) -> Inspection:
+def inspect(path: Path, *, verify: bool = True) -> Inspection:
     """A description of any file that a stage writes, or of any ONNX model.
+
+    Args:
+        verify: checkpoints, reference sets and exported models must be as they were written; False for one that was
+            changed on purpose.
 
     Raises:
         ConfigError: the file can't be read, or is of no known kind.
-        CheckpointError, EngineError: it is damaged.
+        CheckpointError, EngineError: it is damaged, or was altered after it was written.
     """
     digest = digest_model(path)
     describe = _BY_SUFFIX.get(path.suffix.lower())
@@ -55,12 +59,12 @@ def inspect(path: Path) -> Inspection:
         raise ConfigError(
             f"cannot tell what {path} is", expected=f"a file that ends in {', '.join(_BY_SUFFIX)}", got=path.suffix
         )
-    kind, details = describe(path)
+    kind, details = describe(path, verify)
     return Inspection(file=str(path), kind=kind, bytes=model_bytes(path), digest=digest, details=details)
 
 
-def _checkpoint(path: Path) -> tuple[str, dict[str, JsonValue]]:
-    loaded = checkpoints.load(path)
+def _checkpoint(path: Path, verify: bool) -> tuple[str, dict[str, JsonValue]]:
+    loaded = checkpoints.load(path, verify=verify)
     header = loaded.header
     details: dict[str, JsonValue] = {
         "model": header.timm_model,
@@ -73,10 +77,18 @@ def _checkpoint(path: Path) -> tuple[str, dict[str, JsonValue]]:
         **_frozen_maps(loaded),
         "weight tensors": len(loaded.weights),
         "weight bytes": sum(int(weight.nbytes) for weight in loaded.weights.values()),
+        "unaltered": _unaltered(sealed=header.content_digest is not None, verify=verify),
     }
     if header.calibration is not None:
         details["calibration"] = f"{header.calibration.n_images} images of {header.calibration.source}"
     return "EAM checkpoint", details
+
+
+def _unaltered(*, sealed: bool, verify: bool) -> str:
+    """Whether a file that could be loaded is known to be as it was written."""
+    if not sealed:
+        return "not known: the file records no digest of its contents"
+    return "yes, by the digest that it records" if verify else "not checked"
 
 
 def _windows(attention: Mapping[str, AttentionShape]) -> dict[str, JsonValue]:
@@ -108,8 +120,8 @@ def _frozen_maps(loaded: Checkpoint) -> dict[str, JsonValue]:
     }
 
 
-def _onnx(path: Path) -> tuple[str, dict[str, JsonValue]]:
-    with open_runner(path, threads=1) as runner:
+def _onnx(path: Path, verify: bool) -> tuple[str, dict[str, JsonValue]]:
+    with open_runner(path, threads=1, verify=verify) as runner:
         card, io = runner.card, runner.io
     details: dict[str, JsonValue] = {
         "input": f"{io.input_name} {'uint8 ' if io.takes_pixels else ''}{[size or 'batch' for size in io.input_shape]}",
@@ -129,7 +141,7 @@ def _data_files(path: Path) -> dict[str, JsonValue]:
     return {"weights in": list(others)} if others else {}
 
 
-def _plan(path: Path) -> tuple[str, dict[str, JsonValue]]:
+def _plan(path: Path, _: bool) -> tuple[str, dict[str, JsonValue]]:
     """What the manifest says; a plan itself can be read only by the TensorRT that built it, on a GPU."""
     manifest = read_manifest(path)
     if manifest is None:
@@ -206,16 +218,17 @@ def _freezing(freezing: Freezing) -> dict[str, JsonValue]:
     }
 
 
-def _reference(path: Path) -> tuple[str, dict[str, JsonValue]]:
-    reference = ReferenceSet.load(path)
+def _reference(path: Path, verify: bool) -> tuple[str, dict[str, JsonValue]]:
+    reference = ReferenceSet.load(path, verify=verify)
     return "reference set", {
         "images": list(reference.pixels.shape),
         "logits": list(reference.logits.shape),
         "source": reference.source,
+        "model": reference.model_digest or "not known",
     }
 
 
-def _json(path: Path) -> tuple[str, dict[str, JsonValue]]:
+def _json(path: Path, _: bool) -> tuple[str, dict[str, JsonValue]]:
     kind, document = read_document(path)
     if kind is None or kind not in _BY_KIND:
         shown = {key: value for key, value in document.items() if not isinstance(value, dict)}
@@ -271,7 +284,7 @@ _BY_KIND: dict[DocumentKind, Callable[[Path], dict[str, JsonValue]]] = {
     "diagnosis": _diagnosis,
 }
 
-_BY_SUFFIX: dict[str, Callable[[Path], tuple[str, dict[str, JsonValue]]]] = {
+_BY_SUFFIX: dict[str, Callable[[Path, bool], tuple[str, dict[str, JsonValue]]]] = {
     ".safetensors": _checkpoint,
     ".onnx": _onnx,
     ".plan": _plan,

@@ -1,9 +1,14 @@
 from __future__ import annotations
 
 import errno
+import fcntl
 import hashlib
 import os
+import signal
 import stat
+import subprocess
+import sys
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -90,6 +95,64 @@ def test_full_disk_is_an_error_with_its_reason_and_changes_nothing(target: Path)
         file.write(b"half")
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
     assert_only_old(target)
+
+
+def test_what_a_killed_process_left_is_removed_by_the_next_that_writes_the_file(target: Path) -> None:
+    program = (
+        "import os, signal, sys; from pathlib import Path; from eamdeploy.artifact import atomic_output\n"
+        "with atomic_output(Path(sys.argv[1])) as file:\n"
+        "    file.write(b'half'); file.flush(); os.kill(os.getpid(), signal.SIGKILL)\n"
+    )
+    for path in (target, target.with_name("[x].bin")):
+        killed = subprocess.run([sys.executable, "-c", program, path], check=False)
+        assert killed.returncode == -signal.SIGKILL
+    assert target.read_bytes() == b"old"
+    mine = target.with_name(f".{target.name}.my_notes_2.partial")  # not named by us
+    mine.write_text("mine")
+    assert len(list(target.parent.iterdir())) == 4
+    write_bytes(target, b"new")
+    write_bytes(target.with_name("[x].bin"), b"new")
+    assert sorted(target.parent.iterdir()) == sorted([target, target.with_name("[x].bin"), mine])
+
+
+def test_files_that_are_being_written_are_no_leftovers(target: Path) -> None:
+    with atomic_output(target) as first:
+        with atomic_output(target) as second:
+            second.write(b"second")
+        first.write(b"first")
+    assert target.read_bytes() == b"first"
+    assert list(target.parent.iterdir()) == [target]
+
+
+def test_a_temporary_file_that_is_taken_for_a_leftover_is_made_anew(
+    target: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Between its making and its locking another process may come."""
+    made: list[str] = []
+    make = tempfile.mkstemp
+
+    def make_and_lose(**how: Any) -> tuple[int, str]:
+        descriptor, name = make(**how)
+        if not made:
+            Path(name).unlink()
+        made.append(name)
+        return descriptor, name
+
+    monkeypatch.setattr(tempfile, "mkstemp", make_and_lose)
+    write_bytes(target, b"new")
+    assert len(made) == 2 and target.read_bytes() == b"new"
+    assert list(target.parent.iterdir()) == [target]
+
+
+def test_a_file_system_without_locks_does_too(target: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object) -> None:
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    leftover = target.with_name(f".{target.name}.abcdefgh.partial")
+    leftover.write_bytes(b"half")
+    monkeypatch.setattr(fcntl, "flock", refuse)
+    write_bytes(target, b"new")
+    assert target.read_bytes() == b"new" and sorted(target.parent.iterdir()) == [leftover, target]
 
 
 @pytest.mark.parametrize("step", ["fsync", "replace"])

@@ -186,8 +186,8 @@ CHECKPOINT_DAMAGE: dict[str, tuple[Callable[[Path], None], str]] = {
     ),
     "sparsity": (lambda file: edit_checkpoint(file, header={"freezing.sparsity": 0.7}), r"sparsity; expected 0\.5"),
     "format": (
-        lambda file: edit_checkpoint(file, header={"format": 2}),
-        r"unknown checkpoint format; expected format 1",
+        lambda file: edit_checkpoint(file, header={"format": 3}),
+        r"unknown checkpoint format; expected format 1 or 2",
     ),
     "header": (lambda file: edit_checkpoint(file, header={"colour": 1}), r"CheckpointHeader: colour: Extra inputs"),
 }
@@ -209,8 +209,56 @@ def test_bad_checkpoint(
     shutil.copy(eam_checkpoint, checkpoint)
     damage(checkpoint)
     more = {"export": ["-o", out / "x.onnx"], "evaluate": ["--data", pictures, "-o", out / "x.json"], "inspect": []}
-    assert re.search(message, only_error(run_cli(command, checkpoint, *more[command]), 2))
+    assert re.search(message, only_error(run_cli(command, checkpoint, "--no-verify", *more[command]), 2))
     assert_untouched(out)
+
+
+def flip_bit(file: Path) -> None:
+    """The lowest bit of a weight."""
+    raw = bytearray(file.read_bytes())
+    data = 8 + int.from_bytes(raw[:8], "little")
+    raw[data + json.loads(raw[8:data])["model.norm.weight"]["data_offsets"][0]] ^= 1
+    file.write_bytes(raw)
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [flip_bit, lambda file: edit_checkpoint(file, header={"preprocessing.crop_pct": 0.8})],
+    ids=["weight", "header"],
+)
+def test_checkpoint_that_was_altered_is_refused_unless_that_is_asked_for(
+    run_cli: RunCli,
+    eam_checkpoint: Path,
+    pictures: Path,
+    tmp_path: Path,
+    out: Path,
+    damage: Callable[[Path], None],
+) -> None:
+    checkpoint = tmp_path / "c.eam.safetensors"
+    shutil.copy(eam_checkpoint, checkpoint)
+    damage(checkpoint)
+    new = tmp_path / "new"
+    new.mkdir()
+    commands: dict[str, list[Any]] = {
+        "export": ["--exporter", "torchscript", "--no-measure", "-o", "x.onnx"],
+        "evaluate": ["--data", pictures, "--images", 2, "-o", "x.json"],
+        "inspect": [],
+        "report": ["-o", "x.html"],
+    }
+    for command, more in commands.items():
+        line = only_error(run_cli(command, checkpoint, *more[:-1], *(out / name for name in more[-1:])), 2)
+        assert re.search(r"c\.eam\.safetensors was damaged or altered.*--no-verify", line), command
+        assert_untouched(out)
+        done = run_cli(command, checkpoint, *more[:-1], *(new / name for name in more[-1:]), "--no-verify")
+        assert done.code == 0, (command, done)
+
+
+@pytest.mark.parametrize("verify", ["--verify", "--no-verify"])
+def test_checkpoint_of_before_is_read_as_ever(run_cli: RunCli, verify: str) -> None:
+    old = Path(__file__).parents[1] / "models" / "digits_deit.eam.safetensors"
+    done = run_cli("inspect", old, verify, "--json")
+    assert done.code == 0
+    assert json.loads(done.out)["details"]["unaltered"] == "not known: the file records no digest of its contents"
 
 
 @pytest.mark.parametrize(
@@ -236,7 +284,7 @@ def test_checkpoint_of_another_architecture(
     checkpoint = tmp_path / "c.eam.safetensors"
     shutil.copy(eam_checkpoint, checkpoint)
     edit_checkpoint(checkpoint, **change)
-    assert re.search(message, only_error(run_cli("export", checkpoint, "-o", out / "x.onnx"), 2))
+    assert re.search(message, only_error(run_cli("export", checkpoint, "--no-verify", "-o", out / "x.onnx"), 2))
     assert_untouched(out)
 
 
@@ -288,7 +336,7 @@ def test_checkpoint_whose_window_classes_do_not_fit_the_model(
     attention["layers.0.blocks.1.attn"]["windows"] = windows
     edit_checkpoint(checkpoint, header={"attention": attention})
     more = {"export": ["-o", out / "x.onnx"], "evaluate": ["--data", pictures, "-o", out / "x.json"]}
-    assert re.search(message, only_error(run_cli(command, checkpoint, *more[command]), 2))
+    assert re.search(message, only_error(run_cli(command, checkpoint, "--no-verify", *more[command]), 2))
     assert_untouched(out)
 
 

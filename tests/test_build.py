@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -9,6 +10,7 @@ import numpy as np
 import onnx
 import onnxruntime
 import pytest
+from command_line import RunCli, only_error
 
 from eamdeploy import build_ort
 from eamdeploy.engines.base import Manifest, ProviderName, manifest_path
@@ -102,15 +104,53 @@ def test_an_engine_that_computes_something_else_is_not_written(model: Path, pert
     old = engine.read_bytes(), manifest_path(engine).read_bytes()
     perturb(model)
     with pytest.raises(ParityError, match=r"parity of \S*tiny\.onnx .*0\.01 > 0\.002"):
-        build_ort(model, engine, threads=1)
+        build_ort(model, engine, threads=1, verify=False)
     assert (engine.read_bytes(), manifest_path(engine).read_bytes()) == old
     assert not list(model.parent.glob("*.partial")) and not list(model.parent.glob(".*"))
+
+
+def flip_low_bit(model: Path) -> None:
+    """The lowest bit of a weight is another: no gate can tell."""
+    raw = bytearray(model.read_bytes())
+    weights = next(item.raw_data for item in onnx.load(model).graph.initializer if list(item.dims) == [10])
+    raw[raw.index(weights)] ^= 1
+    model.write_bytes(raw)
+
+
+def test_a_model_with_a_flipped_bit_is_refused_before_it_is_built_or_run(model: Path, run_cli: RunCli) -> None:
+    engine = model.with_name("x.ort.onnx")
+    flip_low_bit(model)
+    altered = r"tiny\.onnx is not the file that its reference set was written with.*--no-verify"
+    with pytest.raises(CheckpointError, match=altered):
+        build_ort(model, engine, threads=1)
+    assert not engine.exists()
+    with pytest.raises(CheckpointError, match=altered):
+        open_runner(model)
+    for words in (["build-ort", model, "-o", engine], ["inspect", model]):
+        assert re.search(altered, only_error(run_cli(*words), 2))
+        assert run_cli(*words, "--no-verify").code == 0
+    manifest = Manifest.read(manifest_path(engine))
+    assert manifest.parity is not None and manifest.parity.passed, "the gate alone would have let it pass"
+
+
+def test_the_twins_reference_is_no_reference_of_the_frozen_model(eam_model: Path, tmp_path: Path) -> None:
+    twin = reference_path(eam_model.with_name("base.onnx"))
+    with pytest.raises(CheckpointError, match=r"tiny\.onnx is not the file .*set is another model's"):
+        build_ort(eam_model, tmp_path / "x.ort.onnx", threads=1, reference=twin)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_reference_set_of_before_does_for_any_model(model: Path) -> None:
+    loaded = ReferenceSet.load(reference_path(model))
+    dataclasses.replace(loaded, model_digest=None).save(reference_path(model))
+    flip_low_bit(model)
+    assert build_ort(model, model.with_name("x.ort.onnx"), threads=1).parity is not None
 
 
 def test_the_twins_reference_does_not_pass_for_the_frozen_model(eam_model: Path, tmp_path: Path) -> None:
     twin = reference_path(eam_model.with_name("base.onnx"))
     with pytest.raises(ParityError, match=r"16 images of pictures"):
-        build_ort(eam_model, tmp_path / "x.ort.onnx", threads=1, reference=twin)
+        build_ort(eam_model, tmp_path / "x.ort.onnx", threads=1, reference=twin, verify=False)
     assert list(tmp_path.iterdir()) == []
 
 
@@ -129,7 +169,7 @@ def test_damaged_input_is_named_and_nothing_is_written(
 ) -> None:
     damage(model)
     with pytest.raises(kind, match=message):
-        build_ort(model, model.with_name("x.ort.onnx"), threads=1)
+        build_ort(model, model.with_name("x.ort.onnx"), threads=1, verify=False)
     assert not list(model.parent.glob("x*"))
 
 
@@ -139,5 +179,5 @@ def test_foreign_model_has_nothing_to_be_checked_by(model: Path) -> None:
     onnx.save(proto, model)
     engine = model.with_name("x.ort.onnx")
     with pytest.raises(ConfigError, match=r"tiny\.onnx carries no model card"):
-        build_ort(model, engine, threads=1)
+        build_ort(model, engine, threads=1, verify=False)
     assert build_ort(model, engine, threads=1, check=False).card is None

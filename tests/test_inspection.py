@@ -129,7 +129,12 @@ def test_engine_on_a_board_without_the_package_onnx(eam_engine: Path, monkeypatc
 
 def test_reference_set(eam_model: Path) -> None:
     details = details_of(reference_path(eam_model), "reference set")
-    assert details == {"images": [16, 32, 32, 3], "logits": [16, 10], "source": "16 images of pictures"}
+    assert details == {
+        "images": [16, 32, 32, 3],
+        "logits": [16, 10],
+        "source": "16 images of pictures",
+        "model": digest_file(eam_model),
+    }
 
 
 def test_every_document_is_told_apart(eam_engine: Path, pictures: Path, tiny_weights: Path, tmp_path: Path) -> None:

@@ -173,6 +173,51 @@ def test_reference_set_comes_back_as_saved_and_saves_the_same_bytes(tmp_path: Pa
     assert (tmp_path / "a.npz").read_bytes() == (tmp_path / "b.npz").read_bytes()
 
 
+def test_a_flipped_bit_anywhere_in_a_reference_set_is_refused_or_changes_nothing(tmp_path: Path) -> None:
+    """Zip files have places that nobody reads, and a checksum that is read only where the reader gets to."""
+    path = tmp_path / "x.reference.npz"
+    good = ReferenceSet(reference_set().pixels, reference_set().logits, "synthetic", "sha256:ab")
+    good.save(path)
+    raw, refused = path.read_bytes(), 0
+    for bit in range(0, 8 * len(raw), 29):
+        damaged = bytearray(raw)
+        damaged[bit // 8] ^= 1 << bit % 8
+        path.write_bytes(damaged)
+        try:
+            loaded = ReferenceSet.load(path)
+        except CheckpointError as err:
+            assert str(path) in str(err)
+            refused += 1
+            continue
+        np.testing.assert_array_equal(loaded.pixels, good.pixels, strict=True)
+        np.testing.assert_array_equal(loaded.logits, good.logits, strict=True)
+        assert (loaded.source, loaded.model_digest) == (good.source, good.model_digest)
+    assert refused > 0.7 * 8 * len(raw) / 29
+
+
+@pytest.mark.parametrize("key", ["pixels", "logits", "source", "model_digest", "content_digest"])
+def test_an_array_that_was_exchanged_is_refused_unless_that_is_asked_for(tmp_path: Path, key: str) -> None:
+    path = tmp_path / "x.npz"
+    reference_set().save(path)
+    arrays = dict(np.load(path))
+    arrays[key] = arrays[key][::-1].copy() if arrays[key].ndim else np.array("another")
+    np.savez(path, **arrays)
+    with pytest.raises(CheckpointError, match=r"x\.npz was damaged or altered.*--no-verify"):
+        ReferenceSet.load(path)
+    assert len(ReferenceSet.load(path, verify=False).logits) == 4
+
+
+def test_a_set_of_before_belongs_to_any_model_and_a_newer_one_to_its_own(tmp_path: Path) -> None:
+    (tmp_path / "x.npz").write_bytes(npz())
+    old = ReferenceSet.load(tmp_path / "x.npz")
+    assert old.model_digest is None
+    old.require_model(Path("x.onnx"), "sha256:ab")
+    new = ReferenceSet(old.pixels, old.logits, old.source, "sha256:ab")
+    new.require_model(Path("x.onnx"), "sha256:ab")
+    with pytest.raises(CheckpointError, match=r"x\.onnx is not the file .*expected sha256:ab; got sha256:cd.*--no-ver"):
+        new.require_model(Path("x.onnx"), "sha256:cd")
+
+
 def test_reference_lies_beside_its_model() -> None:
     assert reference_path(Path("out/eam.onnx")) == Path("out/eam.reference.npz")
     assert reference_path(Path("out/v1.2.onnx")) == Path("out/v1.2.reference.npz")
@@ -240,11 +285,16 @@ def damaged_in_the_middle() -> bytes:
         npz(logits=None),
         npz(extra=np.zeros(1)),
         npz(format=np.int64(2)),
+        npz(format=np.int64(2), model_digest="", content_digest="sha256:00"),
+        npz(format=np.int64(1), model_digest="", content_digest="sha256:00"),
+        npz(model_digest=""),
+        npz(format=np.float64(1)),
+        npz(source=np.array([0x7FFFFFFF], np.uint32).view("U1")[0:1].reshape(())),
         npz(format=np.array([1, 1])),
         npz(source=np.array(["a", "b"])),
         npz(source=np.array({"a": 1}, dtype=object)),
     ],
-    ids=range(12),
+    ids=range(17),
 )
 def test_damaged_or_foreign_files_are_refused_by_name(content: bytes, tmp_path: Path) -> None:
     path = tmp_path / "x.reference.npz"

@@ -1,4 +1,4 @@
-"""The EAM checkpoint, format 1: a model's weights and its frozen attention maps in one safetensors file.
+"""The EAM checkpoint, format 2: a model's weights and its frozen attention maps in one safetensors file.
 
 | tensor | dtype, shape | holds |
 |---|---|---|
@@ -11,8 +11,10 @@
 *rows* is N, or with windows M, N. The codes are those of the frozen entries alone, in row-major order of
 [F, *rows, N] (for granularity head: all of it), packed by `pack_codes`. The mask is bool [F, N] for rows or [F, N, N]
 for entries, packed by `pack_mask`; it holds in all M window maps.
-The file's metadata has one entry, `eam`: a `CheckpointHeader` as JSON. Only modules with frozen heads have tensors
-under `eam.`. Nothing is unpickled, and what is loaded has passed `validate`.
+The file's metadata has one entry, `eam`: a `CheckpointHeader` as JSON. Its key `content_digest` is the seal
+(`eamdeploy.seal`) of the JSON's other keys and of all tensors, so that no bit of either can change unnoticed; format 1
+has none. Only modules with frozen heads have tensors under `eam.`. Nothing is unpickled, and what is loaded has passed
+`validate`.
 Source: DESIGN §3.
 """
 
@@ -41,6 +43,7 @@ from eamdeploy.eam.selection import Granularity
 from eamdeploy.eam.validation import check_header, validate
 from eamdeploy.errors import CheckpointError, ConfigError, MissingDependency
 from eamdeploy.file_kinds import in_words
+from eamdeploy.seal import SEAL, check_seal, seal_of
 
 __all__ = ["AttentionShape", "Calibration", "Checkpoint", "CheckpointHeader", "FrozenMaps", "load", "save"]
 
@@ -49,11 +52,12 @@ _SUFFIXES: dict[Granularity, tuple[str, ...]] = {
     "row": ("heads", "mask", "codes", "scales"),
     "entry": ("heads", "mask", "codes", "scales"),
 }
+_UNSEALED = 1  # the format of before
 _DTYPES = ("F16", "F32", "F64", "I8", "I16", "I32", "I64", "U8", "U16", "U32", "U64", "BOOL")
 
 
 def save(checkpoint: Checkpoint, path: Path) -> None:
-    """`path` holds `checkpoint`, or is unchanged if that fails. The same checkpoint gives the same bytes.
+    """`path` holds `checkpoint`, sealed, or is unchanged if that fails. The same checkpoint gives the same bytes.
 
     Raises:
         CheckpointError: `checkpoint` does not pass `validate`.
@@ -75,20 +79,29 @@ def save(checkpoint: Checkpoint, path: Path) -> None:
         if frozen.mask is not None:
             tensors[f"eam.{module}.mask"] = pack_mask(frozen.mask)
     contiguous = {key: np.ascontiguousarray(tensor).reshape(tensor.shape) for key, tensor in tensors.items()}
-    write_bytes(path, to_bytes(contiguous, metadata={"eam": checkpoint.header.model_dump_json()}))
+    header = checkpoint.header.model_copy(update={"format": FORMAT})
+    seal = seal_of(json.loads(header.model_dump_json()), contiguous)
+    text = header.model_copy(update={SEAL: seal}).model_dump_json()
+    write_bytes(path, to_bytes(contiguous, metadata={"eam": text}))
 
 
-def load(path: Path) -> Checkpoint:
-    """The checkpoint in the file at `path`, validated.
+def load(path: Path, *, verify: bool = True) -> Checkpoint:
+    """The checkpoint in the file at `path`, validated, and if the file has a seal, as it was written.
+
+    Args:
+        verify: False for a file that was changed on purpose: its seal is not looked at.
 
     Raises:
-        CheckpointError: the file is truncated, foreign, of an unknown format, or fails `validate`; the message names
-            the file and the tensor or header key, expected and got.
+        CheckpointError: the file is truncated, foreign, of an unknown format, was altered after it was written, or
+            fails `validate`; the message names the file and the tensor or header key, expected and got.
         ConfigError: `path` can't be read.
         MissingDependency: safetensors is not installed.
     """
     text, tensors = _read(path)
-    header = _parse_header(text, path)
+    document = _parse_json(text, path)
+    if verify:
+        _check_seal(document, tensors, path)
+    header = CheckpointHeader.parse(text, f"{path}: header metadata `eam`")
     check_header(header, str(path))
     weights = {key.removeprefix("model."): tensor for key, tensor in tensors.items() if key.startswith("model.")}
     modules = _group_by_module(tensors, header.freezing.granularity, path)
@@ -138,21 +151,28 @@ def _read(path: Path) -> tuple[str, dict[str, NDArray[Any]]]:
         ) from err
 
 
-def _parse_header(text: str, path: Path) -> CheckpointHeader:
-    where = f"{path}: header metadata `eam`"
+def _parse_json(text: str, path: Path) -> dict[str, Any]:
+    """The header as JSON, of a format that this version knows."""
     try:
         document = json.loads(text)
     except (ValueError, RecursionError) as err:
-        raise CheckpointError(f"{where} is no JSON", got=str(err)) from err
+        raise CheckpointError(f"{path}: header metadata `eam` is no JSON", got=str(err)) from err
     number = document.get("format") if isinstance(document, dict) else None
-    if number != FORMAT:
+    if not isinstance(document, dict) or type(number) is not int or number not in (_UNSEALED, FORMAT):
         raise CheckpointError(
             f"{path} has an unknown checkpoint format",
-            expected=f"format {FORMAT}",
+            expected=f"format {_UNSEALED} or {FORMAT}",
             got=repr(number),
             hint="It was written by another version of eamdeploy, or by another program.",
         )
-    return CheckpointHeader.parse(text, where)
+    return document
+
+
+def _check_seal(document: dict[str, Any], tensors: dict[str, NDArray[Any]], path: Path) -> None:
+    if document["format"] == _UNSEALED and document.get(SEAL) is None:
+        return
+    hint = "Copy or make it again; or, if you changed it on purpose, use --no-verify."
+    check_seal(document.get(SEAL), seal_of(document, tensors), str(path), hint)
 
 
 def _group_by_module(

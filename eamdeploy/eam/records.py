@@ -17,7 +17,8 @@ from pydantic import Field, JsonValue, field_validator
 from eamdeploy.artifact import Freezing, Preprocessing, Record
 from eamdeploy.eam.quantizers import Quantizer, dequantize
 
-FORMAT: Final = 1
+FORMAT: Final = 2
+"""What `save` writes; format 1 is the same without a seal."""
 MASK_AXES: Final = {"row": 1, "entry": 2}  # of a mask after its heads, by granularity
 
 
@@ -87,9 +88,10 @@ class CheckpointHeader(Record):
         attention: every attention module by its path, in the model's order, frozen or not.
         calibration: None when the maps came from the user's own training.
         versions: version by package name.
+        content_digest: the seal (see `seal`) of header and tensors; None in files of format 1, and before `save`.
     """
 
-    format: Literal[1] = FORMAT
+    format: Literal[1, 2] = FORMAT
     timm_model: str
     timm_kwargs: dict[str, JsonValue] = Field(default_factory=dict)
     weights: str
@@ -100,6 +102,7 @@ class CheckpointHeader(Record):
     freezing: Freezing
     calibration: Calibration | None = None
     versions: dict[str, str] = Field(default_factory=dict)
+    content_digest: str | None = None
 
 
 @dataclass(frozen=True, eq=False)

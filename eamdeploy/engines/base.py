@@ -334,7 +334,7 @@ def publish(output: Path, engine: bytes | Path, manifest: Manifest) -> None:
         engine_file.write(engine)
         engine_file.flush()
         os.fsync(engine_file.fileno())
-        manifest_file.write((manifest.model_dump_json(indent=2) + "\n").encode())
+        manifest_file.write(manifest.sealed())
 
 
 def check_against_reference(

@@ -36,7 +36,7 @@ import onnxruntime
 from numpy.typing import NDArray
 from onnxruntime.capi import onnxruntime_pybind11_state as state
 
-from eamdeploy.artifact import CARD_KEY, ModelCard, digest_bytes
+from eamdeploy.artifact import CARD_KEY, ModelCard, digest_bytes, printable
 from eamdeploy.engines.base import (
     EngineIO,
     LatencySplit,
@@ -57,7 +57,7 @@ from eamdeploy.engines.ort_providers import (
 )
 from eamdeploy.engines.ort_reasons import explain, plain
 from eamdeploy.engines.provenance import machine_summary, package_versions
-from eamdeploy.errors import ConfigError, EngineError
+from eamdeploy.errors import CheckpointError, ConfigError, EngineError
 from eamdeploy.file_kinds import recognize
 from eamdeploy.onnx_files import ModelData, digest_model, model_bytes, read_model, require_model_output
 from eamdeploy.parity import TOLERANCES, ReferenceSet, Tolerance
@@ -117,7 +117,7 @@ class OrtRunner:
 
     Raises:
         ConfigError: `threads` is below 1.
-        CheckpointError: the card in the model's metadata is damaged.
+        CheckpointError: the card in the model's metadata, or a name, is damaged.
         EngineError: ONNX Runtime can't load the model, or its input and output are not an image classifier's, or
             the provider does not run what it must of it.
         MissingDependency: the installed ONNX Runtime has no such provider.
@@ -142,13 +142,18 @@ class OrtRunner:
         self._options = chosen_options(provider, settings, self.name)
         own = {f"{OPTION}{key}": value for key, value in self._options.items()}
         self.settings: Mapping[str, str] = MappingProxyType({**_EVERY_SESSION, **settings, **own})
-        self._source = model if isinstance(model, bytes) else str(model)
+        self._source = model if isinstance(model, bytes) else _path_text(model)
         self._extra = {**PROOF[PROVIDERS[provider].takes], **(_NO_DATA_FILES if isinstance(model, bytes) else {})}
         self._threads = threads
         self._require_onnx()
         session = self._new_session(self._session_options())
-        self.io = _engine_io(session, self.name)
-        self.card = _card(session, self.name)
+        try:
+            self.io = _engine_io(session, self.name)
+            self.card = _card(session, self.name)
+        except UnicodeDecodeError as err:  # protobuf takes any bytes for a text
+            raise CheckpointError(
+                f"{self.name} is damaged: a name of its input or output or its metadata is no UTF-8", got=str(err)
+            ) from err
         self.device_memory_bytes: int | None = None
         if PROVIDERS[provider].takes in ("arithmetic", "some"):
             require_placed(provider, self._placed(session), self.name)
@@ -405,6 +410,17 @@ def _engine_io(session: Any, name: str) -> EngineIO:
 def _card(session: Any, name: str) -> ModelCard | None:
     text = session.get_modelmeta().custom_metadata_map.get(CARD_KEY)
     return None if text is None else ModelCard.parse(text, f"{name}: metadata {CARD_KEY}")
+
+
+def _path_text(path: Path) -> str:
+    """The path as ONNX Runtime takes it.
+
+    Raises:
+        ConfigError: it has none.
+    """
+    if printable(str(path)) != str(path):
+        raise ConfigError(f"ONNX Runtime can't open {path}", expected="a name that is UTF-8", hint="Rename the file.")
+    return str(path)
 
 
 def _reason(err: Exception) -> str:

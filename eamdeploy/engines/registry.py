@@ -10,7 +10,8 @@ from typing import Literal
 from eamdeploy.engines.base import Runner, read_manifest
 from eamdeploy.engines.provenance import usable_cores
 from eamdeploy.errors import ConfigError, MissingDependency
-from eamdeploy.onnx_files import model_files
+from eamdeploy.onnx_files import digest_model, model_files
+from eamdeploy.parity import ReferenceSet, reference_path
 
 Backend = Literal["ort", "trt"]
 
@@ -68,17 +69,20 @@ def runs_on_gpu(engine: Path) -> bool:
     return manifest is not None and PROVIDERS[manifest.provider].on_gpu
 
 
-def open_runner(engine: Path, threads: int | None = None) -> Runner:
+def open_runner(engine: Path, threads: int | None = None, *, verify: bool = True) -> Runner:
     """The engine at `engine`, loaded with the settings in its manifest and ready to run.
 
-    An `.onnx` file without a manifest is any ONNX model and runs with ONNX Runtime's own defaults.
+    An `.onnx` file without a manifest is any ONNX model and runs with ONNX Runtime's own defaults; with a reference set
+    beside it, it is an exported model as it was written.
 
     Args:
         threads: threads of one inference; None takes the manifest's, or without one every usable core.
+        verify: an exported model must be as it was written; False for one that was changed on purpose.
 
     Raises:
         ConfigError: the file or one with its data can't be read, or `threads` is below 1.
-        CheckpointError: the manifest is damaged, or a file with the model's data is too short or not in its folder.
+        CheckpointError: the manifest or the model's reference set is damaged; the model was altered after its export;
+            or a file with its data is too short or not in its folder.
         EngineError: the backend can't load the engine, or the manifest describes another file.
         MissingDependency: the backend is not installed here, or has not the manifest's execution provider.
         DeviceError: the backend needs a GPU, and there is none.
@@ -100,8 +104,21 @@ def open_runner(engine: Path, threads: int | None = None) -> Runner:
     from eamdeploy.engines.ort import OrtRunner
 
     if manifest is None:
+        if verify:
+            _require_unaltered(engine)
         return OrtRunner(engine, threads=threads, settings={})
     return OrtRunner(engine, threads=threads, settings=manifest.settings, provider=manifest.provider)
+
+
+def _require_unaltered(model: Path) -> None:
+    """An exported model is the one that the reference set beside it was written with.
+
+    Raises:
+        CheckpointError: it is not, or the reference set is damaged.
+    """
+    path = reference_path(model)
+    if path.is_file():
+        ReferenceSet.load(path).require_model(model, digest_model(model))
 
 
 @contextmanager

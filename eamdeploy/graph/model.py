@@ -17,6 +17,7 @@ from onnx_graphsurgeon.logger import G_LOGGER
 from eamdeploy.artifact import CARD_KEY, ModelCard
 from eamdeploy.errors import EngineError, UnsupportedGraph
 from eamdeploy.graph.running import fill_in_shapes
+from eamdeploy.graph.texts import has_only_text
 from eamdeploy.graph.weights import check_model, deserialize, has_data_elsewhere, infer_shapes
 from eamdeploy.onnx_files import ModelData
 
@@ -30,14 +31,21 @@ def parse_model(data: ModelData, what: str, hint: str | None = None) -> onnx.Mod
         what: what can't be done without it, for the message; `hint`: what to try.
 
     Raises:
-        EngineError: it is no ONNX model, or keeps data in a file that `data` has not.
+        EngineError: it is no valid ONNX model, or keeps data in a file that `data` has not.
     """
     try:
         model = deserialize(data)
     except Exception as err:  # protobuf's own exception is in a package that we don't depend on
         raise EngineError(f"{what}: it is damaged or no ONNX model", hint=hint) from err
+    if not has_only_text(model):
+        raise EngineError(f"{what}: it is damaged, it has names or other texts that are no UTF-8", hint=hint)
     if has_data_elsewhere(model):
         raise EngineError(f"{what}: it keeps data in a second file", hint=hint)
+    try:  # or what comes after it ends in errors of any kind
+        onnx.checker.check_model(model, full_check=True)
+    except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as err:
+        reason = str(err).strip().partition("\n")[0]
+        raise EngineError(f"{what}: it is damaged or no valid ONNX model: {reason}", hint=hint) from err
     return model
 
 

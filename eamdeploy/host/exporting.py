@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
@@ -62,6 +63,7 @@ def export(
     trt: TrtVersion | None = None,
     images: ImageSource | None = None,
     measure: bool = False,
+    verify: bool = True,
     observer: Observer = SILENT,
 ) -> Export:
     """`output` is the checkpoint's model in ONNX, its frozen maps integer constants, with reference logits beside it.
@@ -78,6 +80,7 @@ def export(
         trt: the TensorRT that must take the graph; None for ONNX Runtime.
         images: where the reference images come from; seeded synthetic ones if None.
         measure: also time the model against its unfrozen twin on ONNX Runtime CPU, about 3 seconds.
+        verify: the checkpoint must be as it was written; False for one that was changed on purpose.
 
     Raises:
         ConfigError, CheckpointError: the checkpoint or an option can't be used, or a file can't be written.
@@ -96,7 +99,7 @@ def export(
         )
     opset = _choose_opset(opset, trt)
     left_out = with_dependents(without)
-    loaded = checkpoints.load(checkpoint)
+    loaded = checkpoints.load(checkpoint, verify=verify)
     header, requantized = loaded.header, 0
     if trt is not None and capabilities(trt).integer_maps:
         loaded, requantized = int8_checkpoint(loaded)
@@ -241,13 +244,15 @@ def _prove(
 
 def _write(draft: _Draft, path: Path, files: ExitStack) -> ExportedModel:
     """The model and its reference set are written; they appear when `files` is closed."""
+    digest = draft.model.data.digest_at(path)
     files.enter_context(model_output(path, draft.model.data))
     reference_file = files.enter_context(atomic_output(reference_path(path)))
-    draft.reference.write(reference_file)
+    replace(draft.reference, model_digest=digest).write(reference_file)
     reference_file.flush()  # a full disk shows here, and not after another file was renamed
+    os.fsync(reference_file.fileno())  # nor does a slow one keep old and new files side by side
     return ExportedModel(
         file=str(path),
-        digest=draft.model.data.digest_at(path),
+        digest=digest,
         bytes=draft.model.data.bytes_at(path),
         nodes_stock=draft.model.nodes_stock,
         nodes=draft.model.nodes,

@@ -20,8 +20,6 @@ What is not frozen is ignored, so it may hold anything. The scale of a row that 
 
 from __future__ import annotations
 
-import zipfile
-import zlib
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +29,8 @@ from numpy.typing import NDArray
 from eamdeploy.eam.quantizers import Bits, Quantizer, integer_values, quantize_rows
 from eamdeploy.eam.records import FrozenMaps, spread_mask
 from eamdeploy.errors import CheckpointError, ConfigError
-from eamdeploy.file_kinds import in_words, npz_in_words
+from eamdeploy.file_kinds import in_words
+from eamdeploy.npz import read_npz
 
 _HINT = "Write the maps again, with numpy.savez or safetensors.numpy.save_file; docs/formats.md says which arrays."
 _KINDS = ("heads", "maps", "codes", "mask", "scales")
@@ -168,17 +167,11 @@ def _read_arrays(path: Path) -> dict[str, NDArray[Any]]:
         raise ConfigError(f"cannot read maps from {path}", expected="a .npz or .safetensors file", got=path.suffix)
     if not path.is_file():
         raise ConfigError(f"no file of maps at {path}")
-    try:
-        if path.suffix == ".npz":
-            archive = np.load(path, allow_pickle=False)
-            if not isinstance(archive, np.lib.npyio.NpzFile):
-                raise ValueError("one array, not an archive of named arrays")
-            with archive:
-                return dict(archive)
-        from safetensors import SafetensorError
-        from safetensors.numpy import load_file
-    except (OSError, ValueError, EOFError, NotImplementedError, zipfile.BadZipFile, zlib.error) as err:
-        raise CheckpointError(f"{path} is damaged or no .npz file", got=npz_in_words(path, err), hint=_HINT) from err
+    if path.suffix == ".npz":
+        return read_npz(path, ".npz file")
+    from safetensors import SafetensorError
+    from safetensors.numpy import load_file
+
     try:
         arrays: dict[str, NDArray[Any]] = load_file(path)
     except (OSError, SafetensorError, TypeError) as err:  # TypeError: bfloat16, which numpy does not have

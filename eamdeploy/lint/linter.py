@@ -10,6 +10,7 @@ from eamdeploy.artifact import Record
 from eamdeploy.engines.trt_versions import TrtVersion, capabilities
 from eamdeploy.errors import CheckpointError
 from eamdeploy.file_kinds import in_words
+from eamdeploy.graph.texts import has_only_text
 from eamdeploy.graph.weights import deserialize
 from eamdeploy.lint import fusion, operators, quantization
 from eamdeploy.lint.base import Finding, Rule
@@ -68,6 +69,8 @@ def lint_file(path: Path, version: TrtVersion) -> LintReport:
         raise CheckpointError(
             f"{path} is not an ONNX model", got=in_words(path, "onnx", otherwise="a file that is damaged or foreign")
         ) from err
+    if not has_only_text(model):
+        raise CheckpointError(f"{path} is damaged: it has names or other texts that are no UTF-8")
     if not model.opset_import or not model.graph.node:
         raise CheckpointError(f"{path} is not an ONNX model", expected="a graph with nodes and an operator set")
     return LintReport(file=str(path), trt=str(version), findings=lint(model, version))

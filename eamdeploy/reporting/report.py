@@ -31,7 +31,14 @@ class Report(Record):
     files: list[str]
 
 
-def report(files: Sequence[Path], output: Path, *, markdown: Path | None = None, title: str | None = None) -> Report:
+def report(
+    files: Sequence[Path],
+    output: Path,
+    *,
+    markdown: Path | None = None,
+    title: str | None = None,
+    verify: bool = True,
+) -> Report:
     """`output` is one HTML page about the records in the files, and `markdown` the same as Markdown.
 
     The same files give the same bytes.
@@ -40,6 +47,7 @@ def report(files: Sequence[Path], output: Path, *, markdown: Path | None = None,
         files: EAM checkpoints and JSON of analyze, export, build-ort, build-trt, evaluate, profile and run; a
             `run.json` stands for all that its stages wrote.
         title: the models' names if None.
+        verify: checkpoints must be as they were written; False for one that was changed on purpose.
 
     Raises:
         ConfigError: a file can't be read or written, or is nothing that a report can show.
@@ -50,7 +58,7 @@ def report(files: Sequence[Path], output: Path, *, markdown: Path | None = None,
         raise ConfigError(f"the Markdown would replace the page {output}", hint="Give --markdown another file name.")
     for path in (output, *([markdown] if markdown else [])):
         require_output(path, *files)
-    content = gather(read_sources(files), title)
+    content = gather(read_sources(files, verify=verify), title)
     page = render(content)
     write_bytes(output, page.encode())
     if markdown is not None:

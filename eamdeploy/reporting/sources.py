@@ -115,8 +115,11 @@ class Sources:
         return [item for item in self.items if isinstance(item, CheckpointFile)]
 
 
-def read_sources(files: Sequence[Path]) -> Sources:
+def read_sources(files: Sequence[Path], *, verify: bool = True) -> Sources:
     """What the files hold; a `run.json` stands for itself and for the files of its stages. A file counts once.
+
+    Args:
+        verify: checkpoints must be as they were written; False for one that was changed on purpose.
 
     Raises:
         ConfigError: there is no file, or one can't be read or is nothing that a report can show.
@@ -132,7 +135,7 @@ def read_sources(files: Sequence[Path]) -> Sources:
         for output, is_altered in _outputs(path):
             paths.setdefault(output.resolve(), output)
             altered += [_text(output)] if is_altered else []
-    return Sources(tuple(_read(path) for path in paths.values()), tuple(dict.fromkeys(altered)))
+    return Sources(tuple(_read(path, verify=verify) for path in paths.values()), tuple(dict.fromkeys(altered)))
 
 
 def _outputs(path: Path) -> Iterator[tuple[Path, bool]]:
@@ -152,10 +155,10 @@ def _outputs(path: Path) -> Iterator[tuple[Path, bool]]:
         yield output, digest_file(output) != digest
 
 
-def _read(path: Path) -> Sourced[Record]:
+def _read(path: Path, *, verify: bool) -> Sourced[Record]:
     suffix = path.suffix.lower()
     if suffix == _CHECKPOINT:
-        loaded = checkpoints.load(path)
+        loaded = checkpoints.load(path, verify=verify)
         shares = {module: item.shares for module, item in loaded.frozen.items()}
         return CheckpointFile(_text(path), "EAM checkpoint", loaded.header, digest_file(path), shares)
     kind = read_document(path)[0] if suffix == _DOCUMENT else None

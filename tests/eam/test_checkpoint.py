@@ -23,9 +23,12 @@ from eamdeploy.eam.checkpoint import AttentionShape, Checkpoint, FrozenMaps, loa
 from eamdeploy.eam.quantizers import BITS, QUANTIZERS, Bits, Quantizer
 from eamdeploy.eam.selection import GRANULARITIES, Granularity
 from eamdeploy.errors import CheckpointError, ConfigError, MissingDependency
+from eamdeploy.seal import seal_of
 
 Tensors = dict[str, NDArray[Any]]
 
+UNSAVED = {"format": 2, "content_digest": None}
+"""What a header has before it is saved."""
 EMBEDDED = Path(__file__).parents[2] / "models" / "digits_deit.eam.safetensors"
 
 
@@ -42,7 +45,7 @@ def read_raw(path: Path) -> tuple[Tensors, dict[str, str]]:
 
 
 def assert_same(first: Checkpoint, second: Checkpoint) -> None:
-    assert first.header == second.header
+    assert first.header.model_copy(update=UNSAVED) == second.header.model_copy(update=UNSAVED)
     assert first.weights.keys() == second.weights.keys()
     for key, weight in first.weights.items():
         assert weight.dtype == second.weights[key].dtype
@@ -70,7 +73,7 @@ def test_the_file_is_laid_out_as_documented(checkpoint: Checkpoint, saved: Path)
     assert tensors["eam.blocks.1.attn.heads"].tolist() == [0, 2]
     assert list(metadata) == ["eam"]
     header = json.loads(metadata["eam"])
-    assert header["format"] == 1
+    assert header["format"] == 2
     assert header["freezing"]["heads"] == {"blocks.1.attn": [0, 2]}
     assert header["class_names"] == ["cat", "dög"]
     assert header["timm_kwargs"] == {"embed_dim": 8, "img_size": [8, 8]}
@@ -80,6 +83,78 @@ def test_the_same_checkpoint_gives_the_same_bytes(checkpoint: Checkpoint, tmp_pa
     for name in "ab":
         save(checkpoint, tmp_path / name)
     assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes()
+
+
+def test_the_seal_is_of_all_tensors_and_of_the_rest_of_the_header(saved: Path) -> None:
+    tensors, metadata = read_raw(saved)
+    header = json.loads(metadata["eam"])
+    seal = header.pop("content_digest")
+    assert seal == seal_of(header, tensors) == load(saved).header.content_digest
+    reordered = dict(reversed(tensors.items()))
+    save_file(reordered, saved, metadata)
+    assert load(saved).header.content_digest == seal
+
+
+@pytest.mark.parametrize("granularity", GRANULARITIES)
+def test_a_flipped_bit_anywhere_in_the_file_is_refused_or_changes_nothing(
+    checkpoint: Checkpoint, tmp_path: Path, granularity: Granularity
+) -> None:
+    """Nothing changes by another last digit of a fraction that has more of them than it needs."""
+    path = tmp_path / "f.eam.safetensors"
+    made = make(checkpoint, granularity, "class")
+    save(made, path)
+    good, unnoticed = path.read_bytes(), 0
+    places = range(0, 8 * len(good), 29)
+    for bit in places:
+        damaged = bytearray(good)
+        damaged[bit // 8] ^= 1 << bit % 8
+        path.write_bytes(damaged)
+        try:
+            assert_same(load(path), made)
+            unnoticed += 1
+        except CheckpointError as err:
+            assert str(path) in str(err)
+    assert unnoticed < 0.01 * len(places)
+
+
+def flip_weight(path: Path) -> None:
+    """The last bit of the last weight in the file is another."""
+    raw = bytearray(path.read_bytes())
+    length = int.from_bytes(raw[:8], "little")
+    layout = json.loads(raw[8 : 8 + length])
+    start = layout["model.head.weight"]["data_offsets"][0]
+    raw[8 + length + start] ^= 1
+    path.write_bytes(raw)
+
+
+def test_an_altered_file_is_read_where_that_is_asked_for(checkpoint: Checkpoint, saved: Path) -> None:
+    flip_weight(saved)
+    with pytest.raises(CheckpointError, match=r"m\.eam\.safetensors was damaged or altered.*--no-verify"):
+        load(saved)
+    altered = load(saved, verify=False)
+    change = np.abs(altered.weights["head.weight"] - checkpoint.weights["head.weight"])
+    assert np.count_nonzero(change) == 1 and change.max() < 1e-6
+
+
+def unseal(path: Path, changes: dict[str, object]) -> None:
+    tensors, metadata = read_raw(path)
+    header = json.loads(metadata["eam"])
+    del header["content_digest"]
+    save_file(tensors, path, {"eam": json.dumps({**header, **changes})})
+
+
+def test_files_without_a_seal_load_only_if_they_are_of_before(checkpoint: Checkpoint, saved: Path) -> None:
+    unseal(saved, {"format": 1})
+    assert_same(load(saved), checkpoint)
+    assert load(saved).header.content_digest is None
+    unseal_again = {"format": 1, "content_digest": None}  # as another program may write it
+    save(checkpoint, saved)
+    unseal(saved, unseal_again)
+    assert_same(load(saved), checkpoint)
+    save(checkpoint, saved)
+    unseal(saved, {})
+    with pytest.raises(CheckpointError, match="expected a content_digest; got sha256:"):
+        load(saved)
 
 
 def test_maps_are_what_codes_and_scales_stand_for(checkpoint: Checkpoint) -> None:
@@ -370,7 +445,7 @@ def test_bad_tensors_are_named(saved: Path, change: Callable[[Tensors], None], m
     change(tensors)
     save_file(tensors, saved, metadata)
     with pytest.raises(CheckpointError, match=message) as error:
-        load(saved)
+        load(saved, verify=False)
     assert str(saved) in str(error.value)
 
 
@@ -421,7 +496,7 @@ def test_bad_tensors_of_pieces_and_windows_are_named(
     change(tensors)
     save_file(tensors, path, metadata)
     with pytest.raises(CheckpointError, match=message) as error:
-        load(path)
+        load(path, verify=False)
     assert str(path) in str(error.value)
 
 
@@ -476,7 +551,7 @@ def test_bad_windows_are_named(
     save(make(checkpoint, "head", window_maps), path)
     edit_header(path, edit)
     with pytest.raises(CheckpointError, match=message) as error:
-        load(path)
+        load(path, verify=False)
     assert str(path) in str(error.value)
 
 
@@ -496,14 +571,16 @@ def test_a_granularity_that_is_not_the_files_is_noticed(
     save(make(checkpoint, granularity), tmp_path / "x")
     edit_header(tmp_path / "x", {"freezing.granularity": claimed})
     with pytest.raises(CheckpointError, match=message):
-        load(tmp_path / "x")
+        load(tmp_path / "x", verify=False)
 
 
 @pytest.mark.parametrize(
     ("edit", "message"),
     [
-        ({"format": 2}, "unknown checkpoint format; expected format 1; got 2"),
+        ({"format": 3}, "unknown checkpoint format; expected format 1 or 2; got 3"),
         ({"format": None}, "unknown checkpoint format.*got None"),
+        ({"format": True}, "unknown checkpoint format.*got True"),
+        ({"format": 2.0}, "unknown checkpoint format.*got 2.0"),
         ({"future": 1}, r"header metadata `eam` is not a valid CheckpointHeader: future"),
         ({"num_classes": "ten"}, "not a valid CheckpointHeader: num_classes"),
         ({"num_classes": 3}, "class_names does not fit num_classes; expected 3 names; got 2"),
@@ -525,7 +602,7 @@ def test_a_granularity_that_is_not_the_files_is_noticed(
 def test_bad_headers_are_named(saved: Path, edit: dict[str, object], message: str) -> None:
     edit_header(saved, edit)
     with pytest.raises(CheckpointError, match=message) as error:
-        load(saved)
+        load(saved, verify=False)
     assert str(saved) in str(error.value)
 
 
@@ -534,7 +611,7 @@ def test_header_metadata_that_is_no_object(saved: Path, text: str) -> None:
     tensors, _ = read_raw(saved)
     save_file(tensors, saved, {"eam": text})
     with pytest.raises(CheckpointError, match=r"`eam` is no JSON|unknown checkpoint format"):
-        load(saved)
+        load(saved, verify=False)
 
 
 def test_bfloat16_weights_are_refused_with_advice(saved: Path) -> None:
@@ -545,7 +622,7 @@ def test_bfloat16_weights_are_refused_with_advice(saved: Path) -> None:
     place = raw.index(b'"model.head.weight"')
     saved.write_bytes(raw[:place] + raw[place:].replace(b'"F16"', b'"BF16"', 1).replace(b"} ", b"}", 1))
     with pytest.raises(CheckpointError, match=r"model\.head\.weight has an unsupported dtype.*got BF16.*float32"):
-        load(saved)
+        load(saved, verify=False)
 
 
 def test_without_safetensors_the_error_says_what_to_install(

@@ -268,7 +268,8 @@ def test_engine_changed_after_its_manifest_is_refused(workshop: Workshop) -> Non
 def test_damaged_manifest_is_refused_by_name(workshop: Workshop) -> None:
     workshop.build()
     path = manifest_path(workshop.engine)
-    path.write_text(path.read_text().replace('"threads": 1', '"threads": 0'))
+    manifest = Manifest.read(path)
+    manifest.model_copy(update={"threads": 0}).write(path)
     with pytest.raises(CheckpointError, match=rf"{path.name}.*threads"):
         open_runner(workshop.engine, threads=1)
 

@@ -26,6 +26,7 @@ from eamdeploy.evaluation import EvaluationReport
 from eamdeploy.profiling.profile import Profile
 from eamdeploy.reporting.sources import read_sources
 from eamdeploy.run_state import RunState, StageState
+from eamdeploy.seal import SEAL
 
 
 def test_files_keep_their_order_and_count_once(tmp_path: Path) -> None:
@@ -198,6 +199,7 @@ def test_records_that_contradict_themselves_are_named(
     (file,) = write_all(tmp_path, {"x.json": whole})
     assert len(read_sources([file]).items) == 1
     document = json.loads(file.read_text())
+    del document[SEAL]
     damage(document)
     file.write_text(json.dumps(document))
     with pytest.raises(CheckpointError, match=message):
