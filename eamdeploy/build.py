@@ -7,14 +7,13 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from eamdeploy.artifact import digest_file
 from eamdeploy.engines.base import Manifest
 from eamdeploy.engines.ort_providers import require_provider
 from eamdeploy.engines.provenance import usable_cores
 from eamdeploy.engines.registry import load_backend
 from eamdeploy.errors import ConfigError, conversion_packages
 from eamdeploy.observer import SILENT, Observer
-from eamdeploy.onnx_files import require_model_output, write_model
+from eamdeploy.onnx_files import digest_model, require_model_output, write_model
 from eamdeploy.ort_form import AS_EXPORTED, OrtForm
 from eamdeploy.parity import ReferenceSet, reduced_tolerance, reference_path
 
@@ -204,5 +203,5 @@ def _reference(model: Path, reference: Path | None, *, verify: bool) -> Referenc
         )
     loaded = ReferenceSet.load(path, verify=verify)
     if verify:
-        loaded.require_model(model, digest_file(model))
+        loaded.require_model(model, digest_model(model))
     return loaded
