@@ -7,8 +7,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from eamdeploy.artifact import require_output, write_bytes
-from eamdeploy.engines.base import Manifest
+from eamdeploy.artifact import digest_file, require_output, write_bytes
+from eamdeploy.engines.base import Manifest, ReferenceFile
 from eamdeploy.engines.ort_providers import require_provider
 from eamdeploy.engines.provenance import usable_cores
 from eamdeploy.engines.registry import load_backend
@@ -68,13 +68,15 @@ def build_ort(
         raise ConfigError("an FP32 engine is held to FP32's noise", hint="Leave --min-agreement out, or use --int8.")
     if calibration is not None and not any_int8:
         raise ConfigError("calibration images are of use for INT8 alone", hint="Give --int8 too.")
+    references = _reference(model, reference) if check else None
     request = ort_build.Request(
         model=model,
         output=output,
         threads=threads or usable_cores(),
         calibration=_with_cache(calibration, output),
-        reference=_reference(model, reference) if check else None,
+        reference=references,
         reduced=reduced_tolerance(min_agreement),
+        reference_file=_reference_file(reference or reference_path(model)) if check else None,
     )
     return ort_build.build(request, forms, observer)
 
@@ -196,3 +198,7 @@ def _reference(model: Path, reference: Path | None) -> ReferenceSet:
             hint="Copy it together with the model (export writes both), name it with --reference, or use --no-check.",
         )
     return ReferenceSet.load(path)
+
+
+def _reference_file(path: Path) -> ReferenceFile:
+    return ReferenceFile(name=path.name, digest=digest_file(path))

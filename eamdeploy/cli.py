@@ -490,6 +490,7 @@ def evaluate(
     split: options.Split = "all",
     skip_bad: options.SkipBad = False,
     threads: options.Threads = None,
+    check: options.CheckHere = True,
     as_json: options.AsJson = False,
 ) -> None:
     """Measure top-1 and top-5 where there are labels, and agreement and KL against a reference."""
@@ -498,7 +499,7 @@ def evaluate(
     _require_outputs([output], [model])
     source = ImageSource(data, split, images, skip_bad)
     with context.obj as terminal:
-        result = run_evaluate(model, source, reference=reference, threads=threads, observer=terminal)
+        result = run_evaluate(model, source, reference=reference, threads=threads, check=check, observer=terminal)
     if output is not None:
         result.write(output)
     print_result(result, show.evaluation(result), as_json=as_json)
@@ -540,6 +541,7 @@ def profile(
     ] = True,
     power_seconds: Annotated[float, typer.Option(help="… for twice this long with every engine.")] = 5.0,
     layer_profile: Annotated[bool, typer.Option("--layer-profile", help="Also time every layer.")] = False,
+    check: options.CheckHere = True,
     as_json: options.AsJson = False,
 ) -> None:
     """Measure latency, throughput, memory and power here; engines take turns, so that ratios can be trusted."""
@@ -563,6 +565,8 @@ def profile(
         device=local,
         schedule=schedule,
         extras=extras,
+        check=check,
+        observer=context.obj,  # not as a block: a bar that moves would disturb what is measured
     )
     if output is not None:
         result.write(output)

@@ -10,6 +10,7 @@ from pathlib import Path
 from eamdeploy.accuracy import Evaluation, Predict, measure_accuracy
 from eamdeploy.artifact import Preprocessing, digest_file
 from eamdeploy.eam import checkpoint as checkpoints
+from eamdeploy.engines.proof import prove_here
 from eamdeploy.engines.registry import open_runner
 from eamdeploy.errors import ConfigError, host_packages
 from eamdeploy.observer import SILENT, Observer
@@ -55,6 +56,7 @@ def evaluate(
     *,
     reference: Path | None = None,
     threads: int | None = None,
+    check: bool = True,
     observer: Observer = SILENT,
 ) -> EvaluationReport:
     """Accuracy where the images have labels, and agreement with a reference.
@@ -62,13 +64,17 @@ def evaluate(
     Args:
         model: an EAM checkpoint (needs the host packages) or an engine.
         reference: another checkpoint or engine; for a checkpoint by default its own model with all attention live.
+        check: prove an engine anew that was proved on another kind of processor, see `engines.proof`.
 
     Raises:
         ConfigError: a file or the images can't be used, or the two models don't go together.
         CheckpointError, EngineError: a model is damaged or can't be run.
-        ParityError: a model returns NaN.
+        ParityError: a model returns NaN, or an engine from another kind of processor is not what it was there.
         MissingDependency: a checkpoint is given and torch is not installed.
     """
+    for path in (model, reference):
+        if path is not None and not _is_checkpoint(path):
+            prove_here(path, threads, check=check, note=observer.note)
     with ExitStack() as stack:
         candidate = stack.enter_context(_open(model, threads, frozen=True))
         model_digest = digest_file(model)

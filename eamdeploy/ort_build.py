@@ -13,7 +13,7 @@ import numpy as np
 
 from eamdeploy.artifact import require_output
 from eamdeploy.engines import ort
-from eamdeploy.engines.base import Manifest, TriedForm, manifest_path, publish
+from eamdeploy.engines.base import Manifest, ReferenceFile, TriedForm, manifest_path, publish
 from eamdeploy.engines.registry import open_runners
 from eamdeploy.errors import (
     DeviceError,
@@ -42,6 +42,7 @@ class Request:
     Attributes:
         reference: images and logits of the model; None leaves the engine unchecked, and its manifest says so.
         reduced: what INT8 is held to; other forms are held to FP32's noise.
+        reference_file: where `reference` is from; None where that is not known.
     """
 
     model: Path
@@ -50,6 +51,7 @@ class Request:
     calibration: Calibration | None
     reference: ReferenceSet | None
     reduced: Tolerance
+    reference_file: ReferenceFile | None = None
 
 
 @dataclass(frozen=True)
@@ -88,7 +90,7 @@ def build(
     chosen, tried = (
         (passed[0], None) if len(forms) == 1 else _choose(request, forms, passed, refused, observer, schedule)
     )
-    manifest = chosen.checked.manifest.model_copy(update={"tried": tried})
+    manifest = chosen.checked.manifest.model_copy(update={"tried": tried, "reference": request.reference_file})
     publish(request.output, chosen.checked.data, manifest)
     return manifest
 

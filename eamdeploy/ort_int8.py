@@ -6,10 +6,11 @@ Shapes:  x [.., K]  W [K, N]  z [N], one scale for each column
 Exact:   no: 8 bits; held to the reference's first classes by the gate. The integers' products are, on every processor
 
 Made by ONNX Runtime's own quantizer, but for the integers: its weights of 8 full bits overflow on processors without
-VNNI, and its remedy, 7 bits (`reduce_range`), costs more than what `graph.int8_weights` does. Dynamic, not static: on CPUs static INT8 (QDQ) is hardly faster than FP32, as its
-activations go back and forth between integers and floats around everything that is no product. The classifier stays
-FP32, as it decides and costs nothing; so do the patch embedding, whose ConvInteger is slower, and the products of
-attention.
+VNNI, and its remedy, 7 bits (`reduce_range`), costs more than what `graph.int8_weights` does.
+
+Dynamic, not static: on CPUs static INT8 (QDQ) is hardly faster than FP32, as its activations go back and forth between
+integers and floats around everything that is no product. The classifier stays FP32, as it decides and costs nothing; so
+do the patch embedding, whose ConvInteger is slower, and the products of attention.
 """
 
 from __future__ import annotations

@@ -57,7 +57,7 @@ LAYERS: dict[str, set[str]] = {
         *("trt_flavour", "trt_half"),
     },
     "lint": {"artifact", "engines", "errors"},
-    "profiling": {"artifact", "devices", "engines", "errors", "parity"},
+    "profiling": {"artifact", "devices", "engines", "errors", "observer", "parity"},
     "remote": {"artifact", "engines", "errors", "observer", "profiling"},
     "diagnosis": {"artifact", "devices", "engines", "errors", "profiling"},
     "host": {
@@ -151,7 +151,7 @@ PACKAGES: dict[str, set[str]] = {
 }
 BASE = {"numpy", "pydantic", "PIL", "psutil", "rich", "typer", "tomli", "tomllib", "onnxruntime"}
 BLOCKED = sorted(PACKAGES.keys() - BASE)
-SHARED = {"__init__", "base", "provenance", "registry"}
+SHARED = {"__init__", "base", "proof", "provenance", "registry"}
 BACKENDS = {path.stem for path in (ROOT / "engines").glob("*.py")} - SHARED
 
 Place = Literal["top", "function", "typing"]

@@ -32,9 +32,9 @@ def pair_limits(weight: NDArray[np.floating[Any]]) -> NDArray[np.float64]:
     rows = np.pad(weight.astype(np.float64), ((0, len(weight) % 2), (0, 0)))
     pairs = rows.reshape(-1, 2, rows.shape[1])
     sums = [np.maximum(sign * pairs, 0).sum(axis=1).max(axis=0, initial=0) for sign in (1, -1)]
-    return np.maximum(*sums)
+    return np.asarray(np.maximum(*sums))
 
 
 def integers_of(weight: NDArray[np.floating[Any]], scales: NDArray[np.float32]) -> NDArray[np.int8]:
     """INT8 [K, N] that stand for `weight` with one scale for each column."""
-    return np.clip(np.rint(weight / scales), -LARGEST, LARGEST).astype(np.int8)
+    return np.asarray(np.clip(np.rint(weight / scales), -LARGEST, LARGEST).astype(np.int8))

@@ -35,7 +35,7 @@ class Cargo:
 
     Attributes:
         engines: in the order in which they were given; `digests` are theirs.
-        files: engines and manifests.
+        files: engines, manifests, and the reference sets that engines were proved with, where they lie beside them.
     """
 
     engines: tuple[CargoFile, ...]
@@ -66,7 +66,7 @@ class Cargo:
 
 
 def pack_cargo(engines: Sequence[Path]) -> Cargo:
-    """The engines with their manifests, each engine in a numbered folder of its own, as two may have the same name.
+    """The engines with what lies beside them, each in a numbered folder of its own, as two may have the same name.
 
     Raises:
         ConfigError: one can't be read, or is none by its name.
@@ -80,8 +80,10 @@ def pack_cargo(engines: Sequence[Path]) -> Cargo:
         engine = _file(path, index)
         packed.append(engine)
         files.append(engine)
-        if read_manifest(path) is not None:
+        if (manifest := read_manifest(path)) is not None:
             files.append(_file(manifest_path(path), index))
+            if manifest.reference is not None and (reference := path.with_name(manifest.reference.name)).is_file():
+                files.append(_file(reference, index))
     return Cargo(tuple(packed), tuple(digest_file(file.path) for file in packed), tuple(files))
 
 
