@@ -54,7 +54,7 @@ MAPS = np.concatenate(
 
 
 def extremes(*shape: int) -> NDArray[np.float32]:
-    """Integers from -128 to 127, so that scales are 1 and nothing is rounded; most at the ends, where sums are largest."""
+    """Integers from -128 to 127, for scales of 1, so that none is rounded; most at the ends, where sums are largest."""
     values = np.where(RNG.random(shape) < 0.3, RNG.integers(-128, 128, shape), RNG.choice([-128, 127], shape))
     values[..., 0, :], values[..., 1, :] = 127, -128
     return values.astype(np.float32)
@@ -103,11 +103,11 @@ def dynamic_full(folder: Path) -> onnx.ModelProto:
     return onnx.load(target)
 
 
-def static(*, unsigned: bool) -> onnx.ModelProto:
-    """The pass of TensorRT's models, without `unsigned`, has weights of 8 full bits."""
+def static(*, for_pairs: bool) -> onnx.ModelProto:
+    """As for ONNX Runtime, or without `for_pairs` as for TensorRT, with weights of 8 full bits."""
     graph = to_graph(linear())
     ranges = dict.fromkeys(calibrated_tensors(graph), (-127.0, 127.0))  # symmetric: scale 1
-    run_passes(graph, [PlannedPass(QuantizeProducts(ranges, unsigned=unsigned), expected=1)])
+    run_passes(graph, [PlannedPass(QuantizeProducts(ranges, for_pairs=for_pairs), expected=1)])
     return to_model(graph)
 
 
@@ -149,10 +149,10 @@ def exact(model: onnx.ModelProto) -> NDArray[np.float64]:
 def products(tmp_path_factory: pytest.TempPathFactory) -> dict[str, onnx.ModelProto]:
     return {
         "dynamic": dynamic_int8(linear(), "x"),
-        "static": static(unsigned=True),
+        "static": static(for_pairs=True),
         "maps": maps(),
         "dynamic, 8 full bits": dynamic_full(tmp_path_factory.mktemp("full")),
-        "static, 8 full bits": static(unsigned=False),
+        "static, 8 full bits": static(for_pairs=False),
     }
 
 

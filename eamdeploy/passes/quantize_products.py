@@ -67,14 +67,15 @@ class QuantizeProducts:
 
     Args:
         ranges: smallest and largest value of computed tensors, by name, from calibration.
-        unsigned: for ONNX Runtime: tensors that are hardly ever negative are UINT8, and weights such that no sum of two
-            products overflows 16 bits on a processor without VNNI (see `graph.int8_weights`).
+        unsigned: whether tensors that are hardly ever negative are UINT8.
+        for_pairs: whether weights are such that no sum of two products overflows 16 bits, as on a processor without
+            VNNI they must (see `graph.int8_weights`); else they have 8 full bits.
     """
 
     name = "quantize_products"
 
-    def __init__(self, ranges: Mapping[str, Range], *, unsigned: bool = False) -> None:
-        self._ranges, self._unsigned = ranges, unsigned
+    def __init__(self, ranges: Mapping[str, Range], *, unsigned: bool = False, for_pairs: bool = False) -> None:
+        self._ranges, self._unsigned, self._for_pairs = ranges, unsigned, for_pairs
 
     def match(self, graph: gs.Graph) -> list[Product | Skip]:
         """Every MatMul."""
@@ -93,7 +94,7 @@ class QuantizeProducts:
         for index, tensor in enumerate(list(node.inputs)):
             if isinstance(tensor, gs.Constant):
                 writer = GraphWriter(graph, f"{node.name}/int8")
-                node.inputs[index] = _dequantized_weight(writer, tensor, in_pairs=self._unsigned)
+                node.inputs[index] = _dequantized_weight(writer, tensor, for_pairs=self._for_pairs)
             else:
                 node.inputs[index] = quantized(graph, tensor, match.ranges[tensor.name], unsigned=self._unsigned)
         if match.merged is not None:
@@ -188,13 +189,13 @@ def _grid(low: float, high: float, *, unsigned: bool) -> tuple[NDArray[np.float3
     return scale, np.array(round(-low / float(scale)), np.uint8)
 
 
-def _dequantized_weight(writer: GraphWriter, weight: gs.Constant, *, in_pairs: bool) -> gs.Tensor:
+def _dequantized_weight(writer: GraphWriter, weight: gs.Constant, *, for_pairs: bool) -> gs.Tensor:
     """The matrix as INT8 integers with one scale for each column, behind a DequantizeLinear.
 
     Args:
-        in_pairs: whether sums of two products must fit 16 bits.
+        for_pairs: as for `QuantizeProducts`.
     """
-    scales = _scales(pair_limits(weight.values) if in_pairs else np.abs(weight.values).max(axis=0))
+    scales = _scales(pair_limits(weight.values) if for_pairs else np.abs(weight.values).max(axis=0))
     inputs = [
         writer.constant("integers", integers_of(weight.values, scales)),
         writer.constant("scales", scales),

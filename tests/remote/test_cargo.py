@@ -1,11 +1,13 @@
 from __future__ import annotations
 
 import io
+import shutil
 import tarfile
 from pathlib import Path
 
 import pytest
 
+from eamdeploy.engines.base import manifest_path
 from eamdeploy.errors import ConfigError
 from eamdeploy.remote.cargo import pack_cargo
 
@@ -25,6 +27,20 @@ def test_the_archive_holds_every_file_and_is_as_long_as_it_says(tmp_path: Path) 
         for info, path in zip(files.values(), paths, strict=True):
             content = archive.extractfile(info)
             assert content is not None and content.read() == path.read_bytes()
+
+
+def test_the_reference_set_that_an_engine_was_proved_with_travels_along(eam_engine: Path, tmp_path: Path) -> None:
+    for file in (eam_engine, manifest_path(eam_engine)):
+        shutil.copy(file, tmp_path)
+    engine = tmp_path / eam_engine.name
+    assert [file.name for file in pack_cargo([engine]).files] == ["0/tiny.ort.onnx", "0/tiny.ort.onnx.json"]
+    (tmp_path / "tiny.reference.npz").write_bytes(b"images and logits")
+    cargo = pack_cargo([engine, engine])
+    assert [file.name for file in cargo.files if "reference" in file.name] == [
+        "0/tiny.reference.npz",
+        "1/tiny.reference.npz",
+    ]
+    assert len(b"".join(cargo.archive())) == cargo.archive_bytes
 
 
 def test_a_file_that_shrinks_or_goes_while_it_is_sent(tmp_path: Path) -> None:
