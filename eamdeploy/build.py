@@ -7,7 +7,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from eamdeploy.engines.base import Manifest
+from eamdeploy.artifact import digest_file
+from eamdeploy.engines.base import Manifest, ReferenceFile
 from eamdeploy.engines.ort_providers import require_provider
 from eamdeploy.engines.provenance import usable_cores
 from eamdeploy.engines.registry import load_backend
@@ -72,13 +73,15 @@ def build_ort(
         raise ConfigError("an FP32 engine is held to FP32's noise", hint="Leave --min-agreement out, or use --int8.")
     if calibration is not None and not any_int8:
         raise ConfigError("calibration images are of use for INT8 alone", hint="Give --int8 too.")
+    references = _reference(model, reference, verify=verify) if check else None
     request = ort_build.Request(
         model=model,
         output=output,
         threads=threads or usable_cores(),
         calibration=_with_cache(calibration, output),
-        reference=_reference(model, reference, verify=verify) if check else None,
+        reference=references,
         reduced=reduced_tolerance(min_agreement),
+        reference_file=_reference_file(reference or reference_path(model)) if check else None,
     )
     return ort_build.build(request, forms, observer)
 
@@ -205,3 +208,7 @@ def _reference(model: Path, reference: Path | None, *, verify: bool) -> Referenc
     if verify:
         loaded.require_model(model, digest_model(model))
     return loaded
+
+
+def _reference_file(path: Path) -> ReferenceFile:
+    return ReferenceFile(name=path.name, digest=digest_file(path))

@@ -523,6 +523,7 @@ def evaluate(
     class_names: options.LabelNames = None,
     threads: options.Threads = None,
     verify: options.Verify = True,
+    check: options.CheckHere = True,
     as_json: options.AsJson = False,
 ) -> None:
     """Measure top-1 and top-5 where there are labels, and agreement and KL against a reference."""
@@ -532,7 +533,9 @@ def evaluate(
     names = read_class_names(class_names)
     source = ImageSource(data, split, images, skip_bad, exif_transpose, class_order, names)
     with context.obj as terminal:
-        result = run_evaluate(model, source, reference=reference, threads=threads, verify=verify, observer=terminal)
+        result = run_evaluate(
+            model, source, reference=reference, threads=threads, verify=verify, check=check, observer=terminal
+        )
     if output is not None:
         result.write(output)
     print_result(result, show.evaluation(result), as_json=as_json)
@@ -574,6 +577,7 @@ def profile(
     ] = True,
     power_seconds: Annotated[float, typer.Option(help="… for twice this long with every engine.")] = 5.0,
     layer_profile: Annotated[bool, typer.Option("--layer-profile", help="Also time every layer.")] = False,
+    check: options.CheckHere = True,
     as_json: options.AsJson = False,
 ) -> None:
     """Measure latency, throughput, memory and power here; engines take turns, so that ratios can be trusted."""
@@ -597,6 +601,8 @@ def profile(
         device=local,
         schedule=schedule,
         extras=extras,
+        check=check,
+        observer=context.obj,  # not as a block: a bar that moves would disturb what is measured
     )
     if output is not None:
         result.write(output)

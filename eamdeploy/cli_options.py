@@ -90,6 +90,12 @@ CalibCache = Annotated[
     Path | None,
     typer.Option(help="File that keeps the ranges for the next build.", show_default="ENGINE.ranges.json"),
 ]
+CheckHere = Annotated[
+    bool,
+    typer.Option(
+        "--check/--no-check", help="Prove engines anew that were proved on another kind of processor than this one."
+    ),
+]
 AsJson = Annotated[bool, typer.Option("--json", help="One JSON document on stdout; text for people goes to stderr.")]
 
 

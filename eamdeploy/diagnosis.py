@@ -14,6 +14,7 @@ import psutil
 
 from eamdeploy.artifact import Record
 from eamdeploy.devices.base import DeviceState
+from eamdeploy.devices.instructions import products_saturate
 from eamdeploy.devices.jetpack import find_jetpack
 from eamdeploy.devices.registry import find_device
 from eamdeploy.engines.registry import load_backend
@@ -60,6 +61,7 @@ class Diagnosis(Record):
 
     Attributes:
         memory_free_bytes: what programs can still get without swapping; the total is the machine's `memory_bytes`.
+        int8_saturates: products of unsigned bytes and signed bytes of 8 full bits are cut to 16 bits here.
         providers: execution providers of the ONNX Runtime that is installed.
         cuda_python: the module through which engines of TensorRT are run.
         device: None where it could not be asked, and `device_missing` says why.
@@ -67,6 +69,7 @@ class Diagnosis(Record):
 
     machine: Machine
     memory_free_bytes: int
+    int8_saturates: bool
     onnxruntime: Finding
     providers: list[str]
     tensorrt: Finding
@@ -117,9 +120,11 @@ def doctor(patience_s: float = 20.0) -> Diagnosis:
     asked_device = Question(_device_state)
     runtime, tensorrt, gpu, cuda = (_finding(*question.wait(until_s)) for question in questions)
     device, device_missing = asked_device.wait(until_s)
+    machine = describe_machine()
     return Diagnosis(
-        machine=describe_machine(),
+        machine=machine,
         memory_free_bytes=psutil.virtual_memory().available,
+        int8_saturates=products_saturate(machine.instructions or ""),
         onnxruntime=runtime,
         providers=[] if runtime.found is None else import_module("onnxruntime").get_available_providers(),
         tensorrt=tensorrt,

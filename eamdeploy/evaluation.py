@@ -11,6 +11,7 @@ from eamdeploy.accuracy import Evaluation, Predict, is_no_better_than_guessing, 
 from eamdeploy.artifact import Preprocessing
 from eamdeploy.class_labels import ClassOrder
 from eamdeploy.eam import checkpoint as checkpoints
+from eamdeploy.engines.proof import prove_here
 from eamdeploy.engines.registry import open_runner
 from eamdeploy.errors import ConfigError, host_packages
 from eamdeploy.observer import SILENT, Observer
@@ -75,6 +76,7 @@ def evaluate(
     reference: Path | None = None,
     threads: int | None = None,
     verify: bool = True,
+    check: bool = True,
     observer: Observer = SILENT,
 ) -> EvaluationReport:
     """Accuracy where the images have labels, and agreement with a reference.
@@ -84,13 +86,17 @@ def evaluate(
         reference: another checkpoint or engine; for a checkpoint by default its own model with all attention live.
         verify: checkpoints and exported models must be as they were written; False for one that was changed on
             purpose.
+        check: prove an engine anew that was proved on another kind of processor, see `engines.proof`.
 
     Raises:
         ConfigError: a file or the images can't be used, or the two models don't go together.
         CheckpointError, EngineError: a model is damaged or can't be run.
-        ParityError: a model returns NaN.
+        ParityError: a model returns NaN, or an engine from another kind of processor is not what it was there.
         MissingDependency: a checkpoint is given and torch is not installed.
     """
+    for path in (model, reference):
+        if path is not None and not _is_checkpoint(path):
+            prove_here(path, threads, check=check, note=observer.note)
     with ExitStack() as stack:
         candidate = stack.enter_context(_open(model, threads, frozen=True, verify=verify))
         model_digest = digest_model(model)

@@ -13,7 +13,7 @@ import numpy as np
 
 from eamdeploy.artifact import require_output
 from eamdeploy.engines import ort
-from eamdeploy.engines.base import Manifest, TriedForm, manifest_path, publish
+from eamdeploy.engines.base import Manifest, ReferenceFile, TriedForm, manifest_path, publish
 from eamdeploy.engines.registry import open_runners
 from eamdeploy.errors import (
     DeviceError,
@@ -43,6 +43,7 @@ class Request:
     Attributes:
         reference: images and logits of the model; None leaves the engine unchecked, and its manifest says so.
         reduced: what INT8 is held to; other forms are held to FP32's noise.
+        reference_file: where `reference` is from; None where that is not known.
     """
 
     model: Path
@@ -51,6 +52,7 @@ class Request:
     calibration: Calibration | None
     reference: ReferenceSet | None
     reduced: Tolerance
+    reference_file: ReferenceFile | None = None
 
 
 @dataclass(frozen=True)
@@ -76,7 +78,7 @@ def build(
     require_output(manifest_path(request.output), request.model)
     with staging(request.output) as stage:
         chosen, tried = _chosen(request, forms, data, stage, observer, schedule)
-        manifest = chosen.checked.manifest.model_copy(update={"tried": tried})
+        manifest = chosen.checked.manifest.model_copy(update={"tried": tried, "reference": request.reference_file})
         publish(request.output, chosen.checked.source, manifest)
     return manifest
 

@@ -3,12 +3,14 @@
 Before:  y = MatMul(x, W)
 After:   y = s·z·MatMulInteger(q(x), integers) with the range of x, and so s, found anew each time
 Shapes:  x [.., K]  W [K, N]  z [N], one scale for each column
-Exact:   no: 8 bits; held to the reference's first classes by the gate
+Exact:   no: 8 bits; held to the reference's first classes by the gate. The integers' products are, on every processor
 
-Made by ONNX Runtime's own quantizer. Dynamic, not static: on CPUs static INT8 (QDQ) is hardly faster than FP32, as its
-activations go back and forth between integers and floats around everything that is no product. The classifier stays
-FP32, as it decides and costs nothing; so do the patch embedding, whose ConvInteger is slower, and the products of
-attention.
+Made by ONNX Runtime's own quantizer, but for the integers: its weights of 8 full bits overflow on processors without
+VNNI, and its remedy, 7 bits (`reduce_range`), costs more than what `graph.int8_weights` does.
+
+Dynamic, not static: on CPUs static INT8 (QDQ) is hardly faster than FP32, as its activations go back and forth between
+integers and floats around everything that is no product. The classifier stays FP32, as it decides and costs nothing; so
+do the patch embedding, whose ConvInteger is slower, and the products of attention.
 """
 
 from __future__ import annotations
@@ -17,10 +19,13 @@ import logging
 import tempfile
 from pathlib import Path
 
+import numpy as np
 import onnx
 import onnx_graphsurgeon as gs
+from onnx import numpy_helper
 
 from eamdeploy.errors import ConfigError, EngineError
+from eamdeploy.graph.int8_weights import LARGEST, integers_of, pair_limits
 from eamdeploy.graph.linear import is_classifier
 from eamdeploy.graph.weights import fits_one_file, serialize
 from eamdeploy.onnx_files import write_model
@@ -40,7 +45,25 @@ def dynamic_int8(model: onnx.ModelProto, where: str) -> onnx.ModelProto:
     names = _linear_layers(model)
     if not names:
         raise ConfigError(f"{where} has no linear layer that could be INT8", expected="MatMul with a constant matrix")
-    return _quantize(model, names, where)
+    quantized = _quantize(model, names, where)
+    _fit_pairs(quantized, model)
+    return quantized
+
+
+def _fit_pairs(quantized: onnx.ModelProto, model: onnx.ModelProto) -> None:
+    """Weights of `quantized` are integers of which no two products overflow 16 bits, and their scales fit.
+
+    Args:
+        model: what it was made of.
+    """
+    weights = {f"{item.name}_quantized": item for item in model.graph.initializer}
+    stored = {item.name: item for item in quantized.graph.initializer}
+    for name in {node.input[1] for node in quantized.graph.node if node.op_type == "MatMulInteger"}:
+        weight = numpy_helper.to_array(weights[name])
+        limits = pair_limits(weight)
+        scales = np.where(limits > 0, limits / LARGEST, 1).astype(np.float32)
+        for part, values in ((name, integers_of(weight, scales)), (f"{weights[name].name}_scale", scales)):
+            stored[part].CopyFrom(numpy_helper.from_array(values, part))
 
 
 def _linear_layers(model: onnx.ModelProto) -> list[str]:

@@ -88,7 +88,7 @@ def _rewrite(graph: gs.Graph, form: OrtForm, ranges: Mapping[str, Range] | None,
     if form.fused_attention:
         done.append(_run_required(graph, FusedAttention(), f"{where} has no live attention that can be fused"))
     if ranges is not None:
-        rewrite = QuantizeProducts(ranges, unsigned=True)
+        rewrite = QuantizeProducts(ranges, unsigned=True, for_pairs=True)
         done.append(_run_required(graph, rewrite, f"{where} has no product that could be INT8"))
     return done
 

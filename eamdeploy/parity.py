@@ -87,6 +87,19 @@ def reduced_tolerance(min_agreement: float | None) -> Tolerance:
     return replace(tolerance, name=f"{tolerance.name} at {min_agreement:g} %", top1_agreement=min_agreement)
 
 
+def named_tolerance(name: str) -> Tolerance:
+    """The tolerance that a report names.
+
+    Raises:
+        CheckpointError: there is none of that name.
+    """
+    base, _, percent = name.partition(" at ")
+    try:
+        return reduced_tolerance(float(percent.removesuffix(" %"))) if percent else TOLERANCES[base]
+    except (ConfigError, KeyError, ValueError) as err:
+        raise CheckpointError("an unknown tolerance", expected=f"one of {', '.join(TOLERANCES)}", got=name) from err
+
+
 class ParityReport(Record):
     """What `compare` found.
 

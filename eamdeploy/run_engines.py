@@ -107,6 +107,7 @@ def profile_stage(config: RunConfig, observer: Observer) -> Stage:
             threads=options.threads or usable_cores(),
             batch=options.batch,
             schedule=Schedule(options.warmup_ms, options.min_seconds, options.min_runs, options.sittings),
+            observer=observer,
         ).write(output)
 
     inputs = {"config": options.model_dump(mode="json"), **engine_inputs(config)}

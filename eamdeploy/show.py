@@ -254,6 +254,7 @@ def doctor(found: Diagnosis) -> RenderableType:
         "versions": ", ".join(f"{name} {version}" for name, version in machine.versions.items()),
         "system": f"{machine.system}, {machine.architecture}",
         "CPU": f"{machine.cpu}, {machine.usable_cores} of {machine.cores} cores usable{clock}{most}{governor}",
+        "instructions": _instructions(found),
         "memory": f"{found.memory_free_bytes / 1e9:.1f} of {machine.memory_bytes / 1e9:.1f} GB free",
         "ONNX Runtime": _finding(found.onnxruntime),
         "providers": ", ".join(map(_provider, found.providers)) or "none",
@@ -276,6 +277,17 @@ def _provider(ort_name: str) -> str:
     """ONNX Runtime's name for an execution provider, with ours for one that `build-ort --provider` knows."""
     ours = [name for name, provider in PROVIDERS.items() if provider.ort_name == ort_name]
     return f"{ours[0]} ({ort_name})" if ours else ort_name
+
+
+def _instructions(found: Diagnosis) -> list[str]:
+    """The processor's instruction sets, and what follows for INT8 where something does."""
+    lines = [found.machine.instructions or "not known"]
+    if found.int8_saturates:
+        lines.append(
+            "no VNNI: products of INT8 saturate here. Engines of build-ort are made so that theirs don't; "
+            "what was quantized elsewhere may be wrong"
+        )
+    return lines
 
 
 def _finding(item: Finding) -> str:

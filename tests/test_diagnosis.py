@@ -161,6 +161,17 @@ def test_what_hangs_holds_up_nothing_else(bare: pytest.MonkeyPatch) -> None:
     assert found.onnxruntime.found and found.cuda_python.missing == "no cuda-python. pip install that"
 
 
+@pytest.mark.parametrize(("instructions", "saturates"), [("x86_64: avx2", True), ("x86_64: avx2 avx_vnni", False)])
+def test_it_names_the_instruction_sets_and_what_they_mean_for_int8(
+    instructions: str, saturates: bool, bare: pytest.MonkeyPatch
+) -> None:
+    bare.setattr("eamdeploy.profiling.machine.instruction_sets", lambda: instructions)
+    found = doctor()
+    assert found.machine.instructions == instructions and found.int8_saturates is saturates
+    text = shown(found)
+    assert instructions in text and ("products of INT8 saturate here" in text) is saturates
+
+
 def test_the_command_prints_a_table_or_json_and_never_fails(run_cli: RunCli, bare: pytest.MonkeyPatch) -> None:
     table = run_cli("doctor")
     assert table.code == 0 and table.err == "" and "What can be done here" in table.out

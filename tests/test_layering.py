@@ -71,7 +71,7 @@ LAYERS: dict[str, set[str]] = {
         *("trt_flavour", "trt_half"),
     },
     "lint": {"artifact", "engines", "errors", "file_kinds", "graph", "onnx_files"},
-    "profiling": {"artifact", "devices", "engines", "errors", "onnx_files", "parity"},
+    "profiling": {"artifact", "devices", "engines", "errors", "observer", "onnx_files", "parity"},
     "remote": {"artifact", "engines", "errors", "observer", "onnx_files", "profiling"},
     "diagnosis": {"artifact", "devices", "engines", "errors", "profiling"},
     "host": {
@@ -169,7 +169,7 @@ PACKAGES: dict[str, set[str]] = {
 }
 BASE = {"numpy", "pydantic", "PIL", "psutil", "rich", "typer", "tomli", "tomllib", "onnxruntime"}
 BLOCKED = sorted(PACKAGES.keys() - BASE)
-SHARED = {"__init__", "base", "provenance", "registry"}
+SHARED = {"__init__", "base", "proof", "provenance", "registry"}
 BACKENDS = {path.stem for path in (ROOT / "engines").glob("*.py")} - SHARED
 
 Place = Literal["top", "function", "typing"]

@@ -41,6 +41,33 @@ def test_linear_layers_but_the_classifier_become_int8() -> None:
     assert all(scale.ndim == 1 and len(scale) > 1 for scale in scales)  # one for each column
 
 
+def test_weights_are_near_and_no_two_products_overflow_whoever_reads_them() -> None:
+    """One weight has two readers, and a column of zeros; ONNX Runtime's own would have 8 full bits."""
+    weight = np.random.default_rng(0).standard_normal((16, 6)).astype(np.float32)
+    weight[:, 2] = 0
+    graph = onnx.helper.make_graph(
+        [
+            onnx.helper.make_node("MatMul", ["image", "w"], ["a"], name="a"),
+            onnx.helper.make_node("Neg", ["image"], ["other"]),
+            onnx.helper.make_node("MatMul", ["other", "w"], ["b"], name="b"),
+            onnx.helper.make_node("Mul", ["a", "b"], ["logits"]),
+        ],
+        "shared",
+        [onnx.helper.make_tensor_value_info("image", onnx.TensorProto.FLOAT, [1, 16])],
+        [onnx.helper.make_tensor_value_info("logits", onnx.TensorProto.FLOAT, [1, 6])],
+        [numpy_helper.from_array(weight, "w")],
+    )
+    stock = onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", 17)], ir_version=8)
+    stored = {item.name: numpy_helper.to_array(item) for item in dynamic_int8(stock, "x").graph.initializer}
+    integers, scales = stored["w_quantized"], stored["w_scale"]
+    assert (integers.dtype, integers.shape, scales.dtype, scales.shape) == (np.int8, (16, 6), np.float32, (6,))
+    assert not stored["w_zero_point"].any() and not integers[:, 2].any()
+    np.testing.assert_allclose(integers * scales, weight, atol=float(scales.max()) / 2 * 1.001)
+    pairs = integers.astype(int).reshape(8, 2, 6)
+    most = [np.maximum(sign * pairs, 0).sum(axis=1).max(axis=0) for sign in (1, -1)]
+    assert np.delete(np.maximum(*most), 2).min() > 120 and np.maximum(*most).max() <= 128
+
+
 def test_an_engine_in_int8_is_built_checked_and_agrees(model: Path, pictures: Path, run_cli: RunCli) -> None:
     engine, twin = model.with_name("x.int8.ort.onnx"), model.with_name("x.ort.onnx")
     built = run_cli("build-ort", model, "-o", engine, "--int8", "--min-agreement", 75, "--json")

@@ -13,7 +13,17 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from eamdeploy.errors import CheckpointError, ConfigError, ExitCode, ParityError
-from eamdeploy.parity import TOLERANCES, ParityReport, ReferenceSet, Tolerance, compare, reference_path, require
+from eamdeploy.parity import (
+    TOLERANCES,
+    ParityReport,
+    ReferenceSet,
+    Tolerance,
+    compare,
+    named_tolerance,
+    reduced_tolerance,
+    reference_path,
+    require,
+)
 
 ENGINE = TOLERANCES["f32-engine"]
 
@@ -23,6 +33,14 @@ def logits(n: int = 4, classes: int = 6) -> NDArray[np.float32]:
     values = np.random.default_rng(0).uniform(-5, 4, (n, classes)).astype(np.float32)
     values[np.arange(n), np.arange(n) % classes] = 5
     return values
+
+
+def test_a_report_names_the_tolerance_that_it_was_judged_by() -> None:
+    for tolerance in (*TOLERANCES.values(), *map(reduced_tolerance, (0, 75, 99.5, 100))):
+        assert named_tolerance(compare(logits(), logits(), tolerance).tolerance) == tolerance
+    for name in ("", "exact", "reduced-engine at 101 %", "reduced-engine at nan %", "reduced-engine at x"):
+        with pytest.raises(CheckpointError, match="an unknown tolerance; expected one of f32-reassoc"):
+            named_tolerance(name)
 
 
 def test_equal_logits_pass_with_no_difference() -> None:

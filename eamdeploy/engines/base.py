@@ -248,6 +248,17 @@ class TriedForm(Record):
     chosen: bool = False
 
 
+class ReferenceFile(Record):
+    """The reference set that an engine was proved with; it can prove it anew where it lies beside the engine.
+
+    Attributes:
+        name: of the file, without a folder; `digest` is its SHA-256.
+    """
+
+    name: str = Field(pattern=r"^[^/\\]*[^/\\.][^/\\]*$")
+    digest: str
+
+
 class Manifest(Record):
     """How an engine was built; lies beside it as JSON.
 
@@ -266,6 +277,9 @@ class Manifest(Record):
         created: UTC, ISO 8601.
         device: for an engine that is tied to a GPU.
         tried: forms of the model among which this engine was the fastest; None where there was no choice.
+        instructions: instruction sets of the processor that it was proved on (`devices.instructions`); None in an
+            older manifest.
+        reference: None where it was not checked, and in an older manifest.
     """
 
     format: Literal[1] = 1
@@ -285,6 +299,8 @@ class Manifest(Record):
     created: str
     device: DeviceBuild | None = None
     tried: list[TriedForm] | None = None
+    instructions: str | None = None
+    reference: ReferenceFile | None = None
 
 
 def manifest_path(engine: Path) -> Path:

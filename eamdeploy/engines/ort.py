@@ -37,6 +37,7 @@ from numpy.typing import NDArray
 from onnxruntime.capi import onnxruntime_pybind11_state as state
 
 from eamdeploy.artifact import CARD_KEY, ModelCard, digest_bytes, printable
+from eamdeploy.devices.instructions import instruction_sets
 from eamdeploy.engines.base import (
     EngineIO,
     LatencySplit,
@@ -77,6 +78,9 @@ _LEVELS: Mapping[str, Any] = MappingProxyType(
 ENGINE_SETTINGS: Mapping[str, str] = PROVIDERS["cpu"].settings
 UNOPTIMIZED: Mapping[str, str] = MappingProxyType({_LEVEL_KEY: "disable"})
 """The graph as it is written, for proving a rewrite."""
+EXACT_PRODUCTS: Mapping[str, str] = MappingProxyType({"session.x64quantprecision": "1"})
+"""For models of others on x86 without VNNI: weights of 8 full bits become unsigned, whose kernels are exact, and
+slower. Our engines in INT8 need no such thing, see `graph.int8_weights`."""
 _EVERY_SESSION: Mapping[str, str] = MappingProxyType({"session.force_spinning_stop": "1"})
 # Where a model given as bytes looks for data in other files: ONNX Runtime would look in the working directory.
 _NO_DATA_FILES: Mapping[str, str] = MappingProxyType(
@@ -360,6 +364,7 @@ def check(
                 versions=package_versions(),
                 machine=machine_summary(),
                 created=utc_now(),
+                instructions=instruction_sets(),
             ),
         )
 

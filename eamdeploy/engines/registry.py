@@ -7,6 +7,7 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Literal
 
+from eamdeploy.devices.instructions import instruction_sets, products_saturate
 from eamdeploy.engines.base import Runner, read_manifest
 from eamdeploy.engines.provenance import usable_cores
 from eamdeploy.errors import ConfigError, MissingDependency
@@ -72,8 +73,9 @@ def runs_on_gpu(engine: Path) -> bool:
 def open_runner(engine: Path, threads: int | None = None, *, verify: bool = True) -> Runner:
     """The engine at `engine`, loaded with the settings in its manifest and ready to run.
 
-    An `.onnx` file without a manifest is any ONNX model and runs with ONNX Runtime's own defaults; with a reference set
-    beside it, it is an exported model as it was written.
+    An `.onnx` file without a manifest is any ONNX model and runs with ONNX Runtime's own defaults; but on a processor
+    where products of INT8 saturate, with its exact ones, so that a quantized model is here what it is elsewhere. With a
+    reference set beside it, it is an exported model as it was written.
 
     Args:
         threads: threads of one inference; None takes the manifest's, or without one every usable core.
@@ -101,12 +103,13 @@ def open_runner(engine: Path, threads: int | None = None, *, verify: bool = True
         if threads < 1:  # an engine on a GPU has none, but a wrong number is wrong everywhere
             raise ConfigError("the number of threads can't be used", expected="at least 1", got=threads)
         return open_plan(engine, manifest)
-    from eamdeploy.engines.ort import OrtRunner
+    from eamdeploy.engines.ort import EXACT_PRODUCTS, OrtRunner
 
     if manifest is None:
         if verify:
             _require_unaltered(engine)
-        return OrtRunner(engine, threads=threads, settings={})
+        exact = products_saturate(instruction_sets())
+        return OrtRunner(engine, threads=threads, settings=EXACT_PRODUCTS if exact else {})
     return OrtRunner(engine, threads=threads, settings=manifest.settings, provider=manifest.provider)
 
 

@@ -3,6 +3,8 @@
 Before:  DequantizeLinear(integers, scales of rows) ──Reshape──▶ MatMul(maps, v)
 After:   DequantizeLinear(integers up to 127, 1) ──Reshape──▶ MatMul(maps, dq(q(v))) ──Mul(scales of rows)
 Shapes:  integers [P·M·R, N]  maps [M, P, R, N]  v [B·W, P, N, d]  scales [M, P, R, 1]
+Types:   maps UINT8: no sum of two products overflows 16 bits on a processor without VNNI, as with INT8 maps, which
+         runtimes shift to be unsigned, it would
 Needs:   a constant by rows that one product reads as its left operand, and the range of v
 Exact:   no: v has 8 bits, and rows with an integer over 127 are quantized anew (`eam.int8`); held to the reference's
          first classes by the gate
@@ -62,9 +64,9 @@ class IntegerMapProducts:
         writer = GraphWriter(graph, f"{match.product.name}/integers")
         integers, scales = fit_int8(match.rows.integers, match.rows.scales)
         constants = [
-            writer.constant("maps", integers.reshape(match.shape).astype(np.int8)),
+            writer.constant("maps", integers.reshape(match.shape).astype(np.uint8)),
             writer.constant("one", np.array(1, np.float32)),
-            writer.constant("zero_point", np.array(0, np.int8)),
+            writer.constant("zero_point", np.array(0, np.uint8)),
         ]
         product, (_, values) = match.product, match.product.inputs
         maps = writer.node("dequantized", "DequantizeLinear", constants, match.shape)

@@ -33,6 +33,7 @@ import numpy as np
 import onnx_graphsurgeon as gs
 from numpy.typing import NDArray
 
+from eamdeploy.graph.int8_weights import LARGEST, integers_of, pair_limits
 from eamdeploy.graph.layout import LAYOUT_OPS
 from eamdeploy.graph.linear import is_classifier
 from eamdeploy.graph.nodes import redirect
@@ -41,7 +42,6 @@ from eamdeploy.graph.writer import GraphWriter
 
 Range = tuple[float, float]
 
-_LARGEST = 127
 _STEPS = 255  # of UINT8
 _HARDLY_NEGATIVE = 0.3  # of the largest value: GELU's smallest is -0.17
 _SMALLEST_SCALE = 2.0**-23  # float16 has one below it, which ONNX Runtime's converter would raise
@@ -68,12 +68,14 @@ class QuantizeProducts:
     Args:
         ranges: smallest and largest value of computed tensors, by name, from calibration.
         unsigned: whether tensors that are hardly ever negative are UINT8.
+        for_pairs: whether weights are such that no sum of two products overflows 16 bits, as on a processor without
+            VNNI they must (see `graph.int8_weights`); else they have 8 full bits.
     """
 
     name = "quantize_products"
 
-    def __init__(self, ranges: Mapping[str, Range], *, unsigned: bool = False) -> None:
-        self._ranges, self._unsigned = ranges, unsigned
+    def __init__(self, ranges: Mapping[str, Range], *, unsigned: bool = False, for_pairs: bool = False) -> None:
+        self._ranges, self._unsigned, self._for_pairs = ranges, unsigned, for_pairs
 
     def match(self, graph: gs.Graph) -> list[Product | Skip]:
         """Every MatMul."""
@@ -91,7 +93,8 @@ class QuantizeProducts:
         node = match.node
         for index, tensor in enumerate(list(node.inputs)):
             if isinstance(tensor, gs.Constant):
-                node.inputs[index] = _dequantized_weight(GraphWriter(graph, f"{node.name}/int8"), tensor)
+                writer = GraphWriter(graph, f"{node.name}/int8")
+                node.inputs[index] = _dequantized_weight(writer, tensor, for_pairs=self._for_pairs)
             else:
                 node.inputs[index] = quantized(graph, tensor, match.ranges[tensor.name], unsigned=self._unsigned)
         if match.merged is not None:
@@ -182,16 +185,19 @@ def _grid(low: float, high: float, *, unsigned: bool) -> tuple[NDArray[np.float3
     if not unsigned or -low > _HARDLY_NEGATIVE * high:
         return _scales(np.array(max(abs(low), abs(high)))), np.array(0, np.int8)
     low = min(low, 0.0)
-    scale = _scales(np.array((high - low) * _LARGEST / _STEPS))
+    scale = _scales(np.array((high - low) * LARGEST / _STEPS))
     return scale, np.array(round(-low / float(scale)), np.uint8)
 
 
-def _dequantized_weight(writer: GraphWriter, weight: gs.Constant) -> gs.Tensor:
-    """The matrix as INT8 integers with one scale for each column, behind a DequantizeLinear."""
-    scales = _scales(np.abs(weight.values).max(axis=0))
-    integers: NDArray[np.int8] = np.clip(np.rint(weight.values / scales), -_LARGEST, _LARGEST).astype(np.int8)
+def _dequantized_weight(writer: GraphWriter, weight: gs.Constant, *, for_pairs: bool) -> gs.Tensor:
+    """The matrix as INT8 integers with one scale for each column, behind a DequantizeLinear.
+
+    Args:
+        for_pairs: as for `QuantizeProducts`.
+    """
+    scales = _scales(pair_limits(weight.values) if for_pairs else np.abs(weight.values).max(axis=0))
     inputs = [
-        writer.constant("integers", integers),
+        writer.constant("integers", integers_of(weight.values, scales)),
         writer.constant("scales", scales),
         writer.constant("zero_points", np.zeros(len(scales), np.int8)),
     ]
@@ -200,6 +206,6 @@ def _dequantized_weight(writer: GraphWriter, weight: gs.Constant) -> gs.Tensor:
 
 def _scales(limits: NDArray[np.floating[Any]]) -> NDArray[np.float32]:
     """The scales, float32 of the same shape, with which magnitudes up to `limits` fit INT8."""
-    exact = np.maximum(limits.astype(np.float64) / _LARGEST, _SMALLEST_SCALE)
+    exact = np.maximum(limits.astype(np.float64) / LARGEST, _SMALLEST_SCALE)
     near = exact.astype(np.float16)
     return np.where(near.astype(np.float64) < exact, np.nextafter(near, np.float16(np.inf)), near).astype(np.float32)

@@ -10,6 +10,7 @@ import psutil
 
 from eamdeploy.artifact import Record
 from eamdeploy.devices.cpu import cpu_model
+from eamdeploy.devices.instructions import instruction_sets
 from eamdeploy.engines.base import utc_now
 from eamdeploy.engines.provenance import package_versions, usable_cores
 
@@ -18,6 +19,7 @@ class Machine(Record):
     """The machine and its software at one moment.
 
     Attributes:
+        instructions: its instruction sets (`devices.instructions`); None in an older record.
         cores: of the machine; `usable_cores` of them are open to this process.
         frequency_mhz, max_frequency_mhz: of the first core, now and at most; None where the system does not tell.
         governor: what sets the clock ("performance", "schedutil" …); None where the system does not tell.
@@ -37,6 +39,7 @@ class Machine(Record):
     load_1min: float | None
     versions: dict[str, str]
     measured_at: str
+    instructions: str | None = None
 
 
 def describe_machine(cpufreq: Path = Path("/sys/devices/system/cpu/cpu0/cpufreq")) -> Machine:
@@ -58,6 +61,7 @@ def describe_machine(cpufreq: Path = Path("/sys/devices/system/cpu/cpu0/cpufreq"
         load_1min=_load_1min(),
         versions=package_versions(),
         measured_at=utc_now(),
+        instructions=instruction_sets(),
     )
 
 

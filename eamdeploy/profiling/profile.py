@@ -13,8 +13,10 @@ from eamdeploy.artifact import ModelCard, Record
 from eamdeploy.devices.base import Device, DeviceState, SensorNotes
 from eamdeploy.devices.registry import find_device
 from eamdeploy.engines.base import LatencySplit, ProviderName, read_manifest
+from eamdeploy.engines.proof import prove_here
 from eamdeploy.engines.registry import backend_of, open_runner, open_runners, runs_on_gpu
 from eamdeploy.errors import ConfigError, DeviceError
+from eamdeploy.observer import SILENT, Observer
 from eamdeploy.onnx_files import digest_model
 from eamdeploy.parity import ParityReport
 from eamdeploy.profiling.fresh_process import ColdStart, Memory, measure_fresh
@@ -66,7 +68,7 @@ class EngineProfile(Record):
         model: None for a foreign model.
         provider: what ONNX Runtime ran it on; None for another backend, and where an older profile does not say.
         settings: what the backend ran it with, beyond its defaults.
-        parity: the gate at build time; None means not checked.
+        parity: the gate on this kind of processor, at build time or before the profile; None means not checked.
         memory, cold_start: in a fresh process; None where that was not asked for.
         split: where the time goes; None for an engine that copies nothing to a device.
         throughput: with several inferences at once; None for one at a time, which `latency` tells.
@@ -149,6 +151,8 @@ def profile(
     schedule: Schedule = Schedule(),  # noqa: B008 (frozen)
     extras: Extras = Extras(),
     clock: Clock = time.perf_counter_ns,
+    check: bool = True,
+    observer: Observer = SILENT,
 ) -> Profile:
     """Figures of every engine, all measured with the same input and number of threads.
 
@@ -158,8 +162,10 @@ def profile(
 
     Args:
         device: what the engines run on; None finds it: a Jetson, else a GPU if an engine needs one, else the processor.
+        check: prove engines anew that were proved on another kind of processor, see `engines.proof`.
 
     Raises:
+        ParityError: such an engine is not what it was there.
         ConfigError: no engine is given, one can't be read, or it does not take batches of this size.
         EngineError: an engine fails.
         MissingDependency: its backend is not installed here.
@@ -178,6 +184,7 @@ def profile(
     device = device or find_device(gpu=any(map(runs_on_gpu, paths)))
     with load(range(len(paths))):
         pass  # what can't be loaded, or takes another batch, fails here and not after minutes of work
+    parities = [prove_here(path, threads, check=check, note=observer.note) for path in paths]
     before = _state(device)
     fresh = [measure_fresh(path, threads=threads, batch=batch) for path in paths] if extras.fresh else []
     times = time_sittings(load, len(paths), schedule, clock)
@@ -193,7 +200,7 @@ def profile(
             model=None if single.card is None else summarize_card(single.card),
             provider=single.provider,
             settings=single.settings,
-            parity=single.parity,
+            parity=parities[index],
             latency=latencies[index],
             memory=fresh[index].memory if fresh else None,
             cold_start=fresh[index].cold_start if fresh else None,
@@ -247,7 +254,6 @@ class _Alone:
     card: ModelCard | None
     provider: ProviderName | None
     settings: dict[str, str]
-    parity: ParityReport | None
     split: LatencySplit | None
     throughput: Throughput | None
     layer_ms: dict[str, float] | None
@@ -267,7 +273,6 @@ def _run_alone(path: Path, threads: int, batch: int, seconds: float, extras: Ext
             card=runner.card,
             provider=(manifest.provider if manifest else "cpu") if backend_of(path) == "ort" else None,
             settings=dict(runner.settings),
-            parity=manifest.parity if manifest else None,
             split=runner.split(images, _SPLIT_RUNS),
             throughput=throughput,
             layer_ms=runner.layer_times(images, _LAYER_RUNS) if extras.layers else None,

@@ -36,7 +36,8 @@ class Cargo:
     Attributes:
         engines: in the order in which they were given; `digests` are theirs.
         engine_bytes: theirs, and those of the files that a model keeps its data in.
-        files: engines, such files, and manifests.
+        files: engines, such files, manifests, and the reference sets that engines were proved with, where they lie
+            beside them.
     """
 
     engines: tuple[CargoFile, ...]
@@ -64,7 +65,7 @@ class Cargo:
 
 
 def pack_cargo(engines: Sequence[Path]) -> Cargo:
-    """The engines with their data and manifests, each in a numbered folder of its own, as two may have one name.
+    """The engines with what lies beside them, each in a numbered folder of its own, as two may have one name.
 
     Raises:
         ConfigError: one can't be read, or is none by its name.
@@ -82,8 +83,10 @@ def pack_cargo(engines: Sequence[Path]) -> Cargo:
         packed.append(parts[0])
         files += parts
         engine_bytes += sum(part.size_bytes for part in parts)
-        if read_manifest(path) is not None:
+        if (manifest := read_manifest(path)) is not None:
             files.append(_file(manifest_path(path), path.parent, index))
+            if manifest.reference is not None and (reference := path.with_name(manifest.reference.name)).is_file():
+                files.append(_file(reference, path.parent, index))
     digests = tuple(digest_model(file.path) for file in packed)
     return Cargo(tuple(packed), digests, engine_bytes, tuple(files))
 

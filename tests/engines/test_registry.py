@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -39,6 +40,18 @@ def test_tensorrt_without_cuda_python_says_how_to_get_it(monkeypatch: pytest.Mon
         monkeypatch.setitem(sys.modules, name, None)
     with pytest.raises(MissingDependency, match=r"cuda-python.*pip install"):
         load_backend("trt")
+
+
+@pytest.mark.parametrize(("instructions", "exact"), [("x86_64: avx2", True), ("x86_64: avx512_vnni", False)])
+def test_models_of_others_get_exact_products_where_they_would_saturate(
+    instructions: str, exact: bool, eam_engine: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An engine of ours keeps what its manifest says."""
+    monkeypatch.setattr("eamdeploy.engines.registry.instruction_sets", lambda: instructions)
+    shutil.copy(eam_engine, tmp_path / "x.onnx")
+    with open_runner(tmp_path / "x.onnx", 1) as foreign, open_runner(eam_engine, 1) as ours:
+        assert ("session.x64quantprecision" in foreign.settings) is exact
+        assert "session.x64quantprecision" not in ours.settings
 
 
 def test_missing_onnxruntime_is_named(monkeypatch: pytest.MonkeyPatch) -> None:

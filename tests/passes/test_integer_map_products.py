@@ -38,7 +38,7 @@ def test_the_product_is_one_of_integers_and_scaled_behind(integers: np.ndarray) 
     changed, _ = rewritten(stock, IntegerMapProducts(ranges(stock)), 1)
     before, after = ops(stock), ops(changed)
     assert (after["QuantizeLinear"], after["DequantizeLinear"]) == (1, 2) and after["MatMul"] == before["MatMul"]
-    stored = [item for item in initializers(changed).values() if item.dtype == np.int8 and item.ndim == 4]
+    stored = [item for item in initializers(changed).values() if item.dtype == np.uint8 and item.ndim == 4]
     assert [item.shape for item in stored] == [(1, H, N, N)] and stored[0].max() <= 127
     if integers is SQUARES:
         np.testing.assert_array_equal(stored[0].reshape(integers.shape), integers)

@@ -199,3 +199,18 @@ def test_tensors_that_are_hardly_negative_are_uint8_where_the_runtime_takes_it()
     signed, _ = rewritten(plain(), QuantizeProducts(ranges), 7)
     errors = [float(np.abs(run_unoptimized(each, IMAGES) - reference).max()) for each in (model, signed)]
     assert errors[0] < errors[1] < 0.05 * np.ptp(reference)
+
+
+def test_weights_for_pairs_have_neighbours_of_at_most_128_together() -> None:
+    ranges = ranges_of(plain())
+    model, _ = rewritten(plain(), QuantizeProducts(ranges, for_pairs=True), 7)
+    full, _ = rewritten(plain(), QuantizeProducts(ranges), 7)
+
+    def most(made: onnx.ModelProto) -> list[int]:
+        stored = [item.astype(int) for item in initializers(made).values() if item.dtype == np.int8 and item.ndim == 2]
+        pairs = [np.pad(item, ((0, len(item) % 2), (0, 0))).reshape(-1, 2, item.shape[1]) for item in stored]
+        return [int(max(np.maximum(sign * pair, 0).sum(axis=1).max() for sign in (1, -1))) for pair in pairs]
+
+    assert len(most(model)) == 5 and max(most(model)) <= 128 < min(most(full))
+    reference = run_unoptimized(plain(), IMAGES)
+    assert np.abs(run_unoptimized(model, IMAGES) - reference).max() < 0.05 * np.ptp(reference)

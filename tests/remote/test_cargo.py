@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import io
+import shutil
 import tarfile
 from pathlib import Path
 
@@ -10,6 +11,7 @@ from engine_models import make_frozen_model
 from split_models import split, three_files
 
 from eamdeploy.artifact import digest_file
+from eamdeploy.engines.base import manifest_path
 from eamdeploy.errors import ConfigError
 from eamdeploy.onnx_files import digest_model
 from eamdeploy.remote.cargo import pack_cargo
@@ -53,6 +55,20 @@ def test_a_model_takes_the_files_along_that_its_data_is_in(tmp_path: Path) -> No
     (tmp_path / "a.bin").unlink()
     with pytest.raises(ConfigError, match=r"x\.onnx keeps its weights in a\.bin, which is not beside it"):
         pack_cargo([one, path])
+
+
+def test_the_reference_set_that_an_engine_was_proved_with_travels_along(eam_engine: Path, tmp_path: Path) -> None:
+    for file in (eam_engine, manifest_path(eam_engine)):
+        shutil.copy(file, tmp_path)
+    engine = tmp_path / eam_engine.name
+    assert [file.name for file in pack_cargo([engine]).files] == ["0/tiny.ort.onnx", "0/tiny.ort.onnx.json"]
+    (tmp_path / "tiny.reference.npz").write_bytes(b"images and logits")
+    cargo = pack_cargo([engine, engine])
+    assert [file.name for file in cargo.files if "reference" in file.name] == [
+        "0/tiny.reference.npz",
+        "1/tiny.reference.npz",
+    ]
+    assert len(b"".join(cargo.archive())) == cargo.archive_bytes
 
 
 def test_a_file_that_shrinks_or_goes_while_it_is_sent(tmp_path: Path) -> None:
