@@ -1,4 +1,4 @@
-"""timm's VisionTransformer: ViT, DeiT, DeiT distilled, DeiT-III, CLIP, DINOv2, AIMv2, SigLIP, hybrids of CNN and ViT."""
+"""timm's VisionTransformer: ViT, DeiT, DeiT distilled, DeiT-III, CLIP, SigLIP, DINOv2, AIMv2, hybrids with a CNN."""
 
 from __future__ import annotations
 
@@ -28,8 +28,8 @@ MODULES = frozenset(
     {
         *("timm.VisionTransformer", "timm.VisionTransformerDistilled", "timm.PatchEmbed", "timm.HybridEmbed"),
         *("timm.Block", "timm.Attention", "timm.Mlp", "timm.GluMlp", "timm.SwiGLU", "timm.GeGluMlp"),
-        *("timm.AttentionPoolLatent"),
-        *("timm.LayerScale", "timm.LayerNorm", "timm.RmsNorm", "timm.DropPath", "timm.PatchDropout"),
+        *("timm.LayerNorm", "timm.RmsNorm", "timm.LayerScale", "timm.AttentionPoolLatent"),
+        *("timm.DropPath", "timm.PatchDropout"),
         *("timm.GELU", "timm.GELUTanh", "timm.QuickGELU", "torch.GELU", "torch.SiLU"),
         *("torch.Conv2d", "torch.Linear", "torch.Dropout", "torch.Identity", "torch.Sequential"),
         *_BACKBONES,
@@ -52,6 +52,11 @@ def sites(model: Any) -> list[AttentionSite]:
     )
     pool = model.global_pool
     refuse_unless(pool in _POOLS, _OTHER_POOLS.get(pool, f"pooling {pool!r} is not known"))
+    distilled = isinstance(model, VisionTransformerDistilled)
+    refuse_unless(
+        not (distilled and model.no_embed_class),
+        "no_embed_class=True makes timm add the positions of all tokens of a distilled model to its patches alone",
+    )
     refuse_unless(_embeds_every_patch(model), "dynamic_img_pad adds patches that have no position")
     tokens = model.patch_embed.num_patches + model.num_prefix_tokens
     for index, block in enumerate(model.blocks):
@@ -80,7 +85,7 @@ def _read_tokens(model: Any, tokens: int) -> tuple[int, ...] | None:
     elif model.global_pool == "token":
         read = (0,)
     else:
-        read = tuple(range(0 if model.pool_include_prefix else model.num_prefix_tokens, tokens))
+        read = tuple(range(0 if getattr(model, "pool_include_prefix", False) else model.num_prefix_tokens, tokens))
     return read if 2 * len(read) <= tokens else None
 
 
