@@ -26,7 +26,7 @@ MODULES = frozenset(
             "timm.DropPath",
             "torch.Softmax",
         ),
-        *("torch.LayerNorm", "timm.GELU", "torch.GELU", "torch.Conv2d", "torch.Linear", "torch.Dropout"),
+        *("torch.LayerNorm", "torch.GELU", "torch.Conv2d", "torch.Linear", "torch.Dropout"),
         *("torch.Identity", "torch.Sequential"),
     }
 )

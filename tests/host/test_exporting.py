@@ -279,13 +279,14 @@ def test_auto_takes_the_other_exporter_where_dynamo_writes_an_invalid_graph() ->
         export_stock(model, (32, 32), batch=None, opset=17, exporter="dynamo")
 
 
-@pytest.mark.parametrize("trt", [None, "8.6", "10.3"])
+@pytest.mark.parametrize("version", [None, "8.6", "10.3"])
 def test_a_model_too_large_for_a_file_is_refused_at_once(
-    eam_checkpoint: Path, folder: Path, monkeypatch: pytest.MonkeyPatch, trt: TrtVersion | None
+    eam_checkpoint: Path, folder: Path, monkeypatch: pytest.MonkeyPatch, version: str | None
 ) -> None:
     """Maps of 17 tokens, three of them in all, take 867 bytes as integers of a byte and four times that as floats."""
     weights = sum(4 * value.numel() for value in make_model().state_dict().values())
-    maps = 3 * 17**2 * (4 if trt == "8.6" else 1)
+    maps = 3 * 17**2 * (4 if version == "8.6" else 1)
+    trt = None if version is None else TrtVersion.parse(version)
     monkeypatch.setattr(exporting, "MAX_WEIGHT_BYTES", weights + maps - 1)
     monkeypatch.setattr(exporting, "export_stock", lambda *_, **__: pytest.fail("the exporter was asked"))
     with pytest.raises(

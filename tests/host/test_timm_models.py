@@ -31,7 +31,7 @@ from eamdeploy import export, freeze
 from eamdeploy.errors import UnsupportedGraph
 from eamdeploy.host import swin, vit
 from eamdeploy.host.attention import attention_sites
-from eamdeploy.host.model import ModelSpec
+from eamdeploy.host.model import TIMM_PREPROCESSING, ModelSpec, preprocessing_of
 from eamdeploy.host.options import FreezeOptions
 from eamdeploy.host.sites import class_of
 from eamdeploy.source import ImageSource
@@ -91,7 +91,8 @@ def one_of_each_other_class() -> list[str]:
     attentive = {
         module
         for module in set(MODULE_OF.values())
-        if not has_supported_class(module) and re.search(r"softmax|scaled_dot_product", inspect.getsource(module))
+        if not has_supported_class(module)
+        and re.search(r"softmax|scaled_dot_product|Attention", inspect.getsource(module))
     }
     first: dict[tuple[str, str], str] = {}
     for name, module in MODULE_OF.items():
@@ -124,6 +125,7 @@ def test_every_model_of_a_supported_class_is_accepted_as_a_proven_kind_or_refuse
             assert len(attention_sites(model)) == sum(len(stage.blocks) for stage in model.layers), name
         else:
             assert len(attention_sites(model)) == 2, name
+            assert preprocessing_of(model, TIMM_PREPROCESSING).size == tuple(model.patch_embed.img_size), name
             assert kind_of(model) in proven_kinds(), f"{name} is of a kind that no export proves: add it to TIMM_KINDS"
     assert seen == set(REFUSED.values()), "a line of REFUSED has no model"
 
