@@ -22,6 +22,7 @@ from eamdeploy.graph.skip import Skip
 _MOVES = LAYOUT_OPS | {"Concat", "Pad"}
 _UNARY = frozenset({"Erf", "Gelu", "Identity", "Reciprocal", "Relu", "Sigmoid", "Sqrt", "Tanh"})
 _BINARY = frozenset({"Add", "Div", "Mul", "Pow", "Sub"})
+_PARTS = frozenset({"Slice", "Split"})
 
 
 @dataclass(frozen=True, eq=False)
@@ -146,6 +147,9 @@ def is_tokenwise(node: gs.Node) -> bool:
         return len(axes) == 1 and _is_last_axis(axes[0], node.inputs[0]) and node.attrs.get("keepdims", 1) == 1
     if node.op == "MatMul":
         return len(variables) == 1 and node.inputs[0] is variables[0] and node.inputs[1].values.ndim == 2
+    if node.op in _PARTS:  # of a token's values, as gated MLPs take them
+        axes = _divided_axes(node)
+        return len(variables) == 1 and len(axes) == 1 and _is_last_axis(axes[0], node.inputs[0])
     if node.op in _BINARY:
         return all(tensor.values.ndim <= 1 for tensor in constants)
     return node.op in _UNARY
@@ -156,6 +160,14 @@ def is_view(node: gs.Node) -> bool:
     shape = node.inputs[1] if node.op == "Reshape" else None
     before = node.inputs[0].shape
     return isinstance(shape, gs.Constant) and bool(before) and int(shape.values[-1]) == before[-1]
+
+
+def _divided_axes(node: gs.Node) -> list[int]:
+    """The axes of which a Split or Slice makes parts; none where they are computed or not named."""
+    if node.op == "Split":
+        return [int(node.attrs.get("axis", 0))]
+    named = node.inputs[3] if len(node.inputs) > 3 else None
+    return named.values.tolist() if isinstance(named, gs.Constant) else []
 
 
 def _is_last_axis(axis: int, tensor: gs.Tensor) -> bool:

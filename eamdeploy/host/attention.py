@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
+from itertools import chain
 from types import ModuleType
 from typing import Any, NamedTuple
 
@@ -22,11 +23,32 @@ from eamdeploy.passes.order import Parts
 _FAMILIES: tuple[ModuleType, ...] = (vit, swin)
 _BY_MODEL = {model: family for family in _FAMILIES for model in family.MODELS}
 _BY_ATTENTION = {family.ATTENTION: family for family in _FAMILIES}
-_OWN_ATTENTION = (
+MAX_WEIGHT_BYTES = 2**31 - 2**26
+"""What weights may take: an ONNX file holds less than 2 GiB, and 64 MiB are kept for what else is in it."""
+
+_V2_ATTENTION = (
     "its attention is no softmax(s·q·kᵀ + b): cosine similarity scaled per head by a learned temperature, "
     "and a bias that a network computes from continuous positions"
 )
-_REASONS = {"SwinTransformerV2": _OWN_ATTENTION, "SwinTransformerV2Cr": _OWN_ATTENTION}
+_REASONS_BY_MODEL = {
+    "SwinTransformerV2": _V2_ATTENTION,
+    "SwinTransformerV2Cr": _V2_ATTENTION,
+    "NaFlexVit": "the number of its tokens depends on the image",
+    "Cait": "its attention mixes the maps of its heads (talking heads)",
+    "Xcit": "its attention is between channels, not between tokens",
+    "VOLO": "its first blocks compute maps from each token alone, not from queries and keys",
+    "CrossVit": "some of its attention is between tokens of two branches",
+}
+_REASONS_BY_MODULE = {
+    "Rotary": "its queries and keys are rotated by the positions of their tokens (RoPE)",
+    "RelPosBias": "its attention adds a bias of relative positions to the scores, which is known of Swin alone",
+    "RelPosMlp": "its attention adds a bias that a network computes from relative positions",
+}
+"""By the beginning of the name of a module's class."""
+_REASONS_BY_PARAMETER = {
+    "relative_position_bias_table": _REASONS_BY_MODULE["RelPosBias"],
+    "rel_pos_h": "its attention adds a bias that depends on the queries",
+}
 
 
 class Constants(NamedTuple):
@@ -54,17 +76,48 @@ def attention_sites(model: Any) -> list[AttentionSite]:
     """
     family = _BY_MODEL.get(type(model))
     if family is None:
-        name = type(model).__name__
-        reason = f": {_REASONS[name]}" if name in _REASONS else ""
+        name, reason = type(model).__name__, _reason(model)
         raise UnsupportedGraph(
-            f"models of class {name} are not supported{reason}",
+            f"models of class {name} are not supported{f': {reason}' if reason else ''}",
             expected="timm's VisionTransformer (ViT, DeiT, DeiT distilled, DeiT-III) or SwinTransformer (version 1)",
         )
-    refuse_unless(model.num_classes > 0, "it has no classifier (num_classes=0)")
-    refuse_unless(model.patch_embed.proj.in_channels == 3, "its input does not have 3 channels")
     found: list[AttentionSite] = family.sites(model)
     refuse_unless(bool(found), "it has no attention module")
+    refuse_unless(_input_channels(model) == 3, "its input does not have 3 channels")
+    size = weight_bytes(model)
+    refuse_unless(
+        size <= MAX_WEIGHT_BYTES,
+        f"its weights take {size / 2**30:.1f} GiB in float32, and an ONNX file holds less than 2 GiB",
+    )
+    refuse_unless(
+        model.num_classes > 0,
+        "it has no classifier (num_classes=0)",
+        "Give it one with --model-kwargs num_classes=N, and weights that have one.",
+    )
     return found
+
+
+def weight_bytes(model: nn.Module) -> int:
+    """What the weights of `model` take in float32."""
+    return sum(4 * value.numel() for value in model.state_dict().values() if value.is_floating_point())
+
+
+def _reason(model: nn.Module) -> str | None:
+    """Why attention of `model`, of no family that is supported, can't be frozen; None where the class says enough."""
+    name = type(model).__name__
+    if name in _REASONS_BY_MODEL:
+        return _REASONS_BY_MODEL[name]
+    classes = {type(module).__name__ for module in model.modules()}
+    parameters = {path.rpartition(".")[2] for path, _ in model.named_parameters()}
+    by_module = (why for start, why in _REASONS_BY_MODULE.items() if any(c.startswith(start) for c in classes))
+    by_parameter = (why for parameter, why in _REASONS_BY_PARAMETER.items() if parameter in parameters)
+    return next(chain(by_module, by_parameter), None)
+
+
+def _input_channels(model: Any) -> int:
+    """How many channels the first convolution of `model` reads."""
+    channels: int = next(m.in_channels for m in model.patch_embed.modules() if isinstance(m, nn.Conv2d))
+    return channels
 
 
 def steps(model: Any) -> list[tuple[str, nn.Module]]:

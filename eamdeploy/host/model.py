@@ -257,7 +257,8 @@ def preprocessing_of(model: Any, overrides: PreprocessingOverrides) -> Preproces
 
 def to_numpy(model: nn.Module) -> dict[str, np.ndarray[Any, Any]]:
     """The model's state dict as contiguous numpy arrays."""
-    return {key: np.ascontiguousarray(value.detach().numpy()) for key, value in model.state_dict().items()}
+    # not np.ascontiguousarray, which makes an array of one axis of a number, such as a batch norm's counter
+    return {key: np.asarray(value.detach().numpy(), order="C") for key, value in model.state_dict().items()}
 
 
 def _create(spec: ModelSpec, *, pretrained: bool) -> nn.Module:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Any, Literal, TypeVar, get_args
 
@@ -64,11 +65,31 @@ def by_window(site: AttentionSite, maps: NDArray[_Float], mode: WindowMaps) -> N
     return maps[:, None] if used is None else maps[:, list(used)]
 
 
-def refuse_unless(supported: bool, reason: str) -> None:
+def refuse_unless(supported: bool, reason: str, hint: str | None = None) -> None:
     """Nothing, where the model is supported.
 
     Raises:
         UnsupportedGraph: it is not, for `reason`.
     """
     if not supported:
-        raise UnsupportedGraph(f"this model is not supported: {reason}")
+        raise UnsupportedGraph(f"this model is not supported: {reason}", hint=hint)
+
+
+def refuse_other_modules(model: Any, known: Collection[str]) -> None:
+    """Nothing, where every module of `model` is of a known class, so that what is frozen can be exported.
+
+    Args:
+        known: the classes that models in the tests were frozen, exported and compared with, by `class_of`.
+
+    Raises:
+        UnsupportedGraph: one is of another class.
+    """
+    for path, module in model.named_modules():
+        kind = class_of(module)
+        refuse_unless(kind in known, f"{path or 'it'} is a {kind}, which none of the supported models has")
+
+
+def class_of(module: object) -> str:
+    """The package and the name of a module's class, wherever the package keeps it: `timm.Mlp`, `torch.Linear`."""
+    kind = type(module)
+    return f"{kind.__module__.partition('.')[0]}.{kind.__name__}"

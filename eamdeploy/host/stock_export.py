@@ -17,10 +17,12 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal
 
 import onnx
 import torch
+from timm.layers import RmsNorm
 from torch import nn
 
 from eamdeploy.errors import ConfigError, UnsupportedGraph
@@ -77,16 +79,24 @@ def _export(
     # 2, because exporters treat a 1 as a constant even where the batch is declared dynamic
     example = torch.zeros(2 if batch is None else batch, 3, *image_size)
     write = _dynamo if exporter == "dynamo" else _torchscript
-    with _unfused(model), _quiet():
+    with _unfused(model), _spelled_out_norms(model), _quiet():
         try:
             exported = write(model, example, batch, opset)
         except Exception as err:  # torch's exporters raise many kinds
-            first = str(err).splitlines()[0] if str(err) else type(err).__name__
-            raise UnsupportedGraph(f"torch's {exporter} exporter failed at opset {opset}: {first}") from err
+            raise UnsupportedGraph(f"torch's {exporter} exporter failed at opset {opset}: {_first_line(err)}") from err
     version = next(entry.version for entry in exported.opset_import if entry.domain in ("", "ai.onnx"))
     if version != opset:
         raise UnsupportedGraph(f"torch's {exporter} exporter wrote another opset", expected=opset, got=version)
+    try:
+        onnx.checker.check_model(exported)  # onnx's version converter leaves what an older opset does not know
+    except onnx.checker.ValidationError as err:
+        reason = f"torch's {exporter} exporter wrote an invalid graph at opset {opset}: {_first_line(err)}"
+        raise UnsupportedGraph(reason) from err
     return exported
+
+
+def _first_line(err: Exception) -> str:
+    return str(err).splitlines()[0] if str(err) else type(err).__name__
 
 
 def _dynamo(model: nn.Module, example: torch.Tensor, batch: int | None, opset: int) -> onnx.ModelProto:
@@ -132,6 +142,30 @@ def _unfused(model: nn.Module) -> Iterator[None]:
     finally:
         for module in modules:
             module.fused_attn = True
+
+
+@contextmanager
+def _spelled_out_norms(model: nn.Module) -> Iterator[None]:
+    """Inside the block, every RMS norm is spelled out in operators that any opset has: torch's own is none of ONNX
+    before opset 23.
+    """
+    norms: list[Any] = [module for module in model.modules() if isinstance(module, RmsNorm)]
+    for norm in norms:
+        norm.forward = partial(_rms_norm, norm)  # hides the class's method
+    try:
+        yield
+    finally:
+        for norm in norms:
+            del norm.forward
+
+
+def _rms_norm(norm: Any, x: torch.Tensor) -> torch.Tensor:
+    """`norm(x)`, x ÷ √(mean(x²) + ε) · weight over the last axis.
+
+    Source: `timm.layers.fast_norm.rms_norm`.
+    """
+    scaled = x * torch.rsqrt(x.pow(2).mean(dim=-1, keepdim=True) + norm.eps)
+    return scaled if norm.weight is None else scaled * norm.weight
 
 
 @contextmanager

@@ -9,11 +9,28 @@ import torch
 from timm.models.swin_transformer import SwinTransformer, SwinTransformerBlock, WindowAttention
 from torch import nn
 
-from eamdeploy.host.sites import AttentionSite, refuse_unless
+from eamdeploy.host.sites import AttentionSite, refuse_other_modules, refuse_unless
 from eamdeploy.passes.order import Parts
 
 MODELS = (SwinTransformer,)
 ATTENTION = WindowAttention
+MODULES = frozenset(
+    {
+        *("timm.SwinTransformer", "timm.SwinTransformerStage", "timm.SwinTransformerBlock", "timm.WindowAttention"),
+        *("timm.PatchEmbed", "timm.PatchMerging", "timm.Mlp", "timm.ClassifierHead", "timm.SelectAdaptivePool2d"),
+        *(
+            "timm.FastAdaptiveAvgPool",
+            "timm.FastAdaptiveMaxPool",
+            "timm.FastAdaptiveAvgMaxPool",
+            "timm.FastAdaptiveCatAvgMaxPool",
+            "timm.DropPath",
+            "torch.Softmax",
+        ),
+        *("torch.LayerNorm", "torch.GELU", "torch.Conv2d", "torch.Linear", "torch.Dropout"),
+        *("torch.Identity", "torch.Sequential"),
+    }
+)
+"""The classes of modules that a supported model may have."""
 
 
 def sites(model: Any) -> list[AttentionSite]:
@@ -22,13 +39,18 @@ def sites(model: Any) -> list[AttentionSite]:
     Raises:
         UnsupportedGraph: the windows depend on the image, or blocks, attention or pooling are not Swin's own.
     """
-    refuse_unless(model.patch_embed.strict_img_size, "strict_img_size=False makes the windows depend on the image")
+    refuse_unless(
+        model.patch_embed.strict_img_size,
+        "strict_img_size=False makes the windows depend on the image",
+        "Try --model-kwargs strict_img_size=True.",
+    )
     refuse_unless(bool(model.head.global_pool.pool_type), "it does not pool its tokens (global_pool='')")
     found = []
     for path, block in _blocks(model):
         refuse_unless(type(block) is SwinTransformerBlock, f"{path} is a {type(block).__name__}")
         refuse_unless(type(block.attn) is WindowAttention, f"{path}.attn is a {type(block.attn).__name__}")
         found.append(AttentionSite(f"{path}.attn", block.attn.num_heads, block.window_area, _mask_classes(block)))
+    refuse_other_modules(model, MODULES)
     return found
 
 

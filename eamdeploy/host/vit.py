@@ -1,4 +1,4 @@
-"""timm's VisionTransformer: ViT, DeiT, DeiT distilled, DeiT-III."""
+"""timm's VisionTransformer: ViT, DeiT, DeiT distilled, DeiT-III, CLIP, SigLIP, DINOv2, AIMv2, hybrids with a CNN."""
 
 from __future__ import annotations
 
@@ -10,22 +10,54 @@ from timm.models.deit import VisionTransformerDistilled
 from timm.models.vision_transformer import Attention, Block, LayerScale, VisionTransformer
 from torch import nn
 
-from eamdeploy.host.sites import AttentionSite, refuse_unless
+from eamdeploy.host.sites import AttentionSite, refuse_other_modules, refuse_unless
 from eamdeploy.passes.order import Parts
 
 MODELS = (VisionTransformer, VisionTransformerDistilled)
 ATTENTION = Attention
-_POOLS = ("token", "avg", "avgmax", "max")
+_POOLS = ("token", "avg", "avgmax", "max", "map")
+_OTHER_POOLS = {"": "it does not pool its tokens (global_pool='')", "prr": "pooling 'prr' has an attention of its own"}
+_BACKBONES = {
+    *("timm.ResNetV2", "timm.ResNetStage", "timm.DownsampleConv", "timm.StdConv2dSame", "timm.GroupNormAct"),
+    *("timm.MaxPool2dSame", "timm.ClassifierHead", "timm.SelectAdaptivePool2d", "timm.Bottleneck"),
+    *("timm.FeatureListNet", "torch.BatchNorm2d", "torch.ReLU", "torch.AvgPool2d", "torch.MaxPool2d"),
+    *("timm.MbConvStages", "timm.MbConvLNBlock", "timm.Stem", "timm.Downsample2d", "timm.StridedConv"),
+    *("timm.LayerNorm2d", "timm.LayerNormAct2d", "timm.ConvStem", "timm.ConvNormAct", "timm.BatchNormAct2d"),
+}
+MODULES = frozenset(
+    {
+        *("timm.VisionTransformer", "timm.VisionTransformerDistilled", "timm.PatchEmbed", "timm.HybridEmbed"),
+        *("timm.Block", "timm.Attention", "timm.Mlp", "timm.GluMlp", "timm.SwiGLU", "timm.GeGluMlp"),
+        *("timm.LayerNorm", "timm.RmsNorm", "timm.LayerScale", "timm.AttentionPoolLatent"),
+        *("timm.DropPath", "timm.PatchDropout"),
+        *("timm.GELU", "timm.GELUTanh", "timm.QuickGELU", "torch.GELU", "torch.SiLU"),
+        *("torch.Conv2d", "torch.Linear", "torch.Dropout", "torch.Identity", "torch.Sequential"),
+        *_BACKBONES,
+    }
+)
+"""The classes of modules that a supported model may have."""
 
 
 def sites(model: Any) -> list[AttentionSite]:
     """Every attention module of `model`, in forward order.
 
     Raises:
-        UnsupportedGraph: the model's attention is not `softmax(q·kᵀ)·v`; the reason is given.
+        UnsupportedGraph: the model's attention is not `softmax(q·kᵀ)·v`, or the model has modules that no export was
+            proved with; the reason is given.
     """
-    refuse_unless(not model.dynamic_img_size, "dynamic_img_size makes the token count depend on the image")
-    refuse_unless(model.global_pool in _POOLS, f"pooling {model.global_pool!r} has an attention of its own or none")
+    refuse_unless(
+        not model.dynamic_img_size,
+        "dynamic_img_size makes the token count depend on the image",
+        "Try --model-kwargs dynamic_img_size=False.",
+    )
+    pool = model.global_pool
+    refuse_unless(pool in _POOLS, _OTHER_POOLS.get(pool, f"pooling {pool!r} is not known"))
+    distilled = isinstance(model, VisionTransformerDistilled)
+    refuse_unless(
+        not (distilled and model.no_embed_class),
+        "no_embed_class=True makes timm add the positions of all tokens of a distilled model to its patches alone",
+    )
+    refuse_unless(_embeds_every_patch(model), "dynamic_img_pad adds patches that have no position")
     tokens = model.patch_embed.num_patches + model.num_prefix_tokens
     for index, block in enumerate(model.blocks):
         where = f"blocks.{index}"
@@ -35,18 +67,25 @@ def sites(model: Any) -> list[AttentionSite]:
         refuse_unless(getattr(attention, "gate", None) is None, f"{where}.attn gates its output")
         norm = getattr(attention, "norm", nn.Identity())
         refuse_unless(isinstance(norm, nn.Identity), f"{where}.attn normalizes its output (scale_norm)")
+    refuse_other_modules(model, MODULES)
     found = [AttentionSite(f"blocks.{i}.attn", block.attn.num_heads, tokens) for i, block in enumerate(model.blocks)]
     return [*found[:-1], *(replace(last, read_tokens=_read_tokens(model, tokens)) for last in found[-1:])]
 
 
+def _embeds_every_patch(model: Any) -> bool:
+    """Whether padding, if there is any, gives no more patches than timm counted without it."""
+    embed = model.patch_embed
+    return not embed.dynamic_img_pad or embed.dynamic_feat_size(embed.img_size) == tuple(embed.grid_size)
+
+
 def _read_tokens(model: Any, tokens: int) -> tuple[int, ...] | None:
-    """The tokens that the classifier reads of the last block; None where they are more than half."""
+    """The tokens that the classifier, or the pooling in front of it, reads of the last block; None for over half."""
     if isinstance(model, VisionTransformerDistilled):
         read: tuple[int, ...] = (0, 1)
     elif model.global_pool == "token":
         read = (0,)
     else:
-        return None
+        read = tuple(range(0 if getattr(model, "pool_include_prefix", False) else model.num_prefix_tokens, tokens))
     return read if 2 * len(read) <= tokens else None
 
 

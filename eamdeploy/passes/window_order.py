@@ -126,6 +126,7 @@ def _norm_between(x: gs.Tensor, gather: gs.Node) -> tuple[gs.Node, ...] | None:
             nodes[id(node)] = node
             pending.extend(node.inputs)
     inside = {*nodes, id(gather)}
-    if not nodes or any(id(reader) not in inside for node in nodes.values() for reader in node.outputs[0].outputs):
+    results = [tensor for node in nodes.values() for tensor in node.outputs]
+    if not nodes or any(id(reader) not in inside for tensor in results for reader in tensor.outputs):
         return None
     return tuple(nodes.values())

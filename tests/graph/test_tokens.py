@@ -241,6 +241,15 @@ TOKENWISE: dict[str, tuple[bool, Callable[[GraphBuilder], str]]] = {
     "relu": (True, lambda g: g.op("Relu", g.x)),
     "softmax": (False, lambda g: g.op("Softmax", g.x, axis=1)),
     "transpose": (False, lambda g: g.op("Transpose", g.x, perm=[0, 2, 1])),
+    "halves of a token": (True, lambda g: g.ops("Split", 2, g.x, ints(D // 2, D - D // 2), axis=-1)[1]),
+    "halves of a token, axis counted": (True, lambda g: g.ops("Split", 2, g.x, ints(4, D - 4), axis=2)[0]),
+    "half of the tokens": (False, lambda g: g.ops("Split", 2, g.x, ints(2, T - 2), axis=1)[0]),
+    "halves of a batch": (False, lambda g: g.ops("Split", 2, g.x, ints(1, B - 1))[0]),
+    "part of a token": (True, lambda g: g.op("Slice", g.x, ints(0), ints(4), ints(-1))),
+    "part of a token, backwards": (True, lambda g: g.op("Slice", g.x, ints(-1), ints(0), ints(2), ints(-2))),
+    "some of the tokens": (False, lambda g: g.op("Slice", g.x, ints(0), ints(4), ints(1))),
+    "part of some of the tokens": (False, lambda g: g.op("Slice", g.x, ints(0, 0), ints(2, 4), ints(1, 2))),
+    "part of the first axis": (False, lambda g: g.op("Slice", g.x, ints(0), ints(1))),
     "gather": (False, lambda g: g.op("Gather", g.x, ints(1, 0), axis=1)),
 }
 

@@ -71,6 +71,9 @@ def test_every_attention_module_of_the_family_is_a_site(kind: str) -> None:
     ("name", "changes", "read"),
     [
         ("vit_tiny_patch16_224", {"global_pool": "avg"}, None),  # every patch, but not the class token
+        ("vit_tiny_patch16_224", {"global_pool": "avg", "img_size": 8, "reg_tokens": 2}, (3,)),  # the only patch
+        ("vit_tiny_patch16_224", {"global_pool": "map", "img_size": 8, "reg_tokens": 2}, (3,)),
+        ("vit_tiny_patch16_224", {"global_pool": "max", "img_size": 8, "pool_include_prefix": True}, None),
         ("vit_tiny_patch16_224", {"img_size": 8}, (0,)),  # of two tokens
         ("deit_tiny_distilled_patch16_224", {"img_size": 8}, None),  # two of three
         (SWIN_NAME, dict(SWIN_KWARGS), None),
@@ -96,8 +99,6 @@ def make(name: str, **changes: object) -> Any:
         ("vit_tiny_patch16_224", {"num_classes": 0}, r"no classifier \(num_classes=0\)"),
         ("vit_tiny_patch16_224", {"in_chans": 1}, "does not have 3 channels"),
         ("vit_tiny_patch16_224", {"depth": 0}, "has no attention module"),
-        ("vit_tiny_patch16_224", {"global_pool": "map"}, "pooling 'map'"),
-        ("vit_tiny_patch16_224", {"global_pool": ""}, "pooling ''"),
         ("vit_tiny_patch16_224", {"scale_attn_norm": True}, r"blocks\.0\.attn normalizes its output"),
         ("vit_tiny_patch16_224", {"attn_layer": "diff"}, r"blocks\.0\.attn is a DiffAttention"),
         ("vit_small_patch16_18x2_224", {}, r"blocks\.0 is a ParallelThingsBlock"),

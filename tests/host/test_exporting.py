@@ -11,6 +11,7 @@ import numpy as np
 import onnx
 import onnxruntime
 import pytest
+import torch
 from numpy.typing import NDArray
 from tiny_models import FAMILY, KWARGS, NAME, images, make_member, make_model, save_weights
 
@@ -20,6 +21,7 @@ from eamdeploy.eam import checkpoint as checkpoints
 from eamdeploy.eam.checkpoint import Checkpoint
 from eamdeploy.eam.quantizers import integer_values
 from eamdeploy.eam.selection import GRANULARITIES, Granularity
+from eamdeploy.engines.trt_versions import TrtVersion
 from eamdeploy.errors import ConfigError, ParityError, UnsupportedGraph
 from eamdeploy.host import exporting
 from eamdeploy.host.calibrate import predict
@@ -255,6 +257,46 @@ def test_every_kind_of_model_is_exported(kind: str, pictures: Path, tmp_path: Pa
     freeze(ModelSpec(name, str(weights), {**KWARGS, **changes}), ImageSource(pictures, limit=4), checkpoint, HALF)
     export(checkpoint, output, exporter="torchscript")  # the graphs of both exporters: tests/graph, tests/passes
     np.testing.assert_allclose(run(output), reference_logits(checkpoint, frozen=True), atol=5e-5)
+
+
+@pytest.mark.parametrize("opset", [16, 17, 20])
+def test_rms_norms_are_exported_at_every_opset(opset: int) -> None:
+    """Torch has an operator for them, which ONNX has from opset 23."""
+    model = make_model(NAME, {"norm_layer": "rmsnorm", "qk_norm": True})
+    stock = export_stock(model, (32, 32), batch=2, opset=opset, exporter="torchscript")
+    assert [norm for norm in model.modules() if "forward" in vars(norm)] == [], "the model's own norms were changed"
+    session = onnxruntime.InferenceSession(stock.model.SerializeToString(), providers=["CPUExecutionProvider"])
+    with torch.inference_mode():
+        wanted = model(torch.from_numpy(IMAGES[:2])).numpy()
+    np.testing.assert_allclose(session.run(None, {"image": IMAGES[:2]})[0], wanted, atol=5e-5)
+
+
+def test_auto_takes_the_other_exporter_where_dynamo_writes_an_invalid_graph() -> None:
+    """Its Split of opset 18 is brought down to 17 with an attribute that 17 does not know."""
+    model = make_model("vit_giant_patch14_dinov2")
+    assert export_stock(model, (32, 32), batch=None, opset=17).exporter == "torchscript"
+    with pytest.raises(UnsupportedGraph, match=r"dynamo exporter wrote an invalid graph at opset 17: .*num_outputs"):
+        export_stock(model, (32, 32), batch=None, opset=17, exporter="dynamo")
+
+
+@pytest.mark.parametrize("version", [None, "8.6", "10.3"])
+def test_a_model_too_large_for_a_file_is_refused_at_once(
+    eam_checkpoint: Path, folder: Path, monkeypatch: pytest.MonkeyPatch, version: str | None
+) -> None:
+    """Maps of 17 tokens, three of them in all, take 867 bytes as integers of a byte and four times that as floats."""
+    weights = sum(4 * value.numel() for value in make_model().state_dict().values())
+    maps = 3 * 17**2 * (4 if version == "8.6" else 1)
+    trt = None if version is None else TrtVersion.parse(version)
+    monkeypatch.setattr(exporting, "MAX_WEIGHT_BYTES", weights + maps - 1)
+    monkeypatch.setattr(exporting, "export_stock", lambda *_, **__: pytest.fail("the exporter was asked"))
+    with pytest.raises(
+        UnsupportedGraph, match=r"an ONNX file can't hold the model; .*GiB of frozen maps\. Freeze with"
+    ):
+        export(eam_checkpoint, folder / "x.onnx", trt=trt)
+    assert_untouched(folder)
+    monkeypatch.setattr(exporting, "MAX_WEIGHT_BYTES", weights + maps)
+    with pytest.raises(pytest.fail.Exception, match="the exporter was asked"):
+        export(eam_checkpoint, folder / "x.onnx", trt=trt)
 
 
 def test_auto_takes_the_other_exporter_where_dynamo_cannot_write_the_opset(

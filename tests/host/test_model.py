@@ -401,6 +401,18 @@ def test_to_numpy_gives_the_state_dict_bit_for_bit(tiny_weights: Path, state: di
         np.testing.assert_array_equal(array, state[key].numpy())
 
 
+def test_numbers_stay_numbers() -> None:
+    """A batch norm counts its batches in a tensor without axes."""
+    module = nn.Sequential(nn.Conv2d(3, 4, 2), nn.BatchNorm2d(4))
+    module[0].weight.data = module[0].weight.data.transpose(2, 3)
+    arrays = to_numpy(module)
+    assert arrays["1.num_batches_tracked"].shape == ()
+    assert {key: array.shape for key, array in arrays.items()} == {
+        k: tuple(v.shape) for k, v in module.state_dict().items()
+    }
+    assert all(array.flags.c_contiguous for array in arrays.values())
+
+
 # --- arguments and Swin ----------------------------------------------------------------------------------------------
 
 
