@@ -23,8 +23,6 @@ from eamdeploy.passes.order import Parts
 _FAMILIES: tuple[ModuleType, ...] = (vit, swin)
 _BY_MODEL = {model: family for family in _FAMILIES for model in family.MODELS}
 _BY_ATTENTION = {family.ATTENTION: family for family in _FAMILIES}
-MAX_WEIGHT_BYTES = 2**31 - 2**26
-"""What weights may take: an ONNX file holds less than 2 GiB, and 64 MiB are kept for what else is in it."""
 
 _V2_ATTENTION = (
     "its attention is no softmax(s·q·kᵀ + b): cosine similarity scaled per head by a learned temperature, "
@@ -84,22 +82,12 @@ def attention_sites(model: Any) -> list[AttentionSite]:
     found: list[AttentionSite] = family.sites(model)
     refuse_unless(bool(found), "it has no attention module")
     refuse_unless(_input_channels(model) == 3, "its input does not have 3 channels")
-    size = weight_bytes(model)
-    refuse_unless(
-        size <= MAX_WEIGHT_BYTES,
-        f"its weights take {size / 2**30:.1f} GiB in float32, and an ONNX file holds less than 2 GiB",
-    )
     refuse_unless(
         model.num_classes > 0,
         "it has no classifier (num_classes=0)",
         "Give it one with --model-kwargs num_classes=N, and weights that have one.",
     )
     return found
-
-
-def weight_bytes(model: nn.Module) -> int:
-    """What the weights of `model` take in float32."""
-    return sum(4 * value.numel() for value in model.state_dict().values() if value.is_floating_point())
 
 
 def _reason(model: nn.Module) -> str | None:

@@ -20,11 +20,11 @@ from eamdeploy.engines.base import check_against_reference
 from eamdeploy.engines.ort import UNOPTIMIZED, OrtRunner
 from eamdeploy.engines.provenance import package_versions, usable_cores
 from eamdeploy.engines.trt_versions import TrtVersion, capabilities
-from eamdeploy.errors import ConfigError, UnsupportedGraph
+from eamdeploy.errors import ConfigError
 from eamdeploy.graph.frozen import IntegerMaps
 from eamdeploy.graph.model import to_graph, to_model, with_card
 from eamdeploy.graph.weights import serialize
-from eamdeploy.host.attention import MAX_WEIGHT_BYTES, parts, weight_bytes
+from eamdeploy.host.attention import parts
 from eamdeploy.host.calibrate import predict
 from eamdeploy.host.export_record import Export, ExportedModel
 from eamdeploy.host.gain import measure_gain
@@ -105,7 +105,6 @@ def export(
         loaded, requantized = int8_checkpoint(loaded)
     live = load_reference(loaded, frozen=False, where=str(checkpoint))
     modules = _attention_modules(loaded, live, opset)
-    _check_size(weight_bytes(live.model), modules, trt)
     if ClassTokenOnly.name in left_out:  # then every row is computed, and of frozen maps every row must be there
         modules = [replace(module, read_tokens=None) for module in modules]
     pixels, source = _reference_pixels(loaded, images, observer)
@@ -206,24 +205,6 @@ def _integer_maps(frozen: FrozenMaps, shape: AttentionShape, quantizer: Quantize
         windows=tuple(shape.windows or [0]),
         mask=frozen.mask,
     )
-
-
-def _check_size(weights: int, modules: list[AttentionModule], trt: TrtVersion | None) -> None:
-    """An ONNX file can hold weights of that many bytes and the frozen maps of `modules`.
-
-    Raises:
-        UnsupportedGraph: it can't.
-    """
-    as_floats = trt is not None and not capabilities(trt).integer_maps
-    integers = [module.frozen.integers for module in modules if module.frozen is not None]
-    maps = sum(each.size * (4 if as_floats else each.itemsize) for each in integers)
-    if weights + maps > MAX_WEIGHT_BYTES:
-        raise UnsupportedGraph(
-            "an ONNX file can't hold the model",
-            expected=f"at most {MAX_WEIGHT_BYTES / 2**30:.2f} GiB",
-            got=f"{weights / 2**30:.2f} GiB of weights and {maps / 2**30:.2f} GiB of frozen maps",
-            hint="Freeze with a lower --sparsity or for a smaller image.",
-        )
 
 
 def _rewrite(

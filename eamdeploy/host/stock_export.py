@@ -13,11 +13,13 @@ import io
 import logging
 import os
 import sys
+import tempfile
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import Any, Literal
 
 import onnx
@@ -27,6 +29,7 @@ from torch import nn
 
 from eamdeploy.errors import ConfigError, UnsupportedGraph
 from eamdeploy.graph.invariants import INPUT_NAME, OUTPUT_NAME
+from eamdeploy.graph.weights import check_model
 
 Exporter = Literal["auto", "dynamo", "torchscript"]
 
@@ -88,7 +91,7 @@ def _export(
     if version != opset:
         raise UnsupportedGraph(f"torch's {exporter} exporter wrote another opset", expected=opset, got=version)
     try:
-        onnx.checker.check_model(exported)  # onnx's version converter leaves what an older opset does not know
+        check_model(exported)  # onnx's version converter leaves what an older opset does not know
     except onnx.checker.ValidationError as err:
         reason = f"torch's {exporter} exporter wrote an invalid graph at opset {opset}: {_first_line(err)}"
         raise UnsupportedGraph(reason) from err
@@ -116,19 +119,20 @@ def _dynamo(model: nn.Module, example: torch.Tensor, batch: int | None, opset: i
 
 
 def _torchscript(model: nn.Module, example: torch.Tensor, batch: int | None, opset: int) -> onnx.ModelProto:
-    buffer: Any = io.BytesIO()  # allowed with dynamo=False, whatever the annotation says
     axes = {INPUT_NAME: {0: "batch"}, OUTPUT_NAME: {0: "batch"}} if batch is None else None
-    torch.onnx.export(
-        model,
-        (example,),
-        buffer,
-        dynamo=False,
-        opset_version=opset,
-        input_names=[INPUT_NAME],
-        output_names=[OUTPUT_NAME],
-        dynamic_axes=axes,
-    )
-    return onnx.load_from_string(buffer.getvalue())
+    with tempfile.TemporaryDirectory() as scratch:  # above 2 GiB torch writes many files, and to a folder only
+        file = Path(scratch) / "model.onnx"
+        torch.onnx.export(
+            model,
+            (example,),
+            str(file),
+            dynamo=False,
+            opset_version=opset,
+            input_names=[INPUT_NAME],
+            output_names=[OUTPUT_NAME],
+            dynamic_axes=axes,
+        )
+        return onnx.load(file)
 
 
 @contextmanager

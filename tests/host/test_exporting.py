@@ -21,7 +21,6 @@ from eamdeploy.eam import checkpoint as checkpoints
 from eamdeploy.eam.checkpoint import Checkpoint
 from eamdeploy.eam.quantizers import integer_values
 from eamdeploy.eam.selection import GRANULARITIES, Granularity
-from eamdeploy.engines.trt_versions import TrtVersion
 from eamdeploy.errors import ConfigError, ParityError, UnsupportedGraph
 from eamdeploy.host import exporting
 from eamdeploy.host.calibrate import predict
@@ -277,26 +276,6 @@ def test_auto_takes_the_other_exporter_where_dynamo_writes_an_invalid_graph() ->
     assert export_stock(model, (32, 32), batch=None, opset=17).exporter == "torchscript"
     with pytest.raises(UnsupportedGraph, match=r"dynamo exporter wrote an invalid graph at opset 17: .*num_outputs"):
         export_stock(model, (32, 32), batch=None, opset=17, exporter="dynamo")
-
-
-@pytest.mark.parametrize("version", [None, "8.6", "10.3"])
-def test_a_model_too_large_for_a_file_is_refused_at_once(
-    eam_checkpoint: Path, folder: Path, monkeypatch: pytest.MonkeyPatch, version: str | None
-) -> None:
-    """Maps of 17 tokens, three of them in all, take 867 bytes as integers of a byte and four times that as floats."""
-    weights = sum(4 * value.numel() for value in make_model().state_dict().values())
-    maps = 3 * 17**2 * (4 if version == "8.6" else 1)
-    trt = None if version is None else TrtVersion.parse(version)
-    monkeypatch.setattr(exporting, "MAX_WEIGHT_BYTES", weights + maps - 1)
-    monkeypatch.setattr(exporting, "export_stock", lambda *_, **__: pytest.fail("the exporter was asked"))
-    with pytest.raises(
-        UnsupportedGraph, match=r"an ONNX file can't hold the model; .*GiB of frozen maps\. Freeze with"
-    ):
-        export(eam_checkpoint, folder / "x.onnx", trt=trt)
-    assert_untouched(folder)
-    monkeypatch.setattr(exporting, "MAX_WEIGHT_BYTES", weights + maps)
-    with pytest.raises(pytest.fail.Exception, match="the exporter was asked"):
-        export(eam_checkpoint, folder / "x.onnx", trt=trt)
 
 
 def test_auto_takes_the_other_exporter_where_dynamo_cannot_write_the_opset(
