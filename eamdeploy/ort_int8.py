@@ -31,6 +31,8 @@ from eamdeploy.graph.weights import fits_one_file, serialize
 from eamdeploy.onnx_files import write_model
 from eamdeploy.ort_tools import import_tool
 
+_SMALLEST_SCALE = float(np.finfo(np.float32).tiny)  # for a column of zeros
+
 
 def dynamic_int8(model: onnx.ModelProto, where: str) -> onnx.ModelProto:
     """The model with its linear layers in INT8.
@@ -60,8 +62,7 @@ def _fit_pairs(quantized: onnx.ModelProto, model: onnx.ModelProto) -> None:
     stored = {item.name: item for item in quantized.graph.initializer}
     for name in {node.input[1] for node in quantized.graph.node if node.op_type == "MatMulInteger"}:
         weight = numpy_helper.to_array(weights[name])
-        limits = pair_limits(weight)
-        scales = np.where(limits > 0, limits / LARGEST, 1).astype(np.float32)
+        scales = np.maximum(pair_limits(weight) / LARGEST, _SMALLEST_SCALE).astype(np.float32)
         for part, values in ((name, integers_of(weight, scales)), (f"{weights[name].name}_scale", scales)):
             stored[part].CopyFrom(numpy_helper.from_array(values, part))
 

@@ -90,8 +90,7 @@ class Export:
 
 EXPORTS = (
     *(Export(variant, "dynamo", None, 18) for variant in VARIANTS),
-    # torchscript does not know aten::rms_norm
-    *(Export(variant, "torchscript", batch, 17) for variant in VARIANTS if "rms" not in variant for batch in (None, 2)),
+    *(Export(variant, "torchscript", batch, 17) for variant in VARIANTS for batch in (None, 2)),
     Export("vit", "dynamo", None, 17),
     Export("qk-norm", "torchscript", None, 16),
     Export("distilled", "torchscript", 1, 16),

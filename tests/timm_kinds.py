@@ -98,8 +98,9 @@ def small_backbones() -> Iterator[None]:
     conv_stem, stages = vision_transformer_hybrid.ConvStem, vitamin.MbConvStages
     few = vitamin.VitCfg(embed_dim=(8, 16, _HYBRID["embed_dim"]), depths=(1, 2, 1), stem_width=8)
     channels = (8, 8, _HYBRID["embed_dim"])
+    resnet: dict[str, Any] = {"layers": (1, 2), "channels": (128, 128)}  # norms of 32 groups want no fewer
     with (
-        patch.object(vision_transformer_hybrid, "ResNetV2", partial(ResNetV2, channels=(128,) * 4)),
+        patch.object(vision_transformer_hybrid, "ResNetV2", lambda **how: ResNetV2(**{**how, **resnet})),
         patch.object(vision_transformer_hybrid, "resnet26d", partial(resnet26d, channels=(8, 8, 8, 8))),
         patch.object(vision_transformer_hybrid, "ConvStem", lambda **how: conv_stem(**{**how, "channels": channels})),
         patch.object(vitamin, "MbConvStages", lambda **how: stages(**{**how, "cfg": few})),

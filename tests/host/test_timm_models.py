@@ -34,6 +34,7 @@ from eamdeploy.host.attention import attention_sites
 from eamdeploy.host.model import TIMM_PREPROCESSING, ModelSpec, preprocessing_of
 from eamdeploy.host.options import FreezeOptions
 from eamdeploy.host.sites import class_of
+from eamdeploy.host.stock_export import Exporter
 from eamdeploy.source import ImageSource
 
 SUPPORTED = (VisionTransformer, VisionTransformerDistilled, SwinTransformer)
@@ -241,9 +242,9 @@ def swin_kinds() -> dict[str, tuple[str, Mapping[str, Any]]]:
     return {**SWIN_FAMILY, **SWIN_POOLS}
 
 
-BY_DYNAMO = {
-    *("vit_base_patch32_clip_quickgelu_224", "vit_base_patch32_siglip_256"),
-    *("vit_giant_patch14_reg4_dinov2", "aimv2_large_patch14_224", "vit_base_mci_224"),
+BY_DEFAULT = {
+    *("vit_base_patch32_siglip_256", "vit_giant_patch14_reg4_dinov2"),
+    *("aimv2_large_patch14_224", "vit_base_mci_224"),
 }
 """Kinds with operators of their own, exported as users do by default; the others are by the faster exporter."""
 
@@ -263,7 +264,8 @@ def test_every_kind_is_frozen_and_exported(kind: str, pictures: Path, tmp_path: 
     source, checkpoint = ImageSource(pictures, limit=8), tmp_path / "x.eam.safetensors"
     options = FreezeOptions(sparsity=0.5, score="variance")
     header = freeze(ModelSpec(name, str(weights), kwargs), source, checkpoint, options)
-    exporter = "auto" if kind in BY_DYNAMO else "torchscript"
+    assert kinds().keys() >= BY_DEFAULT
+    exporter: Exporter = "auto" if kind in BY_DEFAULT else "torchscript"
     done = export(checkpoint, tmp_path / "x.onnx", exporter=exporter, images=source)
     assert done.frozen.parity.passed and {"canonical_attention", "freeze_heads"} <= set(done.frozen.rewrites)
     assert sum(map(len, header.freezing.heads.values())) > 0
