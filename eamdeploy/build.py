@@ -7,7 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from eamdeploy.artifact import digest_file
+from eamdeploy.artifact import digest_file, printable
 from eamdeploy.engines.base import Manifest, ReferenceFile
 from eamdeploy.engines.ort_providers import require_provider
 from eamdeploy.engines.provenance import usable_cores
@@ -211,4 +211,5 @@ def _reference(model: Path, reference: Path | None, *, verify: bool) -> Referenc
 
 
 def _reference_file(path: Path) -> ReferenceFile:
-    return ReferenceFile(name=path.name, digest=digest_file(path))
+    name = printable(path.name).replace("\\", "_")  # of a name that is no text, one that is never found again
+    return ReferenceFile(name=name, digest=digest_file(path))

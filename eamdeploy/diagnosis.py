@@ -61,7 +61,8 @@ class Diagnosis(Record):
 
     Attributes:
         memory_free_bytes: what programs can still get without swapping; the total is the machine's `memory_bytes`.
-        int8_saturates: products of unsigned bytes and signed bytes of 8 full bits are cut to 16 bits here.
+        int8_saturates: products of unsigned bytes and signed bytes of 8 full bits are cut to 16 bits here; None in a
+            file made before that was told.
         providers: execution providers of the ONNX Runtime that is installed.
         cuda_python: the module through which engines of TensorRT are run.
         device: None where it could not be asked, and `device_missing` says why.
@@ -69,7 +70,7 @@ class Diagnosis(Record):
 
     machine: Machine
     memory_free_bytes: int
-    int8_saturates: bool
+    int8_saturates: bool | None = None
     onnxruntime: Finding
     providers: list[str]
     tensorrt: Finding

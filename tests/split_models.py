@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import onnx
 from onnx import numpy_helper
+
+from eamdeploy.parity import ReferenceSet, reference_path
 
 Place = Callable[[int, onnx.TensorProto], str]
 """The data file of a tensor, by its number and itself."""
@@ -83,3 +86,9 @@ def constants(model: onnx.ModelProto) -> Iterator[onnx.TensorProto]:
     for node in model.graph.node:
         if node.op_type == "Constant":
             yield from (item.t for item in node.attribute if item.name == "value")
+
+
+def copy_reference(model: Path, folder: Path) -> None:
+    """`folder` has the reference set of `model`, which no longer says which file it was written with."""
+    references = ReferenceSet.load(reference_path(model))
+    replace(references, model_digest=None).save(folder / reference_path(model).name)

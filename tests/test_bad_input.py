@@ -620,7 +620,7 @@ def test_ctrl_c_while_freezing(pictures: Path, out: Path) -> None:
         command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, preexec_fn=heed_ctrl_c
     ) as process:
         assert process.stderr is not None and process.stdout is not None
-        assert process.stderr.readline().startswith("sensitivity of 144 heads: about ")
+        assert process.stderr.readline().startswith("sensitivity of 144 heads on 24 images: about ")
         assert process.poll() is None
         process.send_signal(signal.SIGINT)
         output, errors = process.stdout.read(), process.stderr.read()

@@ -196,7 +196,12 @@ def test_a_diagnosis_says_what_can_be_done_and_what_lacks(tmp_path: Path) -> Non
         ("x.json", b'{"engines": []}', CheckpointError, r"x\.json is not a valid Profile: machine"),
         ("x.json", b"\xff", CheckpointError, r"x\.json is no JSON"),
         ("x.json", b"[1]", CheckpointError, r"x\.json is none of our documents; expected a JSON object"),
-        ("x.npz", b"version https://git-lfs.github.com/spec/v1", CheckpointError, r"x\.npz is not .*a Git LFS pointer"),
+        (
+            "x.npz",
+            b"version https://git-lfs.github.com/spec/v1",
+            CheckpointError,
+            r"x\.npz is damaged .*a Git LFS pointer",
+        ),
         (
             "x.json",
             b"version https://git-lfs.github.com/spec/v1",
@@ -204,7 +209,7 @@ def test_a_diagnosis_says_what_can_be_done_and_what_lacks(tmp_path: Path) -> Non
             r"x\.json is no JSON: it is a Git LFS",
         ),
         ("x.safetensors", b"<!DOCTYPE html>", CheckpointError, r"x\.safetensors is damaged .*got a web page"),
-        ("x.npz", b"PK", CheckpointError, r"x\.npz is not a reference set"),
+        ("x.npz", b"PK", CheckpointError, r"x\.npz is damaged or no reference set"),
         ("x.onnx", b"\x08", EngineError, r"can't load \S*x\.onnx"),
         ("x.safetensors", b"\x08", CheckpointError, r"x\.safetensors is damaged or no safetensors"),
         (

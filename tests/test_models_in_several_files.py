@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ import torch
 from command_line import RunCli, only_error
 from numpy.typing import NDArray
 from onnx import numpy_helper
-from split_models import LAYOUTS, constants, split, three_files
+from split_models import LAYOUTS, constants, copy_reference, split, three_files
 from tiny_models import make_model
 
 from eamdeploy import build_ort, export, onnx_files
@@ -63,7 +64,7 @@ def several(one: Path, tmp_path: Path) -> Path:
     """The same in several files, some in sub-folders."""
     folder = tmp_path / "several"
     folder.mkdir()
-    shutil.copy(reference_path(one), folder)
+    copy_reference(one, folder)
     return split(onnx.load(one), folder / one.name, three_files, gap=13)
 
 
@@ -149,9 +150,8 @@ def test_what_the_gate_refuses_leaves_the_old_engine(two_files: None, one: Path,
     engine = several.with_name("x.ort.onnx")
     build_ort(several, engine, threads=1)
     before = {file: file.read_bytes() for file in several.parent.rglob("*") if file.is_file()}
-    loaded = dict(np.load(reference_path(several)))
-    loaded["logits"] = -loaded["logits"]
-    np.savez_compressed(one.with_name("wrong.npz"), **loaded)
+    references = ReferenceSet.load(reference_path(several))
+    replace(references, logits=-references.logits).save(one.with_name("wrong.npz"))
     with pytest.raises(ParityError, match="parity of"):
         build_ort(several, engine, threads=1, reference=one.with_name("wrong.npz"))
     assert {file: file.read_bytes() for file in several.parent.rglob("*") if file.is_file()} == before

@@ -81,7 +81,7 @@ BAD: dict[str, Callable[[], bytes]] = {
 def test_damaged_or_foreign_archives_are_refused_by_name(make: Callable[[], bytes], tmp_path: Path) -> None:
     path = tmp_path / "x.npz"
     path.write_bytes(make())
-    with pytest.raises(CheckpointError, match=r"x\.npz is damaged or no file of maps: .*\. Make it again\."):
+    with pytest.raises(CheckpointError, match=r"x\.npz is damaged or no file of maps; got .*\. Make it again\."):
         read_npz(path, "file of maps", "Make it again.")
 
 

@@ -23,7 +23,7 @@ from eamdeploy.eam.quantizers import integer_values
 from eamdeploy.engines.provenance import usable_cores
 from eamdeploy.engines.registry import open_runner
 from eamdeploy.host import freezing
-from eamdeploy.host.calibrate import collect_statistics, predict
+from eamdeploy.host.calibrate import look, predict
 from eamdeploy.host.freezing import FreezeOptions
 from eamdeploy.host.model import ModelSpec, PreprocessingOverrides
 from eamdeploy.host.reference import load_reference
@@ -65,19 +65,19 @@ def photographs(shared_data: Path) -> Path:
 
 @pytest.fixture(scope="module")
 def frozen(shared_data: Path, photographs: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """A checkpoint of every variant; the maps' statistics over the 500 photographs are the same for all of them."""
-    statistics: list[Any] = []
+    """A checkpoint of every variant; what the 500 photographs show of the maps is the same for all of them."""
+    seen: list[Any] = []
 
-    def collect_once(*arguments: Any, **options: Any) -> Any:
-        if not statistics:
-            statistics.append(collect_statistics(*arguments, **options))
-        return statistics[0]
+    def look_once(*arguments: Any, **options: Any) -> Any:
+        if not seen:
+            seen.append(look(*arguments, **options))
+        return seen[0]
 
     spec = ModelSpec(NAME, str(shared_data / f"{NAME}.fp16.safetensors"))
     folder = tmp_path_factory.mktemp("real")
     files = {name: folder / f"{index}.eam.safetensors" for index, name in enumerate(VARIANTS)}
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(freezing, "collect_statistics", collect_once)
+        patch.setattr(freezing, "look", look_once)
         for name, file in files.items():
             header = freeze(spec, ImageSource(photographs, "even"), file, VARIANTS[name], overrides=OVERRIDES)
             assert header.calibration is not None and header.calibration.n_images == 500

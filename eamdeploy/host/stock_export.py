@@ -30,6 +30,7 @@ from torch import nn
 from eamdeploy.errors import ConfigError, UnsupportedGraph
 from eamdeploy.graph.invariants import INPUT_NAME, OUTPUT_NAME
 from eamdeploy.graph.weights import check_model
+from eamdeploy.onnx_files import ONE_FILE_BYTES
 
 Exporter = Literal["auto", "dynamo", "torchscript"]
 
@@ -120,19 +121,24 @@ def _dynamo(model: nn.Module, example: torch.Tensor, batch: int | None, opset: i
 
 def _torchscript(model: nn.Module, example: torch.Tensor, batch: int | None, opset: int) -> onnx.ModelProto:
     axes = {INPUT_NAME: {0: "batch"}, OUTPUT_NAME: {0: "batch"}} if batch is None else None
-    with tempfile.TemporaryDirectory() as scratch:  # above 2 GiB torch writes many files, and to a folder only
-        file = Path(scratch) / "model.onnx"
-        torch.onnx.export(
-            model,
-            (example,),
-            str(file),
-            dynamo=False,
-            opset_version=opset,
-            input_names=[INPUT_NAME],
-            output_names=[OUTPUT_NAME],
-            dynamic_axes=axes,
-        )
-        return onnx.load(file)
+    write: Any = partial(
+        torch.onnx.export,
+        model,
+        (example,),
+        dynamo=False,
+        opset_version=opset,
+        input_names=[INPUT_NAME],
+        output_names=[OUTPUT_NAME],
+        dynamic_axes=axes,
+    )
+    if sum(4 * value.numel() for value in model.state_dict().values()) > ONE_FILE_BYTES:
+        with tempfile.TemporaryDirectory() as scratch:  # torch writes so much to many files, and to a folder only
+            file = Path(scratch) / "model.onnx"
+            write(str(file))
+            return onnx.load(file)
+    buffer = io.BytesIO()  # allowed with dynamo=False, whatever the annotation says
+    write(buffer)
+    return onnx.load_from_string(buffer.getvalue())
 
 
 @contextmanager
