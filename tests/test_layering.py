@@ -45,7 +45,7 @@ LAYERS: dict[str, set[str]] = {
     "parity": {"artifact", "errors"},
     "accuracy": {"artifact", "errors", "folder", "images"},
     "eam": {"artifact", "errors"},
-    "graph": {"artifact", "errors", "onnx_files"},
+    "graph": {"artifact", "errors", "onnx_files", "onnx_wire"},
     "passes": {"eam", "errors", "graph"},
     "devices": {"artifact", "errors"},
     "engines": {"accuracy", "artifact", "devices", "errors", "images", "onnx_files", "parity"},
