@@ -125,7 +125,7 @@ def model_files(path: Path) -> tuple[Path, ...]:
 
     Raises:
         ConfigError: a file can't be read, or one with data is missing.
-        CheckpointError: one with data is too short, or is not in the model's folder.
+        CheckpointError: one with data is too short, or is not in the model's folder, or the model contradicts itself.
     """
     if path.suffix.lower() in _OTHERS:
         return (path,)
@@ -186,6 +186,13 @@ def _slice(path: Path, tensor: OutsideTensor) -> Slice:
     file = _data_file(path, tensor)
     start = _number(path, tensor, "offset") or 0
     size = _number(path, tensor, "length")
+    if size is not None and tensor.expected_bytes not in (None, size):
+        raise CheckpointError(
+            f"{path} contradicts itself about tensor {tensor.name or 'without a name'}, which is in {file.name}",
+            expected=f"{tensor.expected_bytes:,} bytes by its shape",
+            got=f"a length of {size:,}",
+            hint="Export the model again.",
+        )
     size = tensor.expected_bytes if size is None else size
     there = file.stat().st_size
     size = max(there - start, 0) if size is None else size

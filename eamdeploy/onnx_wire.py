@@ -8,7 +8,7 @@ Source: https://protobuf.dev/programming-guides/encoding; field numbers: onnx.pr
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
@@ -159,6 +159,16 @@ def data_outside(location: str, offset: int, length: int) -> list[Piece]:
     return [external + _tag(_DATA_LOCATION, _VARINT) + _encoded(_EXTERNAL)]
 
 
+def tensor_bytes(dims: Iterable[int], element: int) -> int | None:
+    """Bytes of a tensor's data by its shape and type (TensorProto.DataType), at most 2**64; None for unknown types."""
+    bits = _ELEMENT_BITS.get(element)
+    if bits is None:
+        return None
+    for size in dims:
+        bits = min(bits * size, 1 << 67)
+    return -(-bits // 8)
+
+
 def size_of(parts: Sequence[_Part]) -> int:
     """Bytes altogether."""
     return sum(len(part) if isinstance(part, bytes) else part.size for part in parts)
@@ -209,11 +219,7 @@ def _changed_tensor(stream: BinaryIO, message: _Span, replace: Replace) -> list[
             dims += _numbers(stream, field, _MOST_AXES - len(dims))
     if location != _EXTERNAL:
         return None
-    bits = _ELEMENT_BITS.get(element)
-    for size in dims if bits is not None else ():
-        bits = min((bits or 0) * size, 1 << 64)
-    expected = None if bits is None else -(-bits // 8)
-    return [*kept, *replace(OutsideTensor(name, entries, expected))]
+    return [*kept, *replace(OutsideTensor(name, entries, tensor_bytes(dims, element)))]
 
 
 def _entry(stream: BinaryIO, entry: _Field) -> tuple[str, str]:

@@ -48,7 +48,7 @@ LAYERS: dict[str, set[str]] = {
     "parity": {"artifact", "errors", "npz", "seal"},
     "accuracy": {"artifact", "errors", "folder", "images"},
     "eam": {"artifact", "errors", "file_kinds", "seal"},
-    "graph": {"artifact", "errors", "onnx_files"},
+    "graph": {"artifact", "errors", "onnx_files", "onnx_wire"},
     "passes": {"eam", "errors", "graph"},
     "devices": {"artifact", "errors"},
     "engines": {"accuracy", "artifact", "devices", "errors", "file_kinds", "images", "onnx_files", "parity"},

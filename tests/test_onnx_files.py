@@ -188,6 +188,16 @@ def test_numbers_that_are_none(key: str, value: str, path: Path) -> None:
         model_files(path)
 
 
+@each_reader
+@pytest.mark.parametrize("more", [-4, 4])
+def test_a_length_that_is_not_the_shapes(read: Callable[[Path], object], more: int, path: Path) -> None:
+    tensor = next(item for item in onnx.load(path, load_external_data=False).graph.initializer if item.external_data)
+    length = next(int(entry.value) for entry in tensor.external_data if entry.key == "length")
+    edit_entry(path, "length", str(length + more))
+    with pytest.raises(CheckpointError, match=rf"contradicts itself about tensor {tensor.name}, which is in weights"):
+        read(path)
+
+
 # --- read as one ------------------------------------------------------------------------------------------------------
 
 

@@ -17,6 +17,7 @@ from onnx import numpy_helper
 from eamdeploy import onnx_files
 from eamdeploy.errors import UnsupportedGraph
 from eamdeploy.onnx_files import OUTSIDE_BYTES, DataLayout, ModelData, data_path
+from eamdeploy.onnx_wire import tensor_bytes
 
 _NAME = "model.onnx"
 
@@ -38,7 +39,7 @@ class Slim:
 
 def fits_one_file(model: onnx.ModelProto) -> bool:
     """Whether `model` can be serialized in one piece."""
-    if sum(item.ByteSize() for item in model.graph.initializer) > onnx_files.ONE_FILE_BYTES:
+    if sum(map(_weight_bytes, model.graph.initializer)) > onnx_files.ONE_FILE_BYTES:
         return False
     try:
         return bool(model.ByteSize() <= onnx_files.ONE_FILE_BYTES)
@@ -131,11 +132,10 @@ def without_weights(model: onnx.ModelProto) -> Slim:
         if field.name != "initializer":
             _copy_field(copy.graph, field.name, value)
     for item in model.graph.initializer:
-        size = item.ByteSize()
-        if size < OUTSIDE_BYTES or item.data_type == onnx.TensorProto.STRING:
+        length = tensor_bytes(item.dims, item.data_type)  # to look at the data would copy it
+        if length is None or length < OUTSIDE_BYTES:
             copy.graph.initializer.add().CopyFrom(item)
             continue
-        length = len(_data_of(item))
         offset = layout.place(length)
         weights[offset] = item
         copy.graph.initializer.append(_pointing(item, offset, length))
@@ -187,6 +187,12 @@ def _pointing(item: onnx.TensorProto, offset: int, length: int) -> onnx.TensorPr
     for key, value in entries.items():
         outside.external_data.add(key=key, value=value)
     return outside
+
+
+def _weight_bytes(item: onnx.TensorProto) -> int:
+    """About what a constant takes; without a copy of it, which protobuf makes to count its bytes."""
+    by_shape = tensor_bytes(item.dims, item.data_type) if item.HasField("raw_data") else None
+    return int(item.ByteSize()) if by_shape is None else by_shape
 
 
 def _data_of(item: onnx.TensorProto) -> bytes:
