@@ -6,9 +6,9 @@ x86 processors without VNNI multiply unsigned with signed bytes by `pmaddubsw`, 
 neighbours, cut to 16 bits. Activations a and b go up to 255, so that the sum fits if neighbours of one sign have at
 most 128 together. Two weights near 127 overflow: an engine then computes something else there, without a word. So a
 scale is the largest sum of such neighbours / 127, not the largest magnitude / 127. That costs DeiT-Tiny a third of a
-bit, where 7 bits for all weights would cost one. It costs no time, as the kernels stay those of signed weights. Kernels
-of unsigned weights are exact too, but DeiT-Tiny takes 1.7 times as long with them with VNNI, and 1.2 times as long
-without.
+bit, where 7 bits for all weights would cost one. It costs no time, as the kernels stay those of signed weights.
+Kernels of unsigned weights are exact too, but DeiT-Tiny takes 1.7 times as long with them with VNNI, and 1.2 times as
+long without.
 
 Source: MLAS pairs rows 2i and 2i+1 in all of its U8S8 kernels (SSE4.1, AVX2, AVX-512), as oneDNN does; Intel, "Nuances
 of int8 computations" in oneDNN's developer guide.
