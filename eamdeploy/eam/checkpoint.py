@@ -55,8 +55,11 @@ _UNSEALED = 1  # the format of before
 _DTYPES = ("F16", "F32", "F64", "I8", "I16", "I32", "I64", "U8", "U16", "U32", "U64", "BOOL")
 
 
-def save(checkpoint: Checkpoint, path: Path) -> None:
+def save(checkpoint: Checkpoint, path: Path) -> CheckpointHeader:
     """`path` holds `checkpoint`, sealed, or is unchanged if that fails. The same checkpoint gives the same bytes.
+
+    Returns:
+        the header as it was written, with the seal.
 
     Raises:
         CheckpointError: `checkpoint` does not pass `validate`.
@@ -80,8 +83,9 @@ def save(checkpoint: Checkpoint, path: Path) -> None:
     contiguous = {key: np.ascontiguousarray(tensor).reshape(tensor.shape) for key, tensor in tensors.items()}
     header = checkpoint.header.model_copy(update={"format": FORMAT})
     seal = seal_of(json.loads(header.model_dump_json()), contiguous)
-    text = header.model_copy(update={SEAL: seal}).model_dump_json()
-    write_bytes(path, to_bytes(contiguous, metadata={"eam": text}))
+    sealed = header.model_copy(update={SEAL: seal})
+    write_bytes(path, to_bytes(contiguous, metadata={"eam": sealed.model_dump_json()}))
+    return sealed
 
 
 def load(path: Path, *, verify: bool = True) -> Checkpoint:

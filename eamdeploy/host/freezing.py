@@ -253,8 +253,7 @@ def _save(
         calibration=calibration,
         versions=package_versions(),
     )
-    checkpoints.save(Checkpoint(to_numpy(model), frozen, header), output)
-    return header
+    return checkpoints.save(Checkpoint(to_numpy(model), frozen, header), output)
 
 
 def _shapes(sites: list[AttentionSite], mode: WindowMaps | None) -> dict[str, AttentionShape]:
