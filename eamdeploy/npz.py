@@ -36,11 +36,11 @@ _FAILURES = (
 _KINDS = "biufU"  # booleans, numbers, texts
 
 
-def read_npz(path: Path, what: str, hint: str | None = None) -> dict[str, NDArray[Any]]:
+def read_npz(path: Path, problem: str, hint: str | None = None) -> dict[str, NDArray[Any]]:
     """The arrays in the archive at `path`, by name.
 
     Args:
-        what: what the file is if it is not damaged, for the message: "reference set"; `hint`: what to try.
+        problem: what to say of a bad file: "is no reference set"; `hint`: what to try.
 
     Raises:
         ConfigError: the file can't be read.
@@ -62,4 +62,5 @@ def read_npz(path: Path, what: str, hint: str | None = None) -> dict[str, NDArra
                     raise ValueError(f"{name!r} in it is no array of numbers or texts")
             return arrays
         except _FAILURES as err:
-            raise CheckpointError(f"{path} is damaged or no {what}: {err or type(err).__name__}", hint=hint) from err
+            reason = str(err).rstrip(". ") or type(err).__name__
+            raise CheckpointError(f"{path} {problem}: {reason}", hint=hint) from err

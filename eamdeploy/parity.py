@@ -306,11 +306,11 @@ def reference_path(model: Path) -> Path:
 def _read_npz(path: Path) -> dict[str, NDArray[Any]]:
     """The arrays of a reference file of our format, by key."""
     hint = "Export the model again to make a new reference set."
-    arrays = read_npz(path, "reference set", hint)
+    arrays = read_npz(path, "is not a reference set", hint)
     keys = tuple(sorted(arrays))
     if keys not in _REFERENCE_KEYS.values():
         raise CheckpointError(
-            f"{path} is no reference set: its keys don't fit",
+            f"{path} is not a reference set: its keys don't fit",
             expected=_REFERENCE_KEYS[_REFERENCE_FORMAT],
             got=keys,
             hint=hint,

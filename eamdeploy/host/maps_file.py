@@ -166,7 +166,7 @@ def _read_arrays(path: Path) -> dict[str, NDArray[Any]]:
     if not path.is_file():
         raise ConfigError(f"no file of maps at {path}")
     if path.suffix == ".npz":
-        return read_npz(path, ".npz file")
+        return read_npz(path, "is damaged or no .npz file")
     from safetensors import SafetensorError
     from safetensors.numpy import load_file
 
