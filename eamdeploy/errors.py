@@ -14,6 +14,9 @@ GET_CONVERSION = "pip install onnx onnx-graphsurgeon"
 """What a board converts models with; the rest of what the host has, torch above all, is not needed for that."""
 
 
+_LONGEST = 1000  # characters of one part of a message
+
+
 class ExitCode(IntEnum):
     """Process exit codes (DESIGN §9)."""
 
@@ -37,13 +40,18 @@ class EamDeployError(Exception):
     exit_code = ExitCode.BAD_INPUT
 
     def __init__(self, what: str, *, expected: object = None, got: object = None, hint: str | None = None) -> None:
-        parts = [what]
+        parts = [_readable(what)]
         if expected is not None:
-            parts.append(f"expected {expected}")
+            parts.append(_readable(f"expected {expected}"))
         if got is not None:
-            parts.append(f"got {got}")
+            parts.append(_readable(f"got {got}"))
         message = "; ".join(parts)
         super().__init__(f"{message}. {hint}" if hint else message)
+
+
+def _readable(text: str) -> str:
+    """`text` without its middle where it is endless: libraries quote whole files, and files hold endless names."""
+    return text if len(text) <= _LONGEST else f"{text[: _LONGEST - 200]} … {text[-200:]}"
 
 
 class ConfigError(EamDeployError):

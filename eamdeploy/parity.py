@@ -323,7 +323,7 @@ def _read_npz(path: Path) -> dict[str, NDArray[Any]]:
     keys = tuple(sorted(arrays))
     if keys not in _REFERENCE_KEYS.values():
         raise CheckpointError(
-            f"{path} is no reference set: its keys don't fit",
+            f"{path} is not a reference set: its keys don't fit",
             expected=_REFERENCE_KEYS[_REFERENCE_FORMAT],
             got=keys,
             hint=hint,

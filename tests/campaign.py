@@ -74,20 +74,20 @@ def main() -> int:
 
 def _keep(judge: Judge, job: Job, verdict: Verdict, tally: Tally, folder: Path) -> Finding:
     """The finding, its input and its details written for a few of each."""
-    mutation, data = judge.hurt(job)
+    _, data = judge.hurt(job)
     like = sum((each.source, each.what) == (job.source, verdict.finding) for each in tally.findings)
     place = folder / "findings" / f"{len(tally.findings):03}"
     if like < _KEPT:
         place.mkdir(parents=True)
         (place / Path(SOURCES[job.source].file).name).write_bytes(data)
         (place / "finding.txt").write_text(
-            f"{job}\n{mutation}\n{verdict.finding}\n{verdict.details}\n", errors="backslashreplace"
+            f"{job}\n{verdict.mutation!r}\n{verdict.finding}\n{verdict.details}\n", errors="backslashreplace"
         )
     return Finding(
         source=job.source,
         index=job.index,
         seed=job.seed,
-        mutation=mutation,
+        mutation=verdict.mutation or judge.hurt(job)[0],
         what=str(verdict.finding),
         details=verdict.details,
         input=str(place) if like < _KEPT else "",

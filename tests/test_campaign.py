@@ -89,7 +89,7 @@ def test_every_mutation_can_be_made_and_made_again(good: Path, scratch: Path) ->
         data = (good / source.file).read_bytes()
         made = [judge.hurt(Job(name, index, 4)) for index in range(6)]
         assert made == [judge.hurt(Job(name, index, 4)) for index in range(6)]
-        assert any(hurt != data for _, hurt in made), name
+        assert source.strangely_named or any(hurt != data for _, hurt in made), name
 
 
 @pytest.mark.parametrize("data", [b"", b"a", b"0123456789" * 30])

@@ -75,3 +75,11 @@ def test_our_own_missing_module_and_other_errors_stay_bugs() -> None:
         from eamdeploy.errors import NoSuchName  # type: ignore[attr-defined]  # noqa: F401
     with pytest.raises(ModuleNotFoundError, match="by hand"), host_packages("freezing"):
         raise ModuleNotFoundError("by hand")
+
+
+def test_an_endless_part_of_a_message_loses_its_middle() -> None:
+    """zipfile quotes a whole archive."""
+    message = str(ConfigError("a" * 5000 + "z", expected="b" * 1000, got=["c" * 100] * 1000, hint="Do this."))
+    assert len(message) < 3100
+    assert message.startswith("aaaa") and "a … a" in message and "z; expected b" in message
+    assert message.endswith("'cccc" + "c" * 96 + "']. Do this.")

@@ -61,6 +61,7 @@ def assert_same(first: Checkpoint, second: Checkpoint) -> None:
 
 def test_round_trip(checkpoint: Checkpoint, saved: Path) -> None:
     assert_same(load(saved), checkpoint)
+    assert save(checkpoint, saved) == load(saved).header
 
 
 def test_the_file_is_laid_out_as_documented(checkpoint: Checkpoint, saved: Path) -> None:

@@ -104,6 +104,19 @@ def another_file(data: bytes, rng: Random, others: Sequence[bytes]) -> bytes:
     return rng.choice((*others, *pages))
 
 
+def unhurt(data: bytes, rng: Random, _: Sequence[bytes]) -> bytes:
+    """For files that are hurt otherwise: by their names."""
+    return data
+
+
+STRANGE_NAMES = (
+    *("\udcff\udcfe", "a\nb", "-x", "--help", "~", "x" * 200, "\u202ex", "[red]x", "%s%n", "a b", "'", '"', "\x1b[31m"),
+    *("\x7f", "con", "é", "e\u0301", "日本", ".hidden", "x;y", "$(touch pwned)", "*", "?", "{x}", "\\", "..x", "x."),
+    *("a,b", "#", "&amp;", "<b>", "@x", "x:y", "=x", "\t", " x ", "\ufeff", "😀", "&", "|", "a\rb", "file:x", "http:x"),
+)
+"""Of files, without their endings."""
+
+
 BYTE_MUTATIONS: Mapping[str, Mutation] = MappingProxyType(
     {
         mutation.__name__: mutation

@@ -19,6 +19,7 @@ from random import Random
 from eamdeploy.cli import main
 from eamdeploy.errors import EamDeployError, ExitCode
 from eamdeploy.seal import SEAL
+from hostile.byte_mutations import STRANGE_NAMES, another_file
 from hostile.jobs import Job, Verdict
 from hostile.sources import OUT, SOURCES, Source
 
@@ -26,6 +27,7 @@ OLD = b"what was there before"
 _OUTPUTS = (
     *("x.eam.safetensors", "x.onnx", "x.reference.npz", "x.ort.onnx", "x.ort.onnx.json", "x.json", "x.html", "x.md"),
 )
+_LONGEST_MESSAGE = 4000  # characters
 MEMORY_LIMIT = 1 << 30  # bytes above what the good file takes
 _BORROWED = ("weights.safetensors", "x.onnx", "maps.npz", "one_png/a.png", "evaluation.json", "run.toml", "weights.pth")
 
@@ -66,6 +68,8 @@ class Judge:
         source = SOURCES[job.source]
         normal = self._normal.get(source.name) or self._measure(source)
         name, data = self.hurt(job)
+        if source.strangely_named:
+            name = STRANGE_NAMES[job.index % len(STRANGE_NAMES)]
         with _peak_memory() as peak:
             started = time.monotonic()
             verdict = self._read(source, name, data, normal)
@@ -90,8 +94,10 @@ class Judge:
         self._normal[source.name] = _Normal(found, peak[0])
         return self._normal[source.name]
 
-    def _lay_out(self, source: Source, data: bytes) -> Path:
-        """The scratch folder holds the hurt file, what belongs to it, and older outputs."""
+    def _lay_out(self, source: Source, data: bytes, stem: str | None = None) -> Path:
+        """The scratch folder holds the hurt file, under another name if one is given, what belongs to it, and older
+        outputs.
+        """
         shutil.rmtree(self._scratch)
         for name in (*source.beside, source.file):
             target = self._scratch / name
@@ -101,6 +107,9 @@ class Judge:
             else:
                 shutil.copy(self._good / name, target)
         target = self._scratch / source.file
+        if stem is not None:
+            target.unlink()
+            target = target.with_name(stem + "".join(target.suffixes))
         target.write_bytes(data)
         for name in ("tmp", OUT):
             (self._scratch / name).mkdir()
@@ -111,13 +120,13 @@ class Judge:
         return target
 
     def _read(self, source: Source, mutation: str, data: bytes, normal: _Normal) -> Verdict:
-        target = self._lay_out(source, data)
+        target = self._lay_out(source, data, mutation if source.strangely_named else None)
         before = _contents(self._scratch)
         try:
             found = source.read(target)
         except EamDeployError as err:
             outcome = f"refused: {type(err).__name__}"
-            if str(err) != " ".join(str(err).split()) and len(str(err)) > 4000:
+            if len(str(err)) > _LONGEST_MESSAGE:
                 return Verdict(mutation, outcome, "endless message", str(err)[:500])
             if changed := _changes(before, _contents(self._scratch), inputs_only=False):
                 return Verdict(mutation, outcome, "files changed by a refusal", changed)
@@ -130,14 +139,15 @@ class Judge:
             return Verdict(mutation, "", "inputs changed", changed)
         if found == normal.fingerprint:
             return Verdict(mutation, "right")
-        if source.sealed == "beside" or (source.sealed == "inside" and SEAL.encode() in data):
+        sealed = source.sealed == "inside" and SEAL.encode() in data and mutation != another_file.__name__
+        if sealed or source.sealed == "beside":
             return Verdict(mutation, "wrong", "something else was read without a word")
         return Verdict(mutation, "other")
 
     def _run_command(self, source: Source, verdict: Verdict, data: bytes) -> Verdict:
         """The same through the command line: one line of error and an exit code, or a result on stdout."""
         assert source.command is not None
-        target = self._lay_out(source, data)
+        target = self._lay_out(source, data, verdict.mutation if source.strangely_named else None)
         before = _contents(self._scratch)
         words = source.command(target)
         try:

@@ -35,7 +35,7 @@ from eamdeploy.parity import ReferenceSet
 from eamdeploy.reporting.sources import read_sources
 from eamdeploy.run_config import load_config
 from eamdeploy.source import ImageSource, read_class_names
-from hostile.byte_mutations import BYTE_MUTATIONS, Mutation
+from hostile.byte_mutations import BYTE_MUTATIONS, Mutation, unhurt
 from hostile.format_mutations import (
     CHECKPOINT_MUTATIONS,
     IMAGE_MUTATIONS,
@@ -64,7 +64,8 @@ class Source:
         beside: what else is copied, unhurt.
         read: reads the file at a path and says what came out, equal where and only where that is equal.
         sealed: a hurt file is right or refused, by a seal inside it or by a digest in a file beside it.
-        special: mutations by what the format says; None of the bytes' own where `only_special`.
+        special: mutations by what the format says; none of the bytes' own where `only_special`.
+        strangely_named: the file is what it was, but in front of its endings it has a name of `STRANGE_NAMES`.
         share: how many of 10,000 inputs are of this kind.
         command: the words of a command that reads the file too; run for one input in `command_every`.
     """
@@ -77,12 +78,15 @@ class Source:
     beside: tuple[str, ...] = ()
     special: Mapping[str, Mutation] = field(default_factory=dict)
     only_special: bool = False
+    strangely_named: bool = False
     command: Command | None = None
     command_every: int = 5
 
     @property
     def mutations(self) -> list[Mutation]:
         """All that apply; the format's own as often as the bytes' together."""
+        if self.strangely_named:
+            return [unhurt]
         plain = [] if self.only_special else list(BYTE_MUTATIONS.values())
         repeat = max(1, len(plain) // max(1, len(self.special)))
         return plain + list(self.special.values()) * repeat
@@ -165,7 +169,7 @@ def _for_trt(path: Path) -> str:
 
 
 def _lint(path: Path) -> str:
-    return fingerprint(lint_file(path, TrtVersion.parse("8.6")))
+    return fingerprint(lint_file(path, TrtVersion.parse("8.6")).findings)
 
 
 def _plan(path: Path) -> str:
@@ -420,6 +424,23 @@ SOURCES: Mapping[str, Source] = MappingProxyType(
             Source(
                 *("tegrastats", "tegrastats.txt", _lines, 250),
                 special=LINE_MUTATIONS,
+            ),
+            *(
+                Source(
+                    *(f"{kind} of a strange name", file, read, 50),
+                    strangely_named=True, sealed="beside", command=command, command_every=1, beside=beside,
+                )
+                for kind, file, read, command, beside in (
+                    ("checkpoint", "x.eam.safetensors", _checkpoint, _report, ()),
+                    ("checkpoint to evaluate,", "x.eam.safetensors", _checkpoint, _evaluate, ("pictures",)),
+                    ("maps", "maps.npz", _maps, _pack, ("weights.safetensors",)),
+                    ("weights", "weights.safetensors", _weights, _analyze, ("pictures",)),
+                    ("reference set", "x.reference.npz", _reference, _inspect, ()),
+                    ("ONNX model", "foreign.onnx", _run, _inspect, ()),
+                    ("ONNX model to build from,", "alone.onnx", _lint, _build_command, ()),
+                    ("evaluation", "evaluation.json", _sources, _report, ()),
+                    ("image", "one_png/a.png", _pictures, _evaluate_on, _ENGINE),
+                )
             ),
         )
     }
