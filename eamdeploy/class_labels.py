@@ -32,7 +32,7 @@ _SPLIT = re.compile(
     re.IGNORECASE,
 )
 _SYNSET = re.compile(r"n[0-9]{8}")
-_NUMBER = re.compile(r"-?[0-9]+")
+_NUMBER = re.compile(r"-?[0-9]{1,18}")  # Python refuses to convert thousands of digits
 _NAMES_FILE = "--class-names FILE"
 
 
