@@ -56,7 +56,7 @@ def row(shown: ShownModel, options: FreezeOptions, score_images: int | None) -> 
     scored = FreezeOptions(granularity=options.granularity, score=options.score, score_images=score_images)
     if heads and options.score == "sensitivity":
         scored = replace(scored, bits=options.bits, quantizer=options.quantizer)
-    selected = shown.scores(scored).select(shown.sites, options.sparsity)
+    selected = shown.chosen(shown.scores(scored), options)
     found = shown.measure(selected.pieces, options)
     return Row(
         granularity=options.granularity,

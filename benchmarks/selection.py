@@ -12,7 +12,7 @@ extrapolated from that: both are in proportion to the images.
 
 Rules: `score` ranks heads by their divergence and stops at the first that does not fit (eamdeploy until November 2026);
 `score per entry` divides it by the head's attention entries and fills up; `together` also counts pairs of heads, on all
-images; `default` is that on few images, what `eamdeploy freeze` does.
+images; `default` is what `eamdeploy freeze` does: the better of these two, found on few images.
 """
 
 from __future__ import annotations
@@ -102,9 +102,9 @@ def _rules(many: PieceScores, few: PieceScores) -> dict[str, Callable[[ShownMode
     alone = replace(many, together=None)
     return {
         "score": lambda shown, sparsity: _longest_prefix(shown, many.values, sparsity),
-        "score per entry": lambda shown, sparsity: alone.select(shown.sites, sparsity).pieces,
-        "together": lambda shown, sparsity: many.select(shown.sites, sparsity).pieces,
-        "default": lambda shown, sparsity: few.select(shown.sites, sparsity).pieces,
+        "score per entry": lambda shown, sparsity: alone.selections(shown.sites, sparsity)[0].pieces,
+        "together": lambda shown, sparsity: many.selections(shown.sites, sparsity)[-1].pieces,
+        "default": lambda shown, sparsity: shown.chosen(few, FreezeOptions(sparsity)).pieces,
     }
 
 

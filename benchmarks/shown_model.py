@@ -12,8 +12,10 @@ import torch
 from numpy.typing import NDArray
 
 from eamdeploy.accuracy import Evaluation, measure_accuracy
+from eamdeploy.eam.selection import Selection
 from eamdeploy.host.attention import Constants, attention_sites, freeze_attention
 from eamdeploy.host.calibrate import look, predict
+from eamdeploy.host.choosing import choose
 from eamdeploy.host.means import freeze_pieces, mean_maps
 from eamdeploy.host.model import ModelSpec, PreprocessingOverrides, load_model, preprocessing_of
 from eamdeploy.host.options import FreezeOptions
@@ -51,6 +53,21 @@ class ShownModel:
         )
         self.means = {site.path: mean_maps(site, self.seen.statistics[site.path]) for site in self.sites}
         self.scores = lru_cache(self._scores)
+
+    def chosen(self, scores: PieceScores, options: FreezeOptions) -> Selection:
+        """What `eamdeploy freeze` freezes by these scores: of the sets they propose the one that costs least."""
+        found = choose(
+            self.model,
+            self.sites,
+            self.seen,
+            self.calibration,
+            self.how,
+            scores.selections(self.sites, options.sparsity),
+            options,
+            SILENT,
+            always_measure=False,
+        )
+        return found.selection
 
     def frozen(self, pieces: Mapping[str, NDArray[np.bool_]], options: FreezeOptions) -> Any:
         """A copy of the model with these pieces frozen, stored as `options` say."""

@@ -8,24 +8,22 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 
-from eamdeploy.accuracy import kl_divergence, same_top1
-from eamdeploy.artifact import Freezing, FreezingCost, Preprocessing, require_output
+from eamdeploy.artifact import Freezing, Preprocessing, require_output
 from eamdeploy.eam import checkpoint as checkpoints
 from eamdeploy.eam import scores as map_scores
 from eamdeploy.eam.analysis import Analysis
 from eamdeploy.eam.quantizers import Bits, Quantizer
-from eamdeploy.eam.records import AttentionShape, Calibration, Checkpoint, CheckpointHeader, FrozenMaps
-from eamdeploy.eam.selection import Selection, sparsity_of
+from eamdeploy.eam.records import Calibration, Checkpoint, CheckpointHeader, FrozenMaps
+from eamdeploy.eam.selection import sparsity_of
 from eamdeploy.engines.provenance import package_versions
 from eamdeploy.errors import ConfigError
 from eamdeploy.folder import folder_digest
-from eamdeploy.host.attention import FrozenAttention, attention_sites, replaced_attention
-from eamdeploy.host.calibrate import Seen, as_tensors, look
+from eamdeploy.host.attention import attention_sites
+from eamdeploy.host.calibrate import Seen, look
+from eamdeploy.host.choosing import Chosen, choose
 from eamdeploy.host.given_maps import fit_maps
-from eamdeploy.host.means import freeze_pieces, mean_maps
 from eamdeploy.host.model import (
     TIMM_PREPROCESSING,
     ModelSpec,
@@ -35,9 +33,8 @@ from eamdeploy.host.model import (
     to_numpy,
 )
 from eamdeploy.host.options import DEFAULT_OPTIONS, FreezeOptions, check_options
-from eamdeploy.host.reference import constants_of
 from eamdeploy.host.scoring import score_pieces
-from eamdeploy.host.sites import AttentionSite, WindowMaps, window_maps
+from eamdeploy.host.sites import AttentionSite, WindowMaps, attention_shapes
 from eamdeploy.observer import SILENT, Observer
 from eamdeploy.source import ImageSource
 
@@ -56,7 +53,7 @@ class _Calibrated:
     windows: WindowMaps | None
     provenance: Calibration
     scores: dict[str, NDArray[np.float64]]
-    selection: Selection
+    chosen: Chosen
 
 
 def analyze(
@@ -72,7 +69,7 @@ def analyze(
     Raises:
         ConfigError, CheckpointError, UnsupportedGraph: model, weights, images or options can't be used.
     """
-    done = _calibrate(spec, images, options, overrides, None, observer)
+    done = _calibrate(spec, images, options, overrides, None, observer, always_measure=False)
     scores: dict[str, dict[str, NDArray[np.float64]]] = {
         name: map_scores.score_pieces(done.seen.statistics, name, "head") for name in _FAST_SCORES
     }
@@ -81,7 +78,7 @@ def analyze(
         timm_model=spec.name,
         weights=spec.source,
         preprocessing=done.how,
-        attention=_shapes(done.sites, done.windows),
+        attention=attention_shapes(done.sites, done.windows),
         calibration=done.provenance,
         granularity=options.granularity,
         window_maps=done.windows,
@@ -90,9 +87,9 @@ def analyze(
         score=options.score,
         scores={name: _head_means(values) for name, values in scores.items()},
         sparsity_asked=options.sparsity,
-        sparsity=done.selection.sparsity,
-        frozen={path: list(heads) for path, heads in done.selection.heads.items()},
-        shares={path: _shares(pieces) for path, pieces in done.selection.pieces.items()},
+        sparsity=done.chosen.selection.sparsity,
+        frozen={path: list(heads) for path, heads in done.chosen.selection.heads.items()},
+        shares={path: _shares(pieces) for path, pieces in done.chosen.selection.pieces.items()},
         versions=package_versions(),
     )
 
@@ -114,18 +111,7 @@ def freeze(
             can't be written; what was there stays.
     """
     require_output(output, Path(spec.weights))
-    done = _calibrate(spec, images, options, overrides, class_names, observer)
-    frozen = {
-        site.path: freeze_pieces(
-            site.path,
-            mean_maps(site, done.seen.statistics[site.path]),
-            done.selection.pieces[site.path],
-            options.bits,
-            options.quantizer,
-        )
-        for site in done.sites
-        if site.path in done.selection.pieces
-    }
+    done = _calibrate(spec, images, options, overrides, class_names, observer, always_measure=True)
     freezing = Freezing(
         granularity=options.granularity,
         window_maps=done.windows,
@@ -134,11 +120,13 @@ def freeze(
         score=options.score,
         scores=_head_means(done.scores),
         sparsity_asked=options.sparsity,
-        sparsity=done.selection.sparsity,
-        heads={path: list(heads) for path, heads in done.selection.heads.items()},
-        cost=_measure_cost(done, frozen, options.quantizer, images, observer),
+        sparsity=done.chosen.selection.sparsity,
+        heads={path: list(heads) for path, heads in done.chosen.selection.heads.items()},
+        cost=done.chosen.cost,
     )
-    return _save(spec, done.model, done.sites, done.how, class_names, freezing, frozen, done.provenance, output)
+    return _save(
+        spec, done.model, done.sites, done.how, class_names, freezing, done.chosen.frozen, done.provenance, output
+    )
 
 
 def read_shares(path: Path) -> dict[str, list[float]]:
@@ -175,7 +163,7 @@ def pack(
     sites = attention_sites(model)
     _check_class_names(class_names, model.num_classes)
     granularity, windows, fitted = fit_maps(maps, sites, spec.name)
-    shapes = _shapes(sites, windows)
+    shapes = attention_shapes(sites, windows)
     freezing = Freezing(
         granularity=granularity,
         window_maps=windows,
@@ -197,8 +185,10 @@ def _calibrate(
     overrides: PreprocessingOverrides,
     class_names: list[str] | None,
     observer: Observer,
+    *,
+    always_measure: bool,
 ) -> _Calibrated:
-    """Everything that `analyze` and `freeze` share: statistics over the images, scores, selection."""
+    """Everything that `analyze` and `freeze` share: statistics over the images, scores, what to freeze."""
     check_options(options)
     model = load_model(spec)
     sites = attention_sites(model)
@@ -229,34 +219,17 @@ def _calibrate(
             exif_transpose=images.exif_transpose,
         ),
         scores=scores.values,
-        selection=scores.select(sites, options.sparsity),
-    )
-
-
-@torch.inference_mode()
-def _measure_cost(
-    done: _Calibrated,
-    frozen: Mapping[str, FrozenMaps],
-    quantizer: Quantizer,
-    images: ImageSource,
-    observer: Observer,
-) -> FreezingCost:
-    """What the frozen set costs as a whole on all calibration images."""
-    constants = constants_of(frozen, quantizer, _shapes(done.sites, done.windows))
-    modules = {path: FrozenAttention(done.model.get_submodule(path), *each) for path, each in constants.items()}
-    divergence, same = [], []
-    folder = done.seen.folder
-    for batch in as_tensors(images.batches(folder, done.how, _BATCH, SILENT), done.how):
-        live = done.model(batch).numpy()
-        with replaced_attention(done.model, modules):
-            candidate = done.model(batch).numpy()
-        divergence.append(kl_divergence(live, candidate))
-        same.append(same_top1(live, candidate))
-        observer.progress("cost of the frozen set", sum(map(len, same)), len(folder.files))
-    return FreezingCost(
-        n_images=len(folder.files),
-        kl=float(np.concatenate(divergence).mean()),
-        agreement=float(np.concatenate(same).mean() * 100),
+        chosen=choose(
+            model,
+            sites,
+            seen,
+            images,
+            how,
+            scores.selections(sites, options.sparsity),
+            options,
+            observer,
+            always_measure=always_measure,
+        ),
     )
 
 
@@ -283,22 +256,12 @@ def _save(
         num_classes=model.num_classes,
         class_names=class_names,
         preprocessing=how,
-        attention=_shapes(sites, freezing.window_maps),
+        attention=attention_shapes(sites, freezing.window_maps),
         freezing=freezing,
         calibration=calibration,
         versions=package_versions(),
     )
     return checkpoints.save(Checkpoint(to_numpy(model), frozen, header), output)
-
-
-def _shapes(sites: list[AttentionSite], mode: WindowMaps | None) -> dict[str, AttentionShape]:
-    windows = {site.path: window_maps(site, mode or "shared") for site in sites}
-    return {
-        site.path: AttentionShape(
-            heads=site.heads, tokens=site.tokens, windows=None if (used := windows[site.path]) is None else list(used)
-        )
-        for site in sites
-    }
 
 
 def _head_means(scores: Mapping[str, NDArray[np.float64]]) -> dict[str, list[float]]:

@@ -44,15 +44,17 @@ class PieceScores:
     together: NDArray[np.float64] | None
     is_cost: bool
 
-    def select(self, sites: list[AttentionSite], sparsity: float) -> Selection:
-        """What to freeze of the attention modules `sites`, see `eam.selection`."""
+    def selections(self, sites: list[AttentionSite], sparsity: float) -> list[Selection]:
+        """What may be frozen of the attention modules `sites`, see `eam.selection`: one or two different sets."""
         values = self.values
         entries = {site.path: site.heads * site.entries_per_head // values[site.path].size for site in sites}
-        if self.together is not None:
-            return select_together(self.together, {site.path: site.heads for site in sites}, entries, sparsity)
         if self.is_cost:
             values = {path: costs / entries[path] for path, costs in values.items()}
-        return select(values, entries, sparsity)
+        alone = select(values, entries, sparsity)
+        if self.together is None:
+            return [alone]
+        together = select_together(self.together, {site.path: site.heads for site in sites}, entries, sparsity)
+        return [alone] if alone.heads == together.heads else [alone, together]
 
 
 def score_pieces(

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, TypeVar, get_args
 
 import numpy as np
 from numpy.typing import NDArray
 
+from eamdeploy.eam.records import AttentionShape
 from eamdeploy.errors import UnsupportedGraph
 
 WindowMaps = Literal["shared", "class", "window"]
@@ -63,6 +64,17 @@ def by_window(site: AttentionSite, maps: NDArray[_Float], mode: WindowMaps) -> N
     """What every window of an image uses of `maps` `[H, N, N]`, or `[H, M, N, N]` with windows: `[H, W, N, N]`."""
     used = window_maps(site, mode)
     return maps[:, None] if used is None else maps[:, list(used)]
+
+
+def attention_shapes(sites: Sequence[AttentionSite], mode: WindowMaps | None) -> dict[str, AttentionShape]:
+    """What a checkpoint says of the attention modules `sites`, by module path."""
+    windows = {site.path: window_maps(site, mode or "shared") for site in sites}
+    return {
+        site.path: AttentionShape(
+            heads=site.heads, tokens=site.tokens, windows=None if (used := windows[site.path]) is None else list(used)
+        )
+        for site in sites
+    }
 
 
 def refuse_unless(supported: bool, reason: str, hint: str | None = None) -> None:

@@ -33,7 +33,7 @@ from eamdeploy.eam.analysis import Analysis
 from eamdeploy.eam.quantizers import quantize_rows
 from eamdeploy.eam.records import FrozenMaps
 from eamdeploy.eam.scores import score_pieces
-from eamdeploy.eam.selection import Granularity
+from eamdeploy.eam.selection import Granularity, Selection
 from eamdeploy.errors import CheckpointError, ConfigError
 from eamdeploy.folder import folder_digest
 from eamdeploy.host.attention import attention_sites, tapped_maps
@@ -44,6 +44,7 @@ from eamdeploy.host.means import mean_maps as means_of
 from eamdeploy.host.model import ModelSpec, PreprocessingOverrides, load_model
 from eamdeploy.host.options import FreezeOptions
 from eamdeploy.host.reference import load_reference
+from eamdeploy.host.scoring import PieceScores
 from eamdeploy.host.sites import WindowMaps, window_maps
 from eamdeploy.observer import SILENT
 from eamdeploy.source import ImageSource
@@ -576,3 +577,22 @@ def test_every_kind_of_model_freezes_and_comes_back(kind: str, source: ImageSour
     with torch.inference_mode():
         assert torch.equal(live(images), model(images))
         assert not torch.allclose(frozen(images), live(images), atol=1e-3)
+
+
+def test_of_two_proposed_sets_the_one_that_costs_less_is_frozen(
+    spec: ModelSpec, source: ImageSource, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever order the sets come in; and the analysis says the same."""
+    proposed = [
+        Selection({"blocks.0.attn": np.array([True, True, False])}, 1 / 3, 0.4),
+        Selection({"blocks.1.attn": np.array([False, True, True])}, 1 / 3, 0.4),
+    ]
+    options, costs = FreezeOptions(0.4), {}
+    for index, order in enumerate((proposed[:1], proposed[1:], proposed, proposed[::-1])):
+        monkeypatch.setattr(PieceScores, "selections", lambda *_, order=order: order)
+        freezing = freeze(spec, source, tmp_path / "x.eam.safetensors", options).freezing
+        assert freezing.cost is not None
+        costs[index] = (freezing.cost.kl, freezing.heads)
+        assert analyze(spec, source, options).frozen == freezing.heads
+    assert costs[0][0] != costs[1][0]
+    assert costs[2] == costs[3] == min(costs[0], costs[1])
