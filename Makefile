@@ -19,8 +19,9 @@ demo: $(READY)
 	$(BIN)/eamdeploy run --force models/digits_deit.toml
 	$(BIN)/eamdeploy run --force models/digits_swin.toml
 
+# A worker for each core, one thread each: a test file stays with one worker, and shares what it has made
 test: lint
-	$(BIN)/pytest
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n auto --dist loadfile
 
 lint: $(READY)
 	$(BIN)/ruff check .

@@ -40,6 +40,7 @@ from eamdeploy.engines.ort import EXACT_PRODUCTS
 from eamdeploy.engines.registry import open_runner
 from eamdeploy.images import network_input
 from eamdeploy.observer import SILENT
+from eamdeploy.onnx_files import read_model
 from eamdeploy.ort_form import OrtForm
 from eamdeploy.ort_model import convert
 from eamdeploy.profiling.machine import describe_machine
@@ -123,12 +124,13 @@ def measure(arguments: argparse.Namespace, folder: Path) -> list[dict[str, objec
 
 def make_engines(arguments: argparse.Namespace, folder: Path) -> dict[str, tuple[str, dict[str, str]]]:
     """File and settings of every engine, FP32 first."""
-    data = arguments.model.read_bytes()
+    model = read_model(arguments.model)
+    data = model.model
     made: dict[str, tuple[bytes, dict[str, str]]] = {"FP32": (data, dict(OrtForm().settings))}
     if arguments.twin is not None:
         made["FP32 twin"] = (arguments.twin.read_bytes(), dict(OrtForm().settings))
     form = OrtForm(fused_attention=True, int8="dynamic")
-    ours = convert(data, form, "the model")
+    ours = convert(model, form, "the model").model
     made[f"{DYNAMIC}: neighbours fit (ours)"] = (ours, dict(form.settings))
     for name, quantize in {"8 full bits": full, "7 bits": seven, "unsigned": unsigned}.items():
         made[f"{DYNAMIC}: {name}"] = (with_weights(ours, data, quantize), dict(form.settings))
@@ -141,7 +143,8 @@ def make_engines(arguments: argparse.Namespace, folder: Path) -> dict[str, tuple
         calibration = Calibration(images, cache=folder / "ranges.json")
         for fused in (False, True):
             static = OrtForm(fused_attention=fused, int8="static")
-            made[f"{static.name} (ours)"] = (convert(data, static, "the model", calibration), dict(static.settings))
+            engine = convert(model, static, "the model", calibration).model
+            made[f"{static.name} (ours)"] = (engine, dict(static.settings))
     files = {}
     for index, (name, (engine, settings)) in enumerate(made.items()):
         (folder / f"{index}.onnx").write_bytes(engine)

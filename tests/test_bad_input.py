@@ -254,8 +254,13 @@ def test_checkpoint_that_was_altered_is_refused_unless_that_is_asked_for(
 
 
 @pytest.mark.parametrize("verify", ["--verify", "--no-verify"])
-def test_checkpoint_of_before_is_read_as_ever(run_cli: RunCli, verify: str) -> None:
-    old = Path(__file__).parents[1] / "models" / "digits_deit.eam.safetensors"
+def test_checkpoint_of_before_is_read_as_ever(run_cli: RunCli, verify: str, tmp_path: Path) -> None:
+    new, old = Path(__file__).parents[1] / "models" / "digits_deit.eam.safetensors", tmp_path / "old.eam.safetensors"
+    with safe_open(new, framework="numpy") as file:
+        header = json.loads(file.metadata()["eam"])
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a mapping)
+    del header["content_digest"], header["freezing"]["cost"]
+    save_file(tensors, old, metadata={"eam": json.dumps({**header, "format": 1})})
     done = run_cli("inspect", old, verify, "--json")
     assert done.code == 0
     assert json.loads(done.out)["details"]["unaltered"] == "not known: the file records no digest of its contents"
