@@ -19,11 +19,12 @@ from rich.console import Console
 from rich.table import Table
 from shown_model import ShownModel
 
-from eamdeploy.artifact import Record, write_bytes
+from eamdeploy.artifacts.files import write_bytes
+from eamdeploy.artifacts.records import Record
 from eamdeploy.eam.selection import GRANULARITIES, Granularity
 from eamdeploy.host.model import ModelSpec, PreprocessingOverrides
 from eamdeploy.host.options import FreezeOptions
-from eamdeploy.source import ImageSource
+from eamdeploy.images.source import ImageSource
 
 
 class Row(Record):

@@ -14,10 +14,10 @@ from floor import Arithmetic
 from numpy.typing import NDArray
 from study import Study
 
-from eamdeploy.accuracy import Predict
-from eamdeploy.engines.provenance import usable_cores
+from eamdeploy.devices.provenance import usable_cores
 from eamdeploy.engines.registry import open_runner
 from eamdeploy.errors import MissingDependency
+from eamdeploy.parity.accuracy import Predict
 from eamdeploy.profiling.timing import Call
 
 Family = Literal["peer", "ours"]

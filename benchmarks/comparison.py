@@ -17,10 +17,10 @@ from numpy.typing import NDArray
 from peer_engines import stock
 from study import Study, versions
 
-from eamdeploy.accuracy import mean_kl, same_top1, top_k_hits
-from eamdeploy.artifact import Record
-from eamdeploy.images import normalize
-from eamdeploy.profiling.machine import Machine, describe_machine
+from eamdeploy.artifacts.records import Record
+from eamdeploy.devices.machine import Machine, describe_machine
+from eamdeploy.images.preprocess import normalize
+from eamdeploy.parity.accuracy import mean_kl, same_top1, top_k_hits
 from eamdeploy.profiling.timing import (
     Call,
     Latency,

@@ -20,7 +20,7 @@ import onnxruntime
 from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper
 
-from eamdeploy.artifact import Record
+from eamdeploy.artifacts.records import Record
 from eamdeploy.errors import UnsupportedGraph
 
 Arithmetic = Literal["fp32", "int8"]

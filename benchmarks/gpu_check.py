@@ -22,16 +22,19 @@ from typing import Literal, cast, get_args
 from rich.console import Console
 from rich.table import Table
 
-from eamdeploy import build_trt, profile, show_profile
-from eamdeploy.artifact import Record
-from eamdeploy.engines.base import EngineLayers, Manifest, utc_now
-from eamdeploy.engines.provenance import machine_summary, package_versions
-from eamdeploy.engines.trt import require_device
-from eamdeploy.engines.trt_request import KeepFp32, TrtOptions
+from eamdeploy import build_trt, profile
+from eamdeploy.artifacts.records import Record
+from eamdeploy.cli import show_profile
+from eamdeploy.devices.clock import utc_now
+from eamdeploy.devices.provenance import machine_summary, package_versions
+from eamdeploy.engines.manifest import EngineLayers, Manifest
+from eamdeploy.engines.trt.backend import require_device
+from eamdeploy.engines.trt.request import KeepFp32, TrtOptions
 from eamdeploy.errors import EamDeployError, ExitCode
-from eamdeploy.parity import reference_path
-from eamdeploy.profiling.profile import Extras, Profile
+from eamdeploy.parity.reference_set import reference_path
 from eamdeploy.profiling.timing import Schedule
+from eamdeploy.records.profile import Profile
+from eamdeploy.stages.profile import Extras
 
 Precision = Literal["fp32", "fp16", "int8", "int8-fp32"]
 

@@ -24,19 +24,19 @@ from PIL import Image
 from safetensors.numpy import save_file
 
 from eamdeploy import export, freeze
-from eamdeploy.activation_ranges import Calibration
-from eamdeploy.artifact import digest_file
-from eamdeploy.build import plan_trt_build
+from eamdeploy.artifacts.files import digest_file
+from eamdeploy.convert.ranges import Calibration
 from eamdeploy.eam import checkpoint as checkpoints
 from eamdeploy.eam.records import Checkpoint, FrozenMaps
 from eamdeploy.eam.selection import sparsity_of
-from eamdeploy.engines.trt_request import TrtOptions
-from eamdeploy.engines.trt_versions import TrtVersion
+from eamdeploy.engines.trt.request import TrtOptions
+from eamdeploy.engines.trt.versions import TrtVersion
 from eamdeploy.host.model import RANDOM, ModelSpec, PreprocessingOverrides, load_model
 from eamdeploy.host.options import FreezeOptions
 from eamdeploy.host.stock_export import export_stock
-from eamdeploy.parity import ReferenceSet, reference_path
-from eamdeploy.source import ImageSource
+from eamdeploy.images.source import ImageSource
+from eamdeploy.parity.reference_set import ReferenceSet, reference_path
+from eamdeploy.stages.build_trt import plan_trt_build
 
 FORM = TrtVersion.parse("10.3")  # INT8 maps at opset 17: `build-trt` makes floats of them where they must be
 REFERENCE_IMAGES = 32

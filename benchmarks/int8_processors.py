@@ -33,18 +33,18 @@ from rich.table import Table
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 from processors import EMULATED, Kind, emulation
 
-from eamdeploy.accuracy import mean_kl, same_top1, top_k_hits
-from eamdeploy.activation_ranges import CALIBRATION_IMAGES, Calibration
-from eamdeploy.artifact import require_output, write_json
-from eamdeploy.engines.ort import EXACT_PRODUCTS
+from eamdeploy.artifacts.files import require_output, write_json
+from eamdeploy.artifacts.onnx_files import read_model
+from eamdeploy.convert.ort import convert
+from eamdeploy.convert.ort_form import OrtForm
+from eamdeploy.convert.ranges import CALIBRATION_IMAGES, Calibration
+from eamdeploy.devices.machine import describe_machine
+from eamdeploy.engines.ort.runner import EXACT_PRODUCTS
 from eamdeploy.engines.registry import open_runner
-from eamdeploy.images import network_input
+from eamdeploy.images.preprocess import network_input
+from eamdeploy.images.source import ImageSource
 from eamdeploy.observer import SILENT
-from eamdeploy.onnx_files import read_model
-from eamdeploy.ort_form import OrtForm
-from eamdeploy.ort_model import convert
-from eamdeploy.profiling.machine import describe_machine
-from eamdeploy.source import ImageSource
+from eamdeploy.parity.accuracy import mean_kl, same_top1, top_k_hits
 
 Weights = tuple[NDArray[Any], NDArray[np.float64]]
 DYNAMIC = "dynamic, fused attention"

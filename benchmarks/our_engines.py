@@ -15,11 +15,11 @@ from study import Study, code_digest
 
 import eamdeploy
 from eamdeploy import build_ort, export, freeze
-from eamdeploy.accuracy import Predict
-from eamdeploy.activation_ranges import Calibration
-from eamdeploy.engines.base import read_manifest
+from eamdeploy.convert.ort_form import OrtForm
+from eamdeploy.convert.ranges import Calibration
+from eamdeploy.engines.manifest import read_manifest
 from eamdeploy.host.options import FreezeOptions, Score
-from eamdeploy.ort_form import OrtForm
+from eamdeploy.parity.accuracy import Predict
 
 SPARSITIES = (0.0, 0.2, 0.5)
 REFERENCE_IMAGES = 16

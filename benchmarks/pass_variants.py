@@ -11,13 +11,13 @@ from floor import count_multiply_adds
 from peers import noise_images
 
 from eamdeploy import build_ort, export, freeze
-from eamdeploy.artifact import digest_bytes
+from eamdeploy.artifacts.files import digest_bytes
 from eamdeploy.errors import UnsupportedGraph
 from eamdeploy.host.model import TIMM_PREPROCESSING, ModelSpec, load_model, preprocessing_of
 from eamdeploy.host.options import FreezeOptions
 from eamdeploy.host.stock_export import Exporter, export_stock
+from eamdeploy.images.source import ImageSource
 from eamdeploy.passes.order import SWITCHABLE, with_dependents
-from eamdeploy.source import ImageSource
 
 _IMAGES = 16
 

@@ -27,13 +27,13 @@ from pass_variants import ALL, Pair, Subject, Variant, make_variants, pairs
 from passes_show import Passes, PassRow, Side, markdown, table
 from rich.console import Console
 
-from eamdeploy.artifact import require_output, write_bytes
-from eamdeploy.engines.provenance import package_versions, usable_cores
+from eamdeploy.artifacts.files import require_output, write_bytes
+from eamdeploy.devices.machine import describe_machine
+from eamdeploy.devices.provenance import package_versions, usable_cores
 from eamdeploy.engines.registry import open_runner, open_runners
 from eamdeploy.host.model import RANDOM, ModelSpec
 from eamdeploy.passes.order import SWITCHABLE
 from eamdeploy.profiling.inputs import random_images
-from eamdeploy.profiling.machine import describe_machine
 from eamdeploy.profiling.timing import (
     Call,
     Schedule,

@@ -6,8 +6,9 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from eamdeploy.artifact import RANDOM_WARNING, Record
-from eamdeploy.profiling.machine import Machine
+from eamdeploy.artifacts.card import RANDOM_WARNING
+from eamdeploy.artifacts.records import Record
+from eamdeploy.devices.machine import Machine
 from eamdeploy.profiling.timing import Latency, SpeedUp
 
 _COLUMNS = ("pass", "nodes", "multiply-adds, M", "p50 ms", "worth (95 % interval)", "verdict")

@@ -30,11 +30,11 @@ from numpy.typing import NDArray
 from safetensors.torch import save_file
 from study import Study
 
-from eamdeploy.accuracy import Predict
+from eamdeploy.convert.ort_tools import import_tool
 from eamdeploy.errors import host_packages
 from eamdeploy.host.calibrate import predict
 from eamdeploy.host.stock_export import Exporter, export_stock
-from eamdeploy.ort_tools import import_tool
+from eamdeploy.parity.accuracy import Predict
 
 OPSET = 18  # the first that both of torch's exporters write for ViT and Swin
 _NOTE = "note.txt"

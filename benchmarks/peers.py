@@ -30,8 +30,8 @@ from PIL import Image
 from rich.console import Console
 from study import Settings, Study
 
-from eamdeploy.artifact import require_output
-from eamdeploy.engines.provenance import usable_cores
+from eamdeploy.artifacts.files import require_output
+from eamdeploy.devices.provenance import usable_cores
 from eamdeploy.host.model import RANDOM, ModelSpec
 from eamdeploy.profiling.timing import Schedule
 

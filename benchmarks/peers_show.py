@@ -13,7 +13,8 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from eamdeploy.artifact import RANDOM_WARNING, write_bytes
+from eamdeploy.artifacts.card import RANDOM_WARNING
+from eamdeploy.artifacts.files import write_bytes
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -33,12 +33,13 @@ from rich.console import Console
 from rich.table import Table
 from shown_model import ShownModel
 
-from eamdeploy.artifact import Record, write_json
-from eamdeploy.engines.provenance import machine_summary, package_versions, usable_cores
+from eamdeploy.artifacts.files import write_json
+from eamdeploy.artifacts.records import Record
+from eamdeploy.devices.provenance import machine_summary, package_versions, usable_cores
 from eamdeploy.host.model import RANDOM, ModelSpec, PreprocessingOverrides
 from eamdeploy.host.options import FreezeOptions
 from eamdeploy.host.scoring import HEAD_IMAGES, PieceScores
-from eamdeploy.source import ImageSource
+from eamdeploy.images.source import ImageSource
 
 Pieces = dict[str, NDArray[np.bool_]]
 

@@ -11,7 +11,6 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from eamdeploy.accuracy import Evaluation, measure_accuracy
 from eamdeploy.eam.selection import Selection
 from eamdeploy.host.attention import Constants, attention_sites, freeze_attention
 from eamdeploy.host.calibrate import look, predict
@@ -21,8 +20,9 @@ from eamdeploy.host.model import ModelSpec, PreprocessingOverrides, load_model, 
 from eamdeploy.host.options import FreezeOptions
 from eamdeploy.host.scoring import PieceScores, score_pieces
 from eamdeploy.host.sites import window_maps
+from eamdeploy.images.source import ImageSource
 from eamdeploy.observer import SILENT
-from eamdeploy.source import ImageSource
+from eamdeploy.parity.accuracy import Evaluation, measure_accuracy
 
 BATCH = 16
 

@@ -18,15 +18,16 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from eamdeploy.accuracy import Predict
-from eamdeploy.artifact import Preprocessing, digest_bytes, digest_file, write_bytes
-from eamdeploy.engines.provenance import package_versions
-from eamdeploy.folder import folder_digest
+from eamdeploy.artifacts.card import Preprocessing
+from eamdeploy.artifacts.files import digest_bytes, digest_file, write_bytes
+from eamdeploy.devices.provenance import package_versions
 from eamdeploy.host.calibrate import predict
 from eamdeploy.host.model import RANDOM, ModelSpec, PreprocessingOverrides, load_model, preprocessing_of
-from eamdeploy.images import normalize
+from eamdeploy.images.folder import folder_digest
+from eamdeploy.images.preprocess import normalize
+from eamdeploy.images.source import ImageSource
 from eamdeploy.observer import SILENT
-from eamdeploy.source import ImageSource
+from eamdeploy.parity.accuracy import Predict
 
 REFERENCE_BATCH = 16
 _ALSO_DECIDE = ("openvino", "nncf")  # versions that the package's own list leaves out

@@ -12,18 +12,18 @@ from importlib import import_module, metadata
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from eamdeploy.build import build_ort as build_ort
-    from eamdeploy.build import build_trt as build_trt
-    from eamdeploy.diagnosis import doctor as doctor
-    from eamdeploy.evaluation import evaluate as evaluate
-    from eamdeploy.host.exporting import export as export
-    from eamdeploy.host.freezing import analyze as analyze
-    from eamdeploy.host.freezing import freeze as freeze
-    from eamdeploy.host.freezing import pack as pack
-    from eamdeploy.inspection import inspect as inspect
-    from eamdeploy.pipeline import run as run
-    from eamdeploy.profiling.profile import profile as profile
-    from eamdeploy.reporting.report import report as report
+    from eamdeploy.pipeline.run import run as run
+    from eamdeploy.stages.analyze import analyze as analyze
+    from eamdeploy.stages.build_ort import build_ort as build_ort
+    from eamdeploy.stages.build_trt import build_trt as build_trt
+    from eamdeploy.stages.doctor import doctor as doctor
+    from eamdeploy.stages.evaluate import evaluate as evaluate
+    from eamdeploy.stages.export import export as export
+    from eamdeploy.stages.freeze import freeze as freeze
+    from eamdeploy.stages.inspect import inspect as inspect
+    from eamdeploy.stages.pack import pack as pack
+    from eamdeploy.stages.profile import profile as profile
+    from eamdeploy.stages.report import report as report
 
 try:
     __version__ = metadata.version("eamdeploy")
@@ -31,18 +31,18 @@ except metadata.PackageNotFoundError:  # a copy of the source on the path of a m
     __version__ = "not installed"
 
 _STAGES = {
-    "analyze": "eamdeploy.host.freezing",
-    "freeze": "eamdeploy.host.freezing",
-    "pack": "eamdeploy.host.freezing",
-    "export": "eamdeploy.host.exporting",
-    "build_ort": "eamdeploy.build",
-    "build_trt": "eamdeploy.build",
-    "evaluate": "eamdeploy.evaluation",
-    "profile": "eamdeploy.profiling.profile",
-    "report": "eamdeploy.reporting.report",
-    "run": "eamdeploy.pipeline",
-    "inspect": "eamdeploy.inspection",
-    "doctor": "eamdeploy.diagnosis",
+    "analyze": "eamdeploy.stages.analyze",
+    "freeze": "eamdeploy.stages.freeze",
+    "pack": "eamdeploy.stages.pack",
+    "export": "eamdeploy.stages.export",
+    "build_ort": "eamdeploy.stages.build_ort",
+    "build_trt": "eamdeploy.stages.build_trt",
+    "evaluate": "eamdeploy.stages.evaluate",
+    "profile": "eamdeploy.stages.profile",
+    "report": "eamdeploy.stages.report",
+    "run": "eamdeploy.pipeline.run",
+    "inspect": "eamdeploy.stages.inspect",
+    "doctor": "eamdeploy.stages.doctor",
 }
 
 __all__ = [*_STAGES, "__version__"]

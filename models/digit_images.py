@@ -16,7 +16,8 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from eamdeploy.artifact import Preprocessing, write_bytes
+from eamdeploy.artifacts.card import Preprocessing
+from eamdeploy.artifacts.files import write_bytes
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 CALIBRATE = Path("calib_data/digits/calibrate")

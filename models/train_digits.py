@@ -37,7 +37,7 @@ from digit_images import (
 )
 from numpy.typing import NDArray
 
-from eamdeploy.artifact import digest_file, write_bytes
+from eamdeploy.artifacts.files import digest_file, write_bytes
 
 PACKAGES = ("torch", "timm", "numpy", "pillow", "scikit-learn")
 

@@ -47,9 +47,9 @@ def eam_checkpoint(tmp_path_factory: pytest.TempPathFactory, tiny_weights: Path,
     from tiny_models import KWARGS, NAME
 
     from eamdeploy import freeze
-    from eamdeploy.host.freezing import FreezeOptions
     from eamdeploy.host.model import ModelSpec
-    from eamdeploy.source import ImageSource
+    from eamdeploy.host.options import FreezeOptions
+    from eamdeploy.images.source import ImageSource
 
     output = tmp_path_factory.mktemp("checkpoint") / "tiny.eam.safetensors"
     options = FreezeOptions(sparsity=0.5, score="random", seed=3)
@@ -61,7 +61,7 @@ def eam_checkpoint(tmp_path_factory: pytest.TempPathFactory, tiny_weights: Path,
 def eam_model(tmp_path_factory: pytest.TempPathFactory, eam_checkpoint: Path, pictures: Path) -> Path:
     """That checkpoint as `tiny.onnx`, with its unfrozen twin `base.onnx` and both reference sets beside it."""
     from eamdeploy import export
-    from eamdeploy.source import ImageSource
+    from eamdeploy.images.source import ImageSource
 
     output = tmp_path_factory.mktemp("model") / "tiny.onnx"
     export(eam_checkpoint, output, baseline=output.with_name("base.onnx"), images=ImageSource(pictures))
@@ -82,7 +82,7 @@ def eam_engine(tmp_path_factory: pytest.TempPathFactory, eam_model: Path) -> Pat
 @pytest.fixture
 def run_cli(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> RunCli:
     """Runs `eamdeploy` with the given arguments in this process."""
-    from eamdeploy.cli import main
+    from eamdeploy.cli.app import main
 
     def run(*arguments: object) -> Outcome:
         capsys.readouterr()

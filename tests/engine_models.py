@@ -10,14 +10,15 @@ import onnx
 from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper
 
-from eamdeploy.artifact import CARD_KEY, Freezing, ModelCard, Preprocessing
-from eamdeploy.engines.base import Manifest, ProviderName
-from eamdeploy.images import normalize
+from eamdeploy.artifacts.card import CARD_KEY, Freezing, ModelCard, Preprocessing
+from eamdeploy.convert.ort_form import OrtForm
+from eamdeploy.engines.manifest import Manifest, ProviderName
+from eamdeploy.images.preprocess import normalize
 from eamdeploy.observer import SILENT
-from eamdeploy.ort_build import Request
-from eamdeploy.ort_build import build as build_form
-from eamdeploy.ort_form import OrtForm
-from eamdeploy.parity import TOLERANCES, ReferenceSet
+from eamdeploy.parity.gate import TOLERANCES
+from eamdeploy.parity.reference_set import ReferenceSet
+from eamdeploy.stages.ort_forms import Request
+from eamdeploy.stages.ort_forms import build as build_form
 
 SIZE, PATCH, N, D, HEADS, CLASSES = 8, 4, 4, 16, 2, 5
 HEAD_SIZE = D // HEADS

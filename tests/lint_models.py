@@ -9,7 +9,7 @@ import onnx
 from numpy.typing import NDArray
 from onnx import helper, numpy_helper, parser
 
-from eamdeploy.engines.trt_versions import TrtVersion
+from eamdeploy.engines.trt.versions import TrtVersion
 from eamdeploy.lint.base import Finding
 from eamdeploy.lint.linter import lint
 

@@ -8,7 +8,7 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from eamdeploy.artifact import Freezing
+from eamdeploy.artifacts.card import Freezing
 from eamdeploy.eam.quantizers import Bits, Quantizer, quantize_rows
 from eamdeploy.eam.records import AttentionShape, Checkpoint, FrozenMaps, spread_mask
 from eamdeploy.eam.selection import Granularity

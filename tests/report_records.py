@@ -10,21 +10,23 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from eamdeploy.artifact import Freezing, ModelCard, Preprocessing, Record
+from eamdeploy.artifacts.card import Freezing, ModelCard, Preprocessing
+from eamdeploy.artifacts.records import Record
 from eamdeploy.devices.base import DeviceState
+from eamdeploy.devices.machine import Machine
 from eamdeploy.eam.analysis import Analysis
 from eamdeploy.eam.records import AttentionShape, Calibration
-from eamdeploy.engines.base import DeviceBuild, EngineLayers, EngineSize, FrozenMapLayer, LatencySplit, Manifest
-from eamdeploy.evaluation import EvaluationReport
-from eamdeploy.host.export_record import Export, ExportedModel
-from eamdeploy.host.gain import Gain
-from eamdeploy.parity import ParityReport
+from eamdeploy.engines.manifest import DeviceBuild, EngineLayers, EngineSize, FrozenMapLayer, Manifest
+from eamdeploy.engines.runner import LatencySplit
+from eamdeploy.parity.gate import ParityReport
 from eamdeploy.profiling.fresh_process import ColdStart, Memory
-from eamdeploy.profiling.machine import Machine
 from eamdeploy.profiling.power import Power
-from eamdeploy.profiling.profile import EngineProfile, Profile, summarize_card
 from eamdeploy.profiling.streams import Throughput
 from eamdeploy.profiling.timing import Latency, SpeedUp
+from eamdeploy.records.evaluation import EvaluationReport
+from eamdeploy.records.export import Export, ExportedModel
+from eamdeploy.records.gain import Gain
+from eamdeploy.records.profile import EngineProfile, Profile, summarize_card
 from eamdeploy.remote.profile import RemoteFailure, RemoteProfiles
 
 MODEL = "deit_made_up_patch16_224"

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from onnx import numpy_helper
 
 from eamdeploy.graph.model import to_graph, to_model
-from eamdeploy.parity import TOLERANCES, compare
+from eamdeploy.parity.gate import TOLERANCES, compare
 from eamdeploy.passes.base import Pass, PassResult, PlannedPass, run_passes
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import onnx
 from onnx import numpy_helper
 
-from eamdeploy.parity import ReferenceSet, reference_path
+from eamdeploy.parity.reference_set import ReferenceSet, reference_path
 
 Place = Callable[[int, onnx.TensorProto], str]
 """The data file of a tensor, by its number and itself."""

@@ -29,7 +29,7 @@ from tiny_models import KWARGS, NAME, SWIN_KWARGS, SWIN_NAME, make_model, save_w
 from eamdeploy import freeze as freeze_model
 from eamdeploy.host.model import ModelSpec
 from eamdeploy.host.options import FreezeOptions
-from eamdeploy.source import ImageSource
+from eamdeploy.images.source import ImageSource
 
 MODEL = ["--model", NAME, "--model-kwargs", *(f"{key}={value}" for key, value in KWARGS.items())]
 FAST = ["--score", "variance"]

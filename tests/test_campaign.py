@@ -27,9 +27,9 @@ from hostile.tally import Finding, Tally
 from hostile.workers import judge_all
 from report_records import rich_records, write_all
 
-from eamdeploy.artifact import digest_file
+from eamdeploy.artifacts.files import digest_file
 from eamdeploy.errors import CheckpointError, ConfigError
-from eamdeploy.parity import reference_path
+from eamdeploy.parity.reference_set import reference_path
 
 SHARE = 220
 

@@ -14,9 +14,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from eamdeploy.cli_options import parse_model_kwargs, split_model_kwargs
+from eamdeploy.cli.options import parse_model_kwargs, split_model_kwargs
 from eamdeploy.eam import checkpoint as checkpoints
-from eamdeploy.run_config import load_config
+from eamdeploy.pipeline.config import load_config
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 README = REPOSITORY / "models/README.md"

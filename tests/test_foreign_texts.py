@@ -14,19 +14,20 @@ from command_line import RunCli, only_error
 from engine_models import make_frozen_model
 from tiny_models import KWARGS, NAME
 
-from eamdeploy.artifact import Record, printable
-from eamdeploy.build import build_ort, plan_trt_build
+from eamdeploy.artifacts.records import Record, printable
+from eamdeploy.convert.ort_form import OrtForm
 from eamdeploy.eam import checkpoint as checkpoints
-from eamdeploy.engines.base import manifest_path
+from eamdeploy.engines.manifest import manifest_path
 from eamdeploy.engines.registry import open_runner
-from eamdeploy.engines.trt_request import TrtOptions
-from eamdeploy.engines.trt_versions import TrtVersion
+from eamdeploy.engines.trt.request import TrtOptions
+from eamdeploy.engines.trt.versions import TrtVersion
 from eamdeploy.errors import CheckpointError, EngineError
 from eamdeploy.graph.texts import has_only_text
-from eamdeploy.inspection import inspect
 from eamdeploy.lint.linter import lint_file
-from eamdeploy.ort_form import OrtForm
-from eamdeploy.parity import reference_path
+from eamdeploy.parity.reference_set import reference_path
+from eamdeploy.stages.build_ort import build_ort
+from eamdeploy.stages.build_trt import plan_trt_build
+from eamdeploy.stages.inspect import inspect
 
 STRANGE = "\udcff\udcfe"
 """What Python makes of the bytes FF FE in a file's name."""

@@ -15,12 +15,13 @@ from command_line import RunCli, only_error
 from engine_models import make_frozen_model
 from onnx import numpy_helper
 
-from eamdeploy.build import build_ort, plan_trt_build
-from eamdeploy.engines.trt_request import TrtOptions
-from eamdeploy.engines.trt_versions import TrtVersion
+from eamdeploy.convert.ort_form import OrtForm
+from eamdeploy.engines.trt.request import TrtOptions
+from eamdeploy.engines.trt.versions import TrtVersion
 from eamdeploy.errors import CheckpointError, EngineError
 from eamdeploy.host.maps_file import read_maps
-from eamdeploy.ort_form import OrtForm
+from eamdeploy.stages.build_ort import build_ort
+from eamdeploy.stages.build_trt import plan_trt_build
 
 
 @pytest.mark.parametrize("label", ["9" * 5000, "-" + "1" * 4301, "9" * 19])

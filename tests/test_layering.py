@@ -19,167 +19,86 @@ from split_models import copy_reference, split, three_files
 from tiny_models import NAME
 
 import eamdeploy
-from eamdeploy.diagnosis import Diagnosis
-from eamdeploy.engines.base import Manifest
-from eamdeploy.evaluation import EvaluationReport
-from eamdeploy.inspection import Inspection
-from eamdeploy.onnx_files import model_files
-from eamdeploy.parity import reference_path
-from eamdeploy.profiling.profile import Profile
+from eamdeploy.artifacts.onnx_files import model_files
+from eamdeploy.engines.manifest import Manifest
+from eamdeploy.parity.reference_set import reference_path
+from eamdeploy.records.diagnosis import Diagnosis
+from eamdeploy.records.evaluation import EvaluationReport
+from eamdeploy.records.profile import Profile
+from eamdeploy.stages.inspect import Inspection
 
 ROOT = Path(eamdeploy.__file__).parent
 
-# A line may import those above it that it names, and itself; so imports go one way.
-LAYERS: dict[str, set[str]] = {
+# A room may import the rooms that it names, all of which stand above it, and itself: imports go one way.
+ROOMS: dict[str, set[str]] = {
     "errors": set(),
     "observer": set(),
-    "seal": {"errors"},
-    "file_kinds": set(),
-    "artifact": {"errors", "file_kinds", "seal"},
-    "onnx_wire": set(),
-    "onnx_files": {"artifact", "errors", "onnx_wire"},
-    "npz": {"errors", "file_kinds"},
-    "documents": {"errors", "file_kinds", "seal"},
-    "run_state": {"artifact"},
-    "class_labels": {"errors"},
-    "folder": {"artifact", "class_labels", "errors"},
-    "images": {"artifact", "errors", "file_kinds", "folder"},
-    "source": {"artifact", "class_labels", "errors", "file_kinds", "folder", "images", "observer"},
-    "parity": {"artifact", "errors", "npz", "seal"},
-    "accuracy": {"artifact", "errors", "folder", "images"},
-    "eam": {"artifact", "errors", "file_kinds", "seal"},
-    "graph": {"artifact", "errors", "onnx_files", "onnx_wire"},
+    "artifacts": {"errors"},
+    "eam": {"artifacts", "errors"},
+    "graph": {"artifacts", "errors"},
+    "images": {"artifacts", "errors", "observer"},
+    "devices": {"artifacts", "errors"},
+    "parity": {"artifacts", "errors", "images"},
     "passes": {"eam", "errors", "graph"},
-    "devices": {"artifact", "errors"},
-    "engines": {"accuracy", "artifact", "devices", "errors", "file_kinds", "images", "onnx_files", "parity"},
-    "ort_tools": set(),
-    "activation_ranges": {
-        *("artifact", "engines", "errors", "folder", "graph", "images", "observer", "onnx_files", "ort_tools"),
-        "source",
-    },
-    "ort_form": {"engines", "errors"},
-    "ort_int8": {"errors", "graph", "onnx_files", "ort_tools"},
-    "ort_model": {
-        *("activation_ranges", "artifact", "errors", "graph", "observer", "onnx_files", "ort_form", "ort_int8"),
-        "passes",
-    },
-    "trt_flavour": {"engines", "graph", "passes"},
-    "trt_half": {"engines", "graph", "ort_tools"},
-    "trt_model": {
-        *("activation_ranges", "artifact", "engines", "errors", "graph", "observer", "onnx_files", "passes"),
-        *("trt_flavour", "trt_half"),
-    },
-    "lint": {"artifact", "engines", "errors", "file_kinds", "graph", "onnx_files"},
-    "profiling": {"artifact", "devices", "engines", "errors", "observer", "onnx_files", "parity"},
-    "remote": {"artifact", "engines", "errors", "observer", "onnx_files", "profiling"},
-    "diagnosis": {"artifact", "devices", "engines", "errors", "profiling"},
+    "engines": {"artifacts", "devices", "errors", "images", "parity"},
+    "convert": {"artifacts", "devices", "engines", "errors", "graph", "images", "observer", "passes"},
+    "lint": {"artifacts", "engines", "errors", "graph"},
+    "profiling": {"artifacts", "devices", "engines", "errors"},
+    "records": {"artifacts", "devices", "engines", "images", "parity", "profiling"},
     "host": {
-        *("accuracy", "artifact", "eam", "engines", "errors", "file_kinds", "folder", "graph", "images", "npz"),
-        *("observer", "onnx_files", "parity", "passes", "profiling", "source", "trt_flavour"),
+        *("artifacts", "devices", "eam", "engines", "errors", "graph", "images", "observer", "parity", "passes"),
+        *("profiling", "records"),
     },
-    "ort_build": {
-        *("activation_ranges", "artifact", "engines", "errors", "observer", "onnx_files", "ort_form", "ort_model"),
-        *("parity", "profiling"),
-    },
-    "build": {
-        *(
-            "activation_ranges",
-            "artifact",
-            "engines",
-            "errors",
-            "observer",
-            "onnx_files",
-            "ort_build",
-            "ort_form",
-            "parity",
-        ),
-        "trt_model",
-    },
-    "evaluation": {
-        *("accuracy", "artifact", "class_labels", "eam", "engines", "errors", "host", "observer", "onnx_files"),
-        "source",
-    },
-    "inspection": {
-        *("artifact", "diagnosis", "documents", "eam", "engines", "errors", "onnx_files", "parity", "profiling"),
-        "remote",
-    },
+    "remote": {"artifacts", "devices", "engines", "errors", "observer", "records"},
     "reporting": {
-        *("artifact", "documents", "eam", "engines", "errors", "evaluation", "host", "parity", "profiling"),
-        *("remote", "run_state"),
+        *("artifacts", "devices", "eam", "engines", "errors", "parity", "profiling", "records", "remote"),
     },
-    "run_config": {"artifact", "class_labels", "engines", "errors", "file_kinds", "folder", "ort_form"},
-    "run_stage": {"engines", "onnx_files", "run_config", "source"},
-    "run_host": {
-        *("artifact", "errors", "folder", "host", "observer", "parity", "reporting", "run_config", "run_stage"),
-        "source",
-    },
-    "run_engines": {
-        *("activation_ranges", "build", "eam", "engines", "evaluation", "folder", "observer", "onnx_files"),
-        *("ort_form", "parity", "profiling", "run_config", "run_stage"),
+    "stages": {
+        *("artifacts", "convert", "devices", "eam", "engines", "errors", "graph", "host", "images", "observer"),
+        *("parity", "passes", "profiling", "records", "remote", "reporting"),
     },
     "pipeline": {
-        *("artifact", "eam", "errors", "evaluation", "observer", "onnx_files", "profiling", "reporting"),
-        *("run_config", "run_engines", "run_host", "run_stage", "run_state"),
+        *("artifacts", "convert", "devices", "eam", "engines", "errors", "host", "images", "observer", "parity"),
+        *("profiling", "records", "reporting", "stages"),
     },
-    "show_profile": {"artifact", "devices", "profiling"},
-    "show": {
-        *("artifact", "diagnosis", "eam", "engines", "evaluation", "host", "inspection", "lint", "pipeline"),
-        *("reporting", "show_profile"),
-    },
-    "console": {"artifact"},
-    "cli_options": {"class_labels", "devices", "eam", "engines", "errors"},
     "cli": {
-        *("activation_ranges", "artifact", "build", "cli_options", "console", "diagnosis", "engines", "errors"),
-        *("evaluation", "host", "inspection", "lint", "ort_form", "pipeline", "profiling", "remote", "reporting"),
-        *("run_config", "show", "show_profile", "source"),
+        *("artifacts", "convert", "devices", "eam", "engines", "errors", "host", "images", "lint", "pipeline"),
+        *("profiling", "records", "remote", "reporting", "stages"),
     },
 }
-HOST_ONLY = {"graph", "passes", "host", "lint", "ort_int8", "ort_model", "trt_flavour", "trt_half", "trt_model"}
+# What a board does not run: rooms, and modules of rooms that a board does run.
+HOST_ONLY = {
+    *("graph", "passes", "host", "lint"),
+    *("convert.ort", "convert.ort_int8", "convert.trt", "convert.trt_half", "convert.trt_passes"),
+    *("stages.analyze", "stages.freeze", "stages.pack", "stages.export"),
+}
 
-# Where a package may be imported: modules, or whole layers.
+# Where a package may be imported: modules, folders of modules, or whole rooms.
 PACKAGES: dict[str, set[str]] = {
-    "numpy": set(LAYERS),
-    "pydantic": {
-        *("artifact", "devices", "eam", "engines", "host", "inspection", "profiling", "remote"),
-        *("run_config", "run_state"),
-    },
+    "numpy": set(ROOMS),
+    "pydantic": {"artifacts", "devices", "eam", "engines", "pipeline", "profiling", "records", "remote", "stages"},
     "PIL": {"images"},
-    "psutil": {"diagnosis", "profiling"},
-    "rich": {"cli", "console", "show", "show_profile"},
-    "typer": {"cli", "cli_options"},
-    "tomli": {"run_config"},
-    "tomllib": {"run_config"},  # Python's own from 3.11
-    "onnxruntime": {
-        *("engines.ort", "engines.ort_providers", "engines.registry", "graph.model", "graph.running", "ort_tools"),
-    },
+    "psutil": {"devices.machine", "profiling", "stages.doctor"},
+    "rich": {"cli"},
+    "typer": {"cli"},
+    "tomli": {"pipeline.config"},
+    "tomllib": {"pipeline.config"},  # Python's own from 3.11
+    "onnxruntime": {"convert.ort_tools", "engines.ort", "engines.registry", "graph.model", "graph.running"},
     "torch": {"host"},
     "timm": {"host"},
-    "onnx": {
-        "activation_ranges",
-        "graph",
-        "host",
-        "inspection",
-        "lint",
-        "ort_int8",
-        "ort_model",
-        "passes",
-        "trt_flavour",
-        "trt_half",
-        "trt_model",
-    },
-    "onnx_graphsurgeon": {"graph", "ort_int8", "ort_model", "passes"},
+    "onnx": {"convert", "graph", "host", "lint", "passes", "stages.inspect"},
+    "onnx_graphsurgeon": {"convert", "graph", "passes"},
     "safetensors": {"eam.checkpoint", "host"},
-    "matplotlib": {"reporting.heatmap"},
-    "jinja2": {"reporting.page"},
-    "markupsafe": {"reporting.page"},
+    "matplotlib": {"reporting.draw"},
+    "jinja2": {"reporting.write"},
+    "markupsafe": {"reporting.write"},
     "tensorrt": {"engines.trt"},
     "jtop": {"devices.jtop"},
     "pynvml": {"devices.cuda"},
 }
 BASE = {"numpy", "pydantic", "PIL", "psutil", "rich", "typer", "tomli", "tomllib", "onnxruntime"}
 BLOCKED = sorted(PACKAGES.keys() - BASE)
-SHARED = {"__init__", "base", "proof", "provenance", "registry"}
-BACKENDS = {path.stem for path in (ROOT / "engines").glob("*.py")} - SHARED
+BACKENDS = {"ort", "trt"}
 
 Place = Literal["top", "function", "typing"]
 
@@ -194,8 +113,31 @@ class Import:
     place: Place
 
     @property
-    def layers(self) -> tuple[str, str]:
-        return self.importer.partition(".")[0], self.imported.partition(".")[0]
+    def rooms(self) -> tuple[str, str]:
+        return room_of(self.importer), room_of(self.imported)
+
+    @property
+    def advice(self) -> str:
+        """What to import instead."""
+        if not self.ours:
+            places = ", ".join(f"eamdeploy.{place}" for place in sorted(PACKAGES.get(self.imported, ())))
+            return f"{self.importer}: {self.imported} belongs in {places or 'no room yet'}; call a function of that room"
+        room, other = self.rooms
+        allowed = ", ".join(sorted(ROOMS[room]))
+        return (
+            f"{self.importer} imports {self.imported}: {room} may import {allowed or 'nothing of ours'}. Move what both "
+            f"need below {room}, or give it to the function as an argument: {other} stands above or beside."
+        )
+
+
+def room_of(module: str) -> str:
+    return module.partition(".")[0]
+
+
+def lies_in(module: str, places: set[str]) -> bool:
+    """Whether `places` names the module, a folder that it lies in, or its room."""
+    parts = module.split(".")
+    return any(".".join(parts[:length]) in places for length in range(1, len(parts) + 1))
 
 
 def imports_in(source: str, importer: str) -> Iterator[Import]:
@@ -247,7 +189,7 @@ def test_the_scan_sees_every_kind_of_import() -> None:
         "import os, torch.nn\n"
         "from eamdeploy.eam import checkpoint as c\n"
         "from eamdeploy.eam.maps import check_maps\n"
-        "from eamdeploy import show\n"
+        "from eamdeploy.cli import show\n"
         "if TYPE_CHECKING:\n    import timm\n"
         "class A:\n    def f(self):\n        with x:\n            from onnx import helper\n"
     )
@@ -255,41 +197,44 @@ def test_the_scan_sees_every_kind_of_import() -> None:
         ("torch", False, "top"),
         ("eam.checkpoint", True, "top"),
         ("eam.maps", True, "top"),
-        ("show", True, "top"),
+        ("cli.show", True, "top"),
         ("timm", False, "typing"),
         ("onnx", False, "function"),
     ]
     assert len(ALL_IMPORTS) > 200
 
 
-def test_every_module_belongs_to_a_layer_and_layers_go_one_way() -> None:
-    assert {name.partition(".")[0] for name in modules()} == set(LAYERS)
+def test_every_module_belongs_to_a_room_and_rooms_go_one_way() -> None:
+    assert {room_of(name) for name in modules()} == set(ROOMS)
     above: set[str] = set()
-    for layer, allowed in LAYERS.items():
-        assert allowed <= above, f"{layer} imports what comes after it"
-        above.add(layer)
+    for room, allowed in ROOMS.items():
+        assert allowed <= above, f"{room} imports what comes after it"
+        above.add(room)
 
 
-def test_modules_import_only_the_layers_they_may() -> None:
-    wrong = [
-        each for each in ALL_IMPORTS if each.ours and each.layers[1] not in {each.layers[0], *LAYERS[each.layers[0]]}
-    ]
-    assert wrong == []
+def test_modules_import_only_the_rooms_they_may() -> None:
+    wrong = [each for each in ALL_IMPORTS if each.ours and each.rooms[1] not in {each.rooms[0], *ROOMS[each.rooms[0]]}]
+    assert not wrong, "\n".join(each.advice for each in wrong)
+
+
+def test_the_advice_names_what_may_be_imported() -> None:
+    upward = Import("graph.model", "stages.export", True, "top")
+    assert "graph may import artifacts, errors" in upward.advice
+    package = Import("graph.model", "torch", False, "top")
+    assert "torch belongs in eamdeploy.host" in package.advice
 
 
 def test_every_arrow_of_the_table_is_needed() -> None:
-    used = {each.layers for each in ALL_IMPORTS if each.ours}
-    arrows = {(layer, other) for layer, allowed in LAYERS.items() for other in allowed}
+    used = {each.rooms for each in ALL_IMPORTS if each.ours}
+    arrows = {(room, other) for room, allowed in ROOMS.items() for other in allowed}
     assert arrows - used == set()
 
 
 def test_packages_are_imported_only_where_they_may_be() -> None:
     wrong = [
-        each
-        for each in ALL_IMPORTS
-        if not each.ours and not PACKAGES.get(each.imported, set()) & {each.importer, each.layers[0]}
+        each for each in ALL_IMPORTS if not each.ours and not lies_in(each.importer, PACKAGES.get(each.imported, set()))
     ]
-    assert wrong == []
+    assert not wrong, "\n".join(each.advice for each in wrong)
 
 
 def test_what_a_board_runs_imports_the_host_inside_functions_only() -> None:
@@ -297,21 +242,35 @@ def test_what_a_board_runs_imports_the_host_inside_functions_only() -> None:
         each
         for each in ALL_IMPORTS
         if each.place == "top"
-        and each.layers[0] not in HOST_ONLY
-        and ((each.ours and each.layers[1] in HOST_ONLY) or each.imported in BLOCKED)
+        and not lies_in(each.importer, HOST_ONLY)
+        and ((each.ours and lies_in(each.imported, HOST_ONLY)) or each.imported in BLOCKED)
     ]
-    assert wrong == []
+    assert not wrong, "\n".join(f"{each.importer} imports {each.imported}: do so inside a function" for each in wrong)
 
 
-def test_backends_import_base_and_never_each_other() -> None:
-    """A backend is a file and those whose names go on from its: `trt`, `trt_build`, …"""
-    assert {"ort", "trt"} <= BACKENDS
+def test_backends_never_import_each_other() -> None:
+    folders = {path.name for path in (ROOT / "engines").iterdir() if path.is_dir() and path.name[0] != "_"}
+    assert folders == BACKENDS
     for each in ALL_IMPORTS:
-        importer, imported = (name.removeprefix("engines.") for name in (each.importer, each.imported))
-        if importer in BACKENDS and each.imported.startswith("engines."):
-            assert imported in ("base", "provenance") or imported.partition("_")[0] == importer.partition("_")[0], each
+        for backend in BACKENDS:
+            if each.importer.startswith(f"engines.{backend}."):
+                others = {f"engines.{other}" for other in BACKENDS - {backend}} | {"engines.registry"}
+                assert not lies_in(each.imported, others), f"{each.importer} imports {each.imported}"
     registry = [each for each in ALL_IMPORTS if each.importer == "engines.registry"]
-    assert all(each.place == "function" for each in registry if each.imported.removeprefix("engines.") in BACKENDS)
+    assert all(
+        each.place == "function"
+        for each in registry
+        if lies_in(each.imported, {f"engines.{backend}" for backend in BACKENDS})
+    )
+
+
+def test_no_module_is_too_long_to_hold_in_the_head() -> None:
+    lengths = {name: len(path.read_text().splitlines()) for name, path in modules().items()}
+    assert {name: length for name, length in lengths.items() if length > 400} == {}
+
+
+def test_at_the_root_is_only_what_everybody_uses() -> None:
+    assert {path.stem for path in ROOT.glob("*.py")} == {"__init__", "errors", "observer"}
 
 
 def test_packages_are_empty_files_but_for_the_lazy_first_one() -> None:
@@ -345,7 +304,7 @@ for name in modules:
         importlib.import_module(f"eamdeploy.{name}")
     except Exception as err:
         failures[name] = repr(err)
-from eamdeploy.cli import main
+from eamdeploy.cli.app import main
 
 outcomes = []
 for command in commands:
@@ -401,7 +360,7 @@ for name in {BLOCKED!r}:
 
 
 def test_every_board_module_and_every_help_works_without_the_host_packages(board: dict[str, str]) -> None:
-    names = [name for name in modules() if name.partition(".")[0] not in HOST_ONLY]
+    names = [name for name in modules() if not lies_in(name, HOST_ONLY) and not name.endswith("__main__")]
     result = run_on(board, names, [["--help"], ["--version"], *([command, "--help"] for command in COMMANDS)])
     assert result["failures"] == {}
     for command, (code, out, err) in zip(["", "", *COMMANDS], result["outcomes"], strict=True):
@@ -486,7 +445,7 @@ def test_a_board_uses_models_of_several_files(
     folder.mkdir()
     path = split(onnx.load(eam_model), folder / eam_model.name, three_files, gap=1)
     copy_reference(eam_model, folder)
-    small = "import eamdeploy.onnx_files as f; f.ONE_FILE_BYTES = 10_000\n"
+    small = "import eamdeploy.artifacts.onnx_files as f; f.ONE_FILE_BYTES = 10_000\n"
     (tmp_path / "large").mkdir()
     (tmp_path / "large" / "sitecustomize.py").write_text(BLOCKER + small)
     large = {**board, "PYTHONPATH": os.pathsep.join([str(tmp_path / "large"), board["PYTHONPATH"]])}

@@ -18,25 +18,27 @@ from onnx import numpy_helper
 from split_models import LAYOUTS, constants, copy_reference, split, three_files
 from tiny_models import make_model
 
-from eamdeploy import build_ort, export, onnx_files
-from eamdeploy.activation_ranges import Calibration
-from eamdeploy.artifact import digest_file
-from eamdeploy.engines.base import manifest_path, read_manifest
+from eamdeploy import build_ort, export
+from eamdeploy.artifacts import onnx_files, onnx_output
+from eamdeploy.artifacts.files import digest_file
+from eamdeploy.artifacts.onnx_files import data_path, digest_model, model_bytes, model_files
+from eamdeploy.convert.ort_form import AS_EXPORTED, OrtForm, candidates
+from eamdeploy.convert.ranges import Calibration
+from eamdeploy.convert.trt import prepare
+from eamdeploy.engines.manifest import manifest_path, read_manifest
 from eamdeploy.engines.registry import open_runner
-from eamdeploy.engines.trt_request import TrtOptions
-from eamdeploy.engines.trt_versions import TrtVersion
+from eamdeploy.engines.trt.request import TrtOptions
+from eamdeploy.engines.trt.versions import TrtVersion
 from eamdeploy.errors import EngineError, ParityError, UnsupportedGraph
 from eamdeploy.graph.weights import Slim, serialize
-from eamdeploy.inspection import inspect
+from eamdeploy.images.source import ImageSource
 from eamdeploy.lint.linter import lint_file
 from eamdeploy.observer import SILENT
-from eamdeploy.onnx_files import data_path, digest_model, model_bytes, model_files
-from eamdeploy.ort_build import Request, build
-from eamdeploy.ort_form import AS_EXPORTED, OrtForm, candidates
-from eamdeploy.parity import ReferenceSet, reduced_tolerance, reference_path
+from eamdeploy.parity.gate import reduced_tolerance
+from eamdeploy.parity.reference_set import ReferenceSet, reference_path
 from eamdeploy.profiling.timing import Schedule
-from eamdeploy.source import ImageSource
-from eamdeploy.trt_model import prepare
+from eamdeploy.stages.inspect import inspect
+from eamdeploy.stages.ort_forms import Request, build
 
 FORMS = {
     "as exported": AS_EXPORTED,
@@ -273,7 +275,7 @@ def test_tensorrt_gets_the_model_of_one_file(
     assert made.data.is_one_file is (limit == LIMITS["our output one file"])
     assert made.facts == stock.facts and made.changes == stock.changes
     for name, data in (("made.onnx", made.data), ("stock.onnx", stock.data)):
-        onnx_files.write_model(one.with_name(name), data)
+        onnx_output.write_model(one.with_name(name), data)
     first, second = values(one.with_name("made.onnx")), values(one.with_name("stock.onnx"))
     assert first.keys() == second.keys()
     for name, value in first.items():

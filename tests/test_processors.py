@@ -15,19 +15,19 @@ from onnxruntime.quantization import QuantType, quantize_dynamic
 from processors import EMULATED, SATURATES_HERE, SATURATING, Job, Kind, emulation, run_on
 
 from eamdeploy import build_ort
-from eamdeploy.activation_ranges import Calibration
-from eamdeploy.engines.ort import EXACT_PRODUCTS
-from eamdeploy.engines.ort_providers import installed_providers
+from eamdeploy.convert.ort_form import OrtForm, candidates
+from eamdeploy.convert.ort_int8 import dynamic_int8
+from eamdeploy.convert.ranges import Calibration
+from eamdeploy.engines.ort.providers import installed_providers
+from eamdeploy.engines.ort.runner import EXACT_PRODUCTS
 from eamdeploy.engines.registry import open_runner
 from eamdeploy.graph.model import to_graph, to_model
-from eamdeploy.images import normalize
-from eamdeploy.ort_form import OrtForm, candidates
-from eamdeploy.ort_int8 import dynamic_int8
-from eamdeploy.parity import ReferenceSet, reference_path
+from eamdeploy.images.preprocess import normalize
+from eamdeploy.images.source import ImageSource
+from eamdeploy.parity.reference_set import ReferenceSet, reference_path
 from eamdeploy.passes.base import PlannedPass, run_passes
 from eamdeploy.passes.integer_map_products import IntegerMapProducts, frozen_values
 from eamdeploy.passes.quantize_products import QuantizeProducts, calibrated_tensors
-from eamdeploy.source import ImageSource
 
 Results = dict[str, NDArray[np.float32]]
 RunOn = Callable[[Kind], Results]

@@ -17,19 +17,19 @@ import torch
 from numpy.typing import NDArray
 
 from eamdeploy import build_ort, evaluate, export, freeze, inspect
-from eamdeploy.accuracy import top_k_hits
+from eamdeploy.devices.provenance import usable_cores
 from eamdeploy.eam import checkpoint as checkpoints
 from eamdeploy.eam.quantizers import integer_values
-from eamdeploy.engines.provenance import usable_cores
 from eamdeploy.engines.registry import open_runner
 from eamdeploy.host import freezing
 from eamdeploy.host.calibrate import look, predict
-from eamdeploy.host.freezing import FreezeOptions
 from eamdeploy.host.model import ModelSpec, PreprocessingOverrides
+from eamdeploy.host.options import FreezeOptions
 from eamdeploy.host.reference import load_reference
-from eamdeploy.images import normalize
+from eamdeploy.images.preprocess import normalize
+from eamdeploy.images.source import ImageSource
 from eamdeploy.observer import SILENT
-from eamdeploy.source import ImageSource
+from eamdeploy.parity.accuracy import top_k_hits
 
 pytestmark = pytest.mark.timeout(1500)
 

@@ -15,7 +15,7 @@ from typing import Literal, Protocol
 
 from pydantic import Field
 
-from eamdeploy.artifact import Record
+from eamdeploy.artifacts.records import Record
 
 DeviceKind = Literal["cpu", "cuda", "jetson"]
 

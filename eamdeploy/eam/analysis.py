@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import Literal
 
-from eamdeploy.artifact import Preprocessing, Record
+from eamdeploy.artifacts.card import Preprocessing
+from eamdeploy.artifacts.records import Record
 from eamdeploy.eam.records import AttentionShape, Calibration
 from eamdeploy.eam.selection import Granularity
 from eamdeploy.eam.statistics import Spacing

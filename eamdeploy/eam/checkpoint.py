@@ -27,7 +27,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from eamdeploy.artifact import write_bytes
+from eamdeploy.artifacts.file_kinds import in_words
+from eamdeploy.artifacts.files import write_bytes
+from eamdeploy.artifacts.seal import SEAL, check_seal, seal_of
 from eamdeploy.eam.packing import pack_codes, pack_mask, unpack_codes, unpack_mask
 from eamdeploy.eam.records import (
     FORMAT,
@@ -42,8 +44,6 @@ from eamdeploy.eam.records import (
 from eamdeploy.eam.selection import Granularity
 from eamdeploy.eam.validation import check_header, validate
 from eamdeploy.errors import CheckpointError, ConfigError, MissingDependency
-from eamdeploy.file_kinds import in_words
-from eamdeploy.seal import SEAL, check_seal, seal_of
 
 __all__ = ["AttentionShape", "Calibration", "Checkpoint", "CheckpointHeader", "FrozenMaps", "load", "save"]
 

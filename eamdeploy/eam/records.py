@@ -14,7 +14,8 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import Field, JsonValue, field_validator
 
-from eamdeploy.artifact import Freezing, Preprocessing, Record
+from eamdeploy.artifacts.card import Freezing, Preprocessing
+from eamdeploy.artifacts.records import Record
 from eamdeploy.eam.quantizers import Quantizer, dequantize
 
 FORMAT: Final = 2

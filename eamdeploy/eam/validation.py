@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from eamdeploy.artifact import Freezing
+from eamdeploy.artifacts.card import Freezing
 from eamdeploy.eam.quantizers import integer_values
 from eamdeploy.eam.records import MASK_AXES, AttentionShape, Checkpoint, CheckpointHeader, FrozenMaps, spread_mask
 from eamdeploy.eam.selection import sparsity_of

@@ -9,13 +9,15 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
-from eamdeploy.artifact import digest_file
+from eamdeploy.artifacts.files import digest_file
 from eamdeploy.devices.instructions import instruction_sets, products_saturate
-from eamdeploy.engines.base import Manifest, check_against_reference, read_manifest
-from eamdeploy.engines.ort_providers import PROVIDERS
+from eamdeploy.engines.gate import check_against_reference
+from eamdeploy.engines.manifest import Manifest, read_manifest
+from eamdeploy.engines.ort.providers import PROVIDERS
 from eamdeploy.engines.registry import open_runner
 from eamdeploy.errors import ParityError
-from eamdeploy.parity import TOLERANCES, ParityReport, ReferenceSet, named_tolerance
+from eamdeploy.parity.gate import TOLERANCES, ParityReport, named_tolerance
+from eamdeploy.parity.reference_set import ReferenceSet
 
 _TO_ROUNDING = TOLERANCES["f32-engine"].name
 

@@ -7,12 +7,13 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Literal
 
+from eamdeploy.artifacts.onnx_files import digest_model, model_files
 from eamdeploy.devices.instructions import instruction_sets, products_saturate
-from eamdeploy.engines.base import Runner, read_manifest
-from eamdeploy.engines.provenance import usable_cores
+from eamdeploy.devices.provenance import usable_cores
+from eamdeploy.engines.manifest import read_manifest
+from eamdeploy.engines.runner import Runner
 from eamdeploy.errors import ConfigError, MissingDependency
-from eamdeploy.onnx_files import digest_model, model_files
-from eamdeploy.parity import ReferenceSet, reference_path
+from eamdeploy.parity.reference_set import ReferenceSet, reference_path
 
 Backend = Literal["ort", "trt"]
 
@@ -41,8 +42,8 @@ def load_backend(backend: Backend) -> None:
         DeviceError: it needs a GPU, and there is none.
     """
     if backend == "trt":
-        from eamdeploy.engines.trt import require_device
-        from eamdeploy.engines.trt_cuda import import_cuda
+        from eamdeploy.engines.trt.backend import require_device
+        from eamdeploy.engines.trt.cuda import import_cuda
 
         require_device()
         import_cuda()
@@ -64,7 +65,7 @@ def runs_on_gpu(engine: Path) -> bool:
     """
     if backend_of(engine) == "trt":
         return True
-    from eamdeploy.engines.ort_providers import PROVIDERS
+    from eamdeploy.engines.ort.providers import PROVIDERS
 
     manifest = read_manifest(engine)
     return manifest is not None and PROVIDERS[manifest.provider].on_gpu
@@ -98,12 +99,12 @@ def open_runner(engine: Path, threads: int | None = None, *, verify: bool = True
     if threads is None:
         threads = manifest.threads if manifest else usable_cores()
     if backend == "trt":
-        from eamdeploy.engines.trt import open_plan
+        from eamdeploy.engines.trt.backend import open_plan
 
         if threads < 1:  # an engine on a GPU has none, but a wrong number is wrong everywhere
             raise ConfigError("the number of threads can't be used", expected="at least 1", got=threads)
         return open_plan(engine, manifest)
-    from eamdeploy.engines.ort import EXACT_PRODUCTS, OrtRunner
+    from eamdeploy.engines.ort.runner import EXACT_PRODUCTS, OrtRunner
 
     if manifest is None:
         if verify:

@@ -14,12 +14,12 @@ import onnx_graphsurgeon as gs
 import onnxruntime
 from onnx_graphsurgeon.logger import G_LOGGER
 
-from eamdeploy.artifact import CARD_KEY, ModelCard
+from eamdeploy.artifacts.card import CARD_KEY, ModelCard
+from eamdeploy.artifacts.onnx_files import ModelData
 from eamdeploy.errors import EngineError, UnsupportedGraph
 from eamdeploy.graph.running import fill_in_shapes
 from eamdeploy.graph.texts import has_only_text
 from eamdeploy.graph.weights import check_model, deserialize, has_data_elsewhere, infer_shapes
-from eamdeploy.onnx_files import ModelData
 
 _ORT_FATAL, _ORT_WARNING = 4, 2
 

@@ -14,10 +14,10 @@ from pathlib import Path
 import onnx
 from onnx import numpy_helper
 
-from eamdeploy import onnx_files
+from eamdeploy.artifacts import onnx_files
+from eamdeploy.artifacts.onnx_files import OUTSIDE_BYTES, DataLayout, ModelData, data_path
+from eamdeploy.artifacts.onnx_wire import tensor_bytes
 from eamdeploy.errors import UnsupportedGraph
-from eamdeploy.onnx_files import OUTSIDE_BYTES, DataLayout, ModelData, data_path
-from eamdeploy.onnx_wire import tensor_bytes
 
 _NAME = "model.onnx"
 

@@ -11,15 +11,15 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
-from eamdeploy.artifact import Preprocessing
+from eamdeploy.artifacts.card import Preprocessing
 from eamdeploy.eam.statistics import MapStatistics, Spacing
 from eamdeploy.eam.telling_images import uncertainty
-from eamdeploy.folder import ImageFolder
 from eamdeploy.host.attention import tapped_maps
 from eamdeploy.host.sites import AttentionSite, WindowMaps, window_maps
-from eamdeploy.images import ImageBatch, normalize
+from eamdeploy.images.folder import ImageFolder
+from eamdeploy.images.preprocess import ImageBatch, normalize
+from eamdeploy.images.source import ImageSource
 from eamdeploy.observer import Observer
-from eamdeploy.source import ImageSource
 
 _BATCH = 16
 

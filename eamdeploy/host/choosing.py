@@ -13,8 +13,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from eamdeploy.accuracy import kl_divergence, same_top1
-from eamdeploy.artifact import FreezingCost, Preprocessing
+from eamdeploy.artifacts.card import FreezingCost, Preprocessing
 from eamdeploy.eam.records import FrozenMaps
 from eamdeploy.eam.selection import Selection
 from eamdeploy.host.attention import FrozenAttention, replaced_attention
@@ -23,8 +22,9 @@ from eamdeploy.host.means import freeze_pieces, mean_maps
 from eamdeploy.host.options import FreezeOptions
 from eamdeploy.host.reference import constants_of
 from eamdeploy.host.sites import AttentionSite, attention_shapes
+from eamdeploy.images.source import ImageSource
 from eamdeploy.observer import SILENT, Observer
-from eamdeploy.source import ImageSource
+from eamdeploy.parity.accuracy import kl_divergence, same_top1
 
 _BATCH = 16
 

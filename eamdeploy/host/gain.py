@@ -7,28 +7,14 @@ from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 
-from pydantic import Field
-
-from eamdeploy.artifact import Record
-from eamdeploy.engines.ort import ENGINE_SETTINGS, OrtRunner
-from eamdeploy.engines.provenance import machine_summary
+from eamdeploy.devices.provenance import machine_summary
+from eamdeploy.engines.ort.runner import ENGINE_SETTINGS, OrtRunner
 from eamdeploy.engines.registry import open_runners
 from eamdeploy.profiling.inputs import random_images
-from eamdeploy.profiling.timing import Call, Schedule, SpeedUp, compare_interleaved
+from eamdeploy.profiling.timing import Call, Schedule, compare_interleaved
+from eamdeploy.records.gain import Gain
 
 _SCHEDULE = Schedule(min_seconds=1.0, min_runs=20, sittings=4)
-
-
-class Gain(Record):
-    """How much faster the frozen model is than its unfrozen twin, here and now.
-
-    Attributes:
-        speed_up: the twin's time ÷ the frozen model's, run by run, on ONNX Runtime CPU with one image.
-    """
-
-    speed_up: SpeedUp
-    threads: int = Field(ge=1)
-    machine: str
 
 
 def measure_gain(frozen: bytes | Path, twin: bytes | Path, threads: int, schedule: Schedule = _SCHEDULE) -> Gain:

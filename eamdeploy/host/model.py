@@ -23,9 +23,9 @@ from timm.data import resolve_data_config
 from timm.models import load_state_dict
 from torch import nn
 
-from eamdeploy.artifact import Preprocessing
+from eamdeploy.artifacts.card import Preprocessing
+from eamdeploy.artifacts.file_kinds import FileKind, recognize
 from eamdeploy.errors import CheckpointError, ConfigError
-from eamdeploy.file_kinds import FileKind, recognize
 
 PRETRAINED = "pretrained"
 RANDOM = "random"

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from eamdeploy.artifact import Preprocessing
+from eamdeploy.artifacts.card import Preprocessing
 from eamdeploy.eam import scores as map_scores
 from eamdeploy.eam.selection import Selection, select, select_together
 from eamdeploy.eam.telling_images import draw
@@ -20,8 +20,8 @@ from eamdeploy.host.means import freeze_pieces, mean_maps
 from eamdeploy.host.options import FreezeOptions
 from eamdeploy.host.sensitivity import by_module, head_effects
 from eamdeploy.host.sites import AttentionSite
+from eamdeploy.images.source import ImageSource
 from eamdeploy.observer import SILENT, Observer
-from eamdeploy.source import ImageSource
 
 HEAD_IMAGES = 48
 """Images for the sensitivity of heads unless the user says how many: see docs/results.md, "Sensitivity in minutes"."""

@@ -27,10 +27,10 @@ import torch
 from timm.layers import RmsNorm
 from torch import nn
 
+from eamdeploy.artifacts.onnx_files import ONE_FILE_BYTES
 from eamdeploy.errors import ConfigError, UnsupportedGraph
 from eamdeploy.graph.invariants import INPUT_NAME, OUTPUT_NAME
 from eamdeploy.graph.weights import check_model
-from eamdeploy.onnx_files import ONE_FILE_BYTES
 
 Exporter = Literal["auto", "dynamo", "torchscript"]
 

@@ -6,8 +6,8 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Literal
 
-from eamdeploy.artifact import Record
-from eamdeploy.engines.trt_versions import Capabilities
+from eamdeploy.artifacts.records import Record
+from eamdeploy.engines.trt.versions import Capabilities
 from eamdeploy.lint.view import GraphView
 
 Severity = Literal["error", "warning"]

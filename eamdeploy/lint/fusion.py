@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import onnx
 
-from eamdeploy.engines.trt_versions import Capabilities
+from eamdeploy.engines.trt.versions import Capabilities
 from eamdeploy.lint.base import Place, Rule
 from eamdeploy.lint.view import GraphView, is_scalar, name_of
 

@@ -6,16 +6,16 @@ from pathlib import Path
 
 import onnx
 
-from eamdeploy.artifact import Record
-from eamdeploy.engines.trt_versions import TrtVersion, capabilities
+from eamdeploy.artifacts.file_kinds import in_words
+from eamdeploy.artifacts.onnx_files import read_model
+from eamdeploy.artifacts.records import Record
+from eamdeploy.engines.trt.versions import TrtVersion, capabilities
 from eamdeploy.errors import CheckpointError
-from eamdeploy.file_kinds import in_words
 from eamdeploy.graph.texts import has_only_text
 from eamdeploy.graph.weights import deserialize
 from eamdeploy.lint import fusion, operators, quantization
 from eamdeploy.lint.base import Finding, Rule
 from eamdeploy.lint.view import view
-from eamdeploy.onnx_files import read_model
 
 RULES: tuple[Rule, ...] = (*operators.RULES, *quantization.RULES, *fusion.RULES)
 

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 import onnx
 
-from eamdeploy.engines.trt_versions import Capabilities
+from eamdeploy.engines.trt.versions import Capabilities
 from eamdeploy.lint.base import Place, Rule
 from eamdeploy.lint.view import STANDARD_DOMAINS, GraphView, name_of, type_name
 

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import numpy as np
 import onnx
 
-from eamdeploy.engines.trt_versions import Capabilities
+from eamdeploy.engines.trt.versions import Capabilities
 from eamdeploy.lint.base import Place, Rule
 from eamdeploy.lint.view import GraphView, attribute, name_of, optional_input, type_name
 

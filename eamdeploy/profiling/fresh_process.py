@@ -18,10 +18,10 @@ from typing import TypeVar
 
 import psutil
 
-from eamdeploy.artifact import Record
+from eamdeploy.artifacts.onnx_files import digest_model, model_bytes
+from eamdeploy.artifacts.records import Record
 from eamdeploy.engines.registry import backend_of, load_backend, open_runner
 from eamdeploy.errors import EamDeployError, EngineError
-from eamdeploy.onnx_files import digest_model, model_bytes
 from eamdeploy.profiling.inputs import random_images
 
 _MODULE = "eamdeploy.profiling.fresh_process"

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from eamdeploy.engines.base import Runner
+from eamdeploy.engines.runner import Runner
 from eamdeploy.errors import ConfigError
 
 _SEED = 0

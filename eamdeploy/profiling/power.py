@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from itertools import pairwise
 from statistics import fmean
 
-from eamdeploy.artifact import Record
+from eamdeploy.artifacts.records import Record
 from eamdeploy.devices.base import Reading, Sensor, SensorNotes
 from eamdeploy.errors import ConfigError, DeviceError
 from eamdeploy.profiling.timing import Call, Clock

@@ -9,7 +9,7 @@ from threading import Barrier
 
 import numpy as np
 
-from eamdeploy.artifact import Record
+from eamdeploy.artifacts.records import Record
 from eamdeploy.profiling.timing import Call, Clock
 
 

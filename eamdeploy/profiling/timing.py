@@ -26,7 +26,7 @@ from typing import Literal, TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
-from eamdeploy.artifact import Record
+from eamdeploy.artifacts.records import Record
 from eamdeploy.errors import ConfigError
 
 Call = Callable[[], object]

@@ -6,8 +6,8 @@ import re
 
 from pydantic import ConfigDict
 
-from eamdeploy.artifact import Record
-from eamdeploy.engines.provenance import package_versions
+from eamdeploy.artifacts.records import Record
+from eamdeploy.devices.provenance import package_versions
 from eamdeploy.errors import CheckpointError, DeviceError
 from eamdeploy.remote.cargo import Cargo
 from eamdeploy.remote.session import Part

@@ -7,10 +7,10 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
-from eamdeploy.engines.base import manifest_path, read_manifest
+from eamdeploy.artifacts.onnx_files import digest_model, model_files
+from eamdeploy.engines.manifest import manifest_path, read_manifest
 from eamdeploy.engines.registry import backend_of
 from eamdeploy.errors import ConfigError
-from eamdeploy.onnx_files import digest_model, model_files
 
 _BLOCK_BYTES = 512
 _READ_BYTES = 1 << 16

@@ -14,10 +14,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from threading import Event
 
-from eamdeploy.artifact import Record
+from eamdeploy.artifacts.records import Record
 from eamdeploy.errors import ConfigError, DeviceError, EamDeployError, EngineError, ExitCode, ParityError
 from eamdeploy.observer import SILENT, Observer
-from eamdeploy.profiling.profile import Profile
+from eamdeploy.records.profile import Profile
 from eamdeploy.remote.board_checks import (
     last_line,
     require_eamdeploy,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from eamdeploy.artifact import Freezing, Preprocessing
+from eamdeploy.artifacts.card import Freezing, Preprocessing
 from eamdeploy.eam.checkpoint import AttentionShape, Calibration, Checkpoint, CheckpointHeader, FrozenMaps
 from eamdeploy.eam.quantizers import quantize_rows
 

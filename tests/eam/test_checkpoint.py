@@ -19,11 +19,11 @@ from numpy.typing import NDArray
 from safetensors import safe_open
 from safetensors.numpy import save_file
 
+from eamdeploy.artifacts.seal import seal_of
 from eamdeploy.eam.checkpoint import AttentionShape, Checkpoint, FrozenMaps, load, save
 from eamdeploy.eam.quantizers import BITS, QUANTIZERS, Bits, Quantizer
 from eamdeploy.eam.selection import GRANULARITIES, Granularity
 from eamdeploy.errors import CheckpointError, ConfigError, MissingDependency
-from eamdeploy.seal import seal_of
 
 Tensors = dict[str, NDArray[Any]]
 

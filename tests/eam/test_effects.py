@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from eamdeploy.accuracy import kl_divergence
 from eamdeploy.eam.effects import HeadEffects
+from eamdeploy.parity.accuracy import kl_divergence
 
 H, CLASSES = 4, 6
 

@@ -14,16 +14,17 @@ import pytest
 from engine_models import CARD, CLASSES, SIZE, build, make_frozen_model
 from numpy.typing import NDArray
 
-from eamdeploy.artifact import digest_file
-from eamdeploy.engines import trt
-from eamdeploy.engines.base import Manifest, manifest_path
+from eamdeploy.artifacts.files import digest_file
+from eamdeploy.convert.trt import prepare
+from eamdeploy.convert.trt_passes import to_trt
+from eamdeploy.engines.manifest import Manifest, manifest_path
 from eamdeploy.engines.registry import open_runner
-from eamdeploy.engines.trt_request import TrtOptions, make_request
-from eamdeploy.engines.trt_versions import TrtVersion
+from eamdeploy.engines.trt import backend as trt
+from eamdeploy.engines.trt.request import TrtOptions, make_request
+from eamdeploy.engines.trt.versions import TrtVersion
 from eamdeploy.errors import CheckpointError, ConfigError, EamDeployError, EngineError, ExitCode, ParityError
-from eamdeploy.parity import TOLERANCES, ReferenceSet, compare
-from eamdeploy.trt_flavour import to_trt
-from eamdeploy.trt_model import prepare
+from eamdeploy.parity.gate import TOLERANCES, compare
+from eamdeploy.parity.reference_set import ReferenceSet
 
 Build = Callable[[Path, Path, ReferenceSet | None], Manifest]
 

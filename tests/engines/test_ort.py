@@ -9,8 +9,8 @@ import onnxruntime
 import pytest
 from engine_models import build, make_frozen_model
 
-from eamdeploy.engines.base import Manifest, manifest_path
-from eamdeploy.engines.ort import ENGINE_SETTINGS, OrtRunner
+from eamdeploy.engines.manifest import Manifest, manifest_path
+from eamdeploy.engines.ort.runner import ENGINE_SETTINGS, OrtRunner
 from eamdeploy.engines.registry import open_runner
 from eamdeploy.errors import CheckpointError, ConfigError, EngineError
 

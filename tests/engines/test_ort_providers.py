@@ -15,12 +15,14 @@ import pytest
 from engine_models import build, make_frozen_model
 from rich.console import Console
 
-from eamdeploy import cli, profile, show_profile
+from eamdeploy import profile
+from eamdeploy.artifacts.seal import SEAL
+from eamdeploy.cli import app as cli
+from eamdeploy.cli import show_profile
 from eamdeploy.devices.base import Device
 from eamdeploy.devices.registry import find_device
-from eamdeploy.engines.base import Manifest, ProviderName, manifest_path
-from eamdeploy.engines.ort import OrtRunner
-from eamdeploy.engines.ort_providers import (
+from eamdeploy.engines.manifest import Manifest, ProviderName, manifest_path
+from eamdeploy.engines.ort.providers import (
     CPU,
     PROVIDERS,
     chosen_options,
@@ -28,12 +30,12 @@ from eamdeploy.engines.ort_providers import (
     require_placed,
     require_provider,
 )
+from eamdeploy.engines.ort.runner import OrtRunner
 from eamdeploy.engines.registry import open_runner, runs_on_gpu
 from eamdeploy.errors import DeviceError, EamDeployError, EngineError, MissingDependency
-from eamdeploy.profiling.profile import Extras
 from eamdeploy.profiling.timing import Schedule
-from eamdeploy.reporting.figures import runtime_name
-from eamdeploy.seal import SEAL
+from eamdeploy.reporting.records.figures import runtime_name
+from eamdeploy.stages.profile import Extras
 
 FROZEN = make_frozen_model()
 IMAGES = np.random.default_rng(0).uniform(-2, 2, (2, 3, 8, 8)).astype(np.float32)
@@ -195,7 +197,7 @@ def test_the_provider_gets_its_options_and_threads_and_nothing_falls_back(
 def test_a_provider_that_did_not_start_is_refused(
     name: ProviderName, model: Path, fake: FakeRuntime, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("eamdeploy.engines.ort.PROOF", {takes: {} for takes in ("all", "arithmetic", "some")})
+    monkeypatch.setattr("eamdeploy.engines.ort.runner.PROOF", {takes: {} for takes in ("all", "arithmetic", "some")})
     fake.starts = False
     kind = DeviceError if PROVIDERS[name].on_gpu else EngineError
     with pytest.raises(EamDeployError, match=rf"{name} did not start for \S*eam\.onnx.*got {CPU}") as refused:
@@ -314,7 +316,7 @@ def test_profile_says_what_an_engine_ran_on_and_looks_for_a_gpu_only_where_one_n
         asked.append(gpu)
         return device
 
-    monkeypatch.setattr("eamdeploy.profiling.profile.find_device", find)
+    monkeypatch.setattr("eamdeploy.stages.profile.find_device", find)
     engine = model.with_name("eam.ort.onnx")
     build(model, engine, threads=1, reference=None, provider=name)
     schedule = Schedule(warmup_ms=0, min_seconds=0, min_runs=2, sittings=1)

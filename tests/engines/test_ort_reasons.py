@@ -14,8 +14,8 @@ from foreign_files import FOREIGN, assert_plain, write_foreign
 from onnx import numpy_helper
 from onnx.helper import make_opsetid
 
-from eamdeploy.engines.ort import OrtRunner
-from eamdeploy.engines.ort_reasons import explain, plain
+from eamdeploy.engines.ort.reasons import explain, plain
+from eamdeploy.engines.ort.runner import OrtRunner
 from eamdeploy.errors import EngineError
 
 VERSION = onnxruntime.__version__

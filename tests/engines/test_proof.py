@@ -12,16 +12,17 @@ import pytest
 from command_line import RunCli
 
 from eamdeploy import build_ort, evaluate
-from eamdeploy.artifact import digest_file
+from eamdeploy.artifacts.files import digest_file
+from eamdeploy.convert.ort_form import OrtForm
 from eamdeploy.devices.instructions import instruction_sets
 from eamdeploy.engines import proof
-from eamdeploy.engines.base import Manifest, ReferenceFile, manifest_path
+from eamdeploy.engines.manifest import Manifest, ReferenceFile, manifest_path
 from eamdeploy.engines.proof import prove_here
 from eamdeploy.errors import CheckpointError, ParityError
+from eamdeploy.images.source import ImageSource
 from eamdeploy.observer import Silent
-from eamdeploy.ort_form import OrtForm
-from eamdeploy.parity import ParityReport, ReferenceSet, reference_path
-from eamdeploy.source import ImageSource
+from eamdeploy.parity.gate import ParityReport
+from eamdeploy.parity.reference_set import ReferenceSet, reference_path
 
 VNNI, AVX2, ARM = "x86_64: avx2 avx512_vnni", "x86_64: avx2", "aarch64: dotprod neon"
 

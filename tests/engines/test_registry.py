@@ -8,7 +8,7 @@ from pathlib import Path
 import fake_tensorrt
 import pytest
 
-from eamdeploy.engines.provenance import machine_summary, package_versions
+from eamdeploy.devices.provenance import machine_summary, package_versions
 from eamdeploy.engines.registry import backend_of, load_backend, open_runner
 from eamdeploy.errors import ConfigError, ExitCode, MissingDependency
 

@@ -17,12 +17,12 @@ from fake_tensorrt import GENERATIONS
 from real_tensorrt import RELEASES, Release, attributes, find_python310, folder_of
 from trt_workshop import FROZEN, Workshop, make_workshop, named, with_int8_activations, with_softmax
 
-from eamdeploy import onnx_files
+from eamdeploy.artifacts import onnx_files
 from eamdeploy.engines.registry import open_runner
-from eamdeploy.engines.trt_api import API, missing_attributes, require_api
-from eamdeploy.engines.trt_request import TrtOptions
-from eamdeploy.engines.trt_run import TrtRunner
-from eamdeploy.engines.trt_versions import TrtVersion
+from eamdeploy.engines.trt.api import API, missing_attributes, require_api
+from eamdeploy.engines.trt.request import TrtOptions
+from eamdeploy.engines.trt.run import TrtRunner
+from eamdeploy.engines.trt.versions import TrtVersion
 from eamdeploy.errors import EamDeployError, EngineError
 
 REAL = Path(os.environ.get("EAMDEPLOY_TRT_REAL") or Path(__file__).parents[2] / "build" / "trt-attributes")
@@ -66,7 +66,7 @@ def test_table_lists_what_is_used_and_nothing_else(
     generation: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     workshop = make_workshop(tmp_path, monkeypatch, generation)
-    monkeypatch.setattr("eamdeploy.engines.trt.require_api", lambda *_: None)  # it touches all of the table
+    monkeypatch.setattr("eamdeploy.engines.trt.backend.require_api", lambda *_: None)  # it touches all of the table
     use_everything(workshop)
     used = {path for path in workshop.machine.trt.fake.touched if "." in path and not path.startswith("Logger.")}
     wanted = {path for path, span in API.items() if span.holds(version_of(generation))}

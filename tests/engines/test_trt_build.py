@@ -16,13 +16,13 @@ from fake_tensorrt import GENERATIONS, read_plan
 from onnx import TensorProto, numpy_helper
 from trt_workshop import FROZEN, Workshop, make_workshop, named, with_int8_activations, with_softmax
 
-from eamdeploy import onnx_files
-from eamdeploy.engines.base import Manifest, manifest_path
-from eamdeploy.engines.trt import _is_mostly_fp32
-from eamdeploy.engines.trt_request import ModelFacts, TrtOptions, make_request
-from eamdeploy.engines.trt_versions import TrtVersion
+from eamdeploy.artifacts import onnx_files
+from eamdeploy.artifacts.onnx_files import digest_model
+from eamdeploy.engines.manifest import Manifest, manifest_path
+from eamdeploy.engines.trt.backend import _is_mostly_fp32
+from eamdeploy.engines.trt.request import ModelFacts, TrtOptions, make_request
+from eamdeploy.engines.trt.versions import TrtVersion
 from eamdeploy.errors import ConfigError, DeviceError, EngineError, ParityError
-from eamdeploy.onnx_files import digest_model
 
 FP16 = TrtOptions(precision="fp16")
 

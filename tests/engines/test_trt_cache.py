@@ -11,8 +11,8 @@ import pytest
 from fake_tensorrt.common import CACHE_MAGIC
 from trt_workshop import Workshop, make_workshop
 
-from eamdeploy.engines.trt_cache import load_cache, save_cache
-from eamdeploy.engines.trt_request import TrtOptions
+from eamdeploy.engines.trt.cache import load_cache, save_cache
+from eamdeploy.engines.trt.request import TrtOptions
 from eamdeploy.errors import EngineError
 
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from eamdeploy.engines.trt_device import Gpu, free_memory, how_to_get_tensorrt, require_gpu
+from eamdeploy.engines.trt.device import Gpu, free_memory, how_to_get_tensorrt, require_gpu
 from eamdeploy.errors import DeviceError, ExitCode
 
 

@@ -4,9 +4,9 @@ from typing import Any
 
 import pytest
 
-from eamdeploy.engines.base import FrozenMapLayer
-from eamdeploy.engines.trt_inspect import read_layers
-from eamdeploy.engines.trt_request import FrozenMap
+from eamdeploy.engines.manifest import FrozenMapLayer
+from eamdeploy.engines.trt.inspect import read_layers
+from eamdeploy.engines.trt.request import FrozenMap
 
 MAP = FrozenMap("a/map/integers", frozenset({"a/map/integers", "a/map", "a/map_view", "a/context"}), (6, 3))
 

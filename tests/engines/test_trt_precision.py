@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 
-from eamdeploy.engines.trt_precision import Step, steps_to_keep
+from eamdeploy.engines.trt.precision import Step, steps_to_keep
 
 BOTH = ("normalization", "softmax")
 

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from eamdeploy.engines.trt_request import BatchRange, BuilderRequest, ModelFacts, TrtOptions, make_request
-from eamdeploy.engines.trt_versions import TrtVersion
+from eamdeploy.engines.trt.request import BatchRange, BuilderRequest, ModelFacts, TrtOptions, make_request
+from eamdeploy.engines.trt.versions import TrtVersion
 from eamdeploy.errors import ConfigError
 
 FACTS = ModelFacts("image", (None, 3, 8, 8), (("Conv", "stem"),), dequantizes=True, quantizes=False)

@@ -14,11 +14,11 @@ from fake_tensorrt.cuda import Code
 from numpy.typing import NDArray
 from trt_workshop import FROZEN, Workshop, make_workshop, named
 
-from eamdeploy.engines.base import manifest_path
+from eamdeploy.engines.manifest import manifest_path
 from eamdeploy.engines.registry import open_runner
-from eamdeploy.engines.trt_device import Gpu
-from eamdeploy.engines.trt_request import TrtOptions
-from eamdeploy.engines.trt_run import TrtRunner
+from eamdeploy.engines.trt.device import Gpu
+from eamdeploy.engines.trt.request import TrtOptions
+from eamdeploy.engines.trt.run import TrtRunner
 from eamdeploy.errors import ConfigError, DeviceError, EngineError
 
 THOR = Gpu("Thor", "11.0", "13.0")

@@ -4,7 +4,7 @@ from dataclasses import fields, replace
 
 import pytest
 
-from eamdeploy.engines.trt_versions import Capabilities, TrtVersion, capabilities
+from eamdeploy.engines.trt.versions import Capabilities, TrtVersion, capabilities
 from eamdeploy.errors import ConfigError
 
 

@@ -12,10 +12,10 @@ import pytest
 from engine_models import make_frozen_model
 from onnx import helper
 
-from eamdeploy.build import build_trt
-from eamdeploy.engines.base import Manifest
-from eamdeploy.engines.trt_request import TrtOptions
-from eamdeploy.parity import reference_path
+from eamdeploy.engines.manifest import Manifest
+from eamdeploy.engines.trt.request import TrtOptions
+from eamdeploy.parity.reference_set import reference_path
+from eamdeploy.stages.build_trt import build_trt
 
 FROZEN = make_frozen_model()
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from eamdeploy.engines.trt_device import Gpu
+from eamdeploy.engines.trt.device import Gpu
 from fake_tensorrt.common import FakeModule, read_plan
 from fake_tensorrt.cuda import FakeCuda
 
@@ -49,7 +49,7 @@ def install(machine: Machine, monkeypatch: Any) -> None:
 
     monkeypatch.setitem(sys.modules, "tensorrt", machine.trt)
     monkeypatch.setitem(sys.modules, "cuda.bindings.runtime", machine.cuda)
-    monkeypatch.setattr("eamdeploy.engines.trt.require_gpu", lambda: machine.gpu)
+    monkeypatch.setattr("eamdeploy.engines.trt.backend.require_gpu", lambda: machine.gpu)
 
 
 FOLDER = Path(__file__).parent

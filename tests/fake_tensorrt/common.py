@@ -14,7 +14,7 @@ import onnx
 import onnxruntime
 from onnx import numpy_helper
 
-from eamdeploy.engines.trt_device import Gpu
+from eamdeploy.engines.trt.device import Gpu
 from fake_tensorrt.cuda import FakeCuda
 from fake_tensorrt.recording import Member, Recorded, enum
 

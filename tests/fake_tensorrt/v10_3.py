@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from eamdeploy.engines.trt_device import Gpu
+from eamdeploy.engines.trt.device import Gpu
 from fake_tensorrt.common import Fake, FakeModule, make_module
 from fake_tensorrt.cuda import FakeCuda
 from fake_tensorrt.v8_6 import FLAGS, DeviceMemory, LayerPrecision, WeaklyTyped

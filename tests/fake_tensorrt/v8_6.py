@@ -9,7 +9,7 @@ from typing import Any
 
 import onnx
 
-from eamdeploy.engines.trt_device import Gpu
+from eamdeploy.engines.trt.device import Gpu
 from fake_tensorrt.common import (
     Builder,
     EngineInspector,

@@ -8,7 +8,7 @@ from attention_graphs import IMAGES, D, GraphBuilder, N, Spelling, forward, ints
 from onnx.helper import set_model_props
 from timm_graphs import Export
 
-from eamdeploy.artifact import CARD_KEY, Freezing, ModelCard, Preprocessing
+from eamdeploy.artifacts.card import CARD_KEY, Freezing, ModelCard, Preprocessing
 from eamdeploy.errors import CheckpointError, UnsupportedGraph
 from eamdeploy.graph.model import card_of, to_graph, to_model, with_card
 

@@ -7,12 +7,12 @@ import pytest
 import torch
 from tiny_models import SWIN_NAME, images, make_member, make_model
 
-from eamdeploy.artifact import Preprocessing
+from eamdeploy.artifacts.card import Preprocessing
 from eamdeploy.eam.statistics import MapStatistics
 from eamdeploy.host.attention import attention_sites, tapped_maps
 from eamdeploy.host.calibrate import as_tensors, collect_statistics, predict
 from eamdeploy.host.sites import WindowMaps, window_maps
-from eamdeploy.images import ImageBatch, normalize
+from eamdeploy.images.preprocess import ImageBatch, normalize
 
 BATCHES = [images(4, seed=1), images(3, seed=2), images(1, seed=3)]
 

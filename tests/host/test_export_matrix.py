@@ -28,7 +28,7 @@ from eamdeploy.host.model import ModelSpec
 from eamdeploy.host.options import FreezeOptions
 from eamdeploy.host.reference import load_reference
 from eamdeploy.host.stock_export import Exporter, StockExport, export_stock
-from eamdeploy.source import ImageSource
+from eamdeploy.images.source import ImageSource
 
 GRANULARITIES, WINDOW_MAPS, SPARSITIES = ("head", "row", "entry"), ("shared", "class", "window"), (0.2, 0.5, 1.0)
 TARGETS: tuple[tuple[Exporter, int | None], ...] = (

@@ -4,10 +4,12 @@ from pathlib import Path
 
 import pytest
 
-from eamdeploy import export, show
+from eamdeploy import export
+from eamdeploy.cli import show
 from eamdeploy.errors import EngineError
-from eamdeploy.host.gain import Gain, measure_gain
+from eamdeploy.host.gain import measure_gain
 from eamdeploy.profiling.timing import Schedule, SpeedUp
+from eamdeploy.records.gain import Gain
 
 QUICK = Schedule(warmup_ms=0, min_seconds=0.01, min_runs=3, sittings=2)
 

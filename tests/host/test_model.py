@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from tiny_models import KWARGS, NAME, SWIN_KWARGS, SWIN_NAME, images, make_model
 from torch import nn
 
-from eamdeploy.artifact import Preprocessing
+from eamdeploy.artifacts.card import Preprocessing
 from eamdeploy.errors import CheckpointError, ConfigError
 from eamdeploy.host.model import (
     TIMM_PREPROCESSING,

@@ -13,11 +13,11 @@ from eamdeploy.eam.records import AttentionShape, Checkpoint, CheckpointHeader
 from eamdeploy.errors import CheckpointError
 from eamdeploy.host.attention import Constants, freeze_attention
 from eamdeploy.host.calibrate import predict
-from eamdeploy.host.freezing import freeze
 from eamdeploy.host.model import ModelSpec
 from eamdeploy.host.options import FreezeOptions
 from eamdeploy.host.reference import load_reference
-from eamdeploy.source import ImageSource
+from eamdeploy.images.source import ImageSource
+from eamdeploy.stages.freeze import freeze
 
 IMAGES = images().numpy()
 

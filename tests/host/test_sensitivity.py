@@ -10,10 +10,10 @@ from numpy.typing import NDArray
 from tiny_models import FAMILY, SWIN_FAMILY, SWIN_NAME, images, make_member, make_model
 from torch.nn import functional
 
-from eamdeploy.accuracy import kl_divergence
 from eamdeploy.host.attention import Constants, attention_sites, freeze_attention
 from eamdeploy.host.sensitivity import head_effects
 from eamdeploy.host.sites import WindowMaps, window_maps
+from eamdeploy.parity.accuracy import kl_divergence
 
 BATCHES = [images(4, seed=1), images(3, seed=2)]
 

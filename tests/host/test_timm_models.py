@@ -35,7 +35,7 @@ from eamdeploy.host.model import TIMM_PREPROCESSING, ModelSpec, preprocessing_of
 from eamdeploy.host.options import FreezeOptions
 from eamdeploy.host.sites import class_of
 from eamdeploy.host.stock_export import Exporter
-from eamdeploy.source import ImageSource
+from eamdeploy.images.source import ImageSource
 
 SUPPORTED = (VisionTransformer, VisionTransformerDistilled, SwinTransformer)
 MODULE_OF = {name: sys.modules[timm.model_entrypoint(name).__module__] for name in timm.list_models()}

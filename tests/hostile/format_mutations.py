@@ -21,7 +21,7 @@ import onnx
 from onnx import TensorProto, helper
 from PIL import Image
 
-from eamdeploy.seal import SEAL, seal_of
+from eamdeploy.artifacts.seal import SEAL, seal_of
 from hostile.byte_mutations import BYTE_MUTATIONS, Mutation
 from hostile.text_mutations import ODD_TEXTS, hurt_document, odd_value, spelled
 

@@ -15,15 +15,15 @@ from report_records import digest, manifest, remote_profiles, rich_records, writ
 from tiny_models import KWARGS, NAME, draw_pictures, make_model, save_weights
 
 from eamdeploy import build_ort, export, freeze
-from eamdeploy.activation_ranges import ActivationRanges
-from eamdeploy.artifact import digest_file
-from eamdeploy.diagnosis import doctor
+from eamdeploy.artifacts.files import digest_file
+from eamdeploy.artifacts.run_state import RunState, StageState
+from eamdeploy.convert.ranges import ActivationRanges
 from eamdeploy.eam import checkpoint as checkpoints
-from eamdeploy.engines.base import manifest_path
-from eamdeploy.host.freezing import FreezeOptions
+from eamdeploy.engines.manifest import manifest_path
 from eamdeploy.host.model import ModelSpec
-from eamdeploy.run_state import RunState, StageState
-from eamdeploy.source import ImageSource
+from eamdeploy.host.options import FreezeOptions
+from eamdeploy.images.source import ImageSource
+from eamdeploy.stages.doctor import doctor
 
 KWARGS_HERE = {**KWARGS, "depth": 1, "embed_dim": 24, "num_heads": 3}
 

@@ -16,9 +16,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from random import Random
 
-from eamdeploy.cli import main
+from eamdeploy.artifacts.seal import SEAL
+from eamdeploy.cli.app import main
 from eamdeploy.errors import EamDeployError, ExitCode
-from eamdeploy.seal import SEAL
 from hostile.byte_mutations import STRANGE_NAMES, another_file
 from hostile.jobs import Job, Verdict
 from hostile.sources import OUT, SOURCES, Source

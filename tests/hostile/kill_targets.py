@@ -10,15 +10,16 @@ from pathlib import Path
 
 from tiny_models import KWARGS, NAME, draw_pictures, make_model, save_weights
 
-from eamdeploy.artifact import Record, digest_file
+from eamdeploy.artifacts.files import digest_file
+from eamdeploy.artifacts.records import Record
+from eamdeploy.artifacts.run_state import RunState
 from eamdeploy.eam import checkpoint as checkpoints
-from eamdeploy.engines.base import Manifest, read_manifest
+from eamdeploy.engines.manifest import Manifest, read_manifest
 from eamdeploy.engines.registry import open_runner
 from eamdeploy.errors import CheckpointError
-from eamdeploy.evaluation import EvaluationReport
-from eamdeploy.parity import ReferenceSet, reference_path
-from eamdeploy.profiling.profile import Profile
-from eamdeploy.run_state import RunState
+from eamdeploy.parity.reference_set import ReferenceSet, reference_path
+from eamdeploy.records.evaluation import EvaluationReport
+from eamdeploy.records.profile import Profile
 from hostile.killing import Target, eamdeploy
 
 _CHANGES = {"depth": 1, "embed_dim": 24}

@@ -16,25 +16,27 @@ from typing import Literal
 import numpy as np
 import torch
 
-from eamdeploy.activation_ranges import ActivationRanges
-from eamdeploy.artifact import Preprocessing, Record
-from eamdeploy.build import build_ort, plan_trt_build
+from eamdeploy.artifacts.card import Preprocessing
+from eamdeploy.artifacts.records import Record
+from eamdeploy.convert.ort_form import OrtForm
+from eamdeploy.convert.ranges import ActivationRanges
 from eamdeploy.devices.tegrastats import parse_line
 from eamdeploy.eam import checkpoint as checkpoints
-from eamdeploy.engines.base import Manifest, read_manifest
+from eamdeploy.engines.manifest import Manifest, read_manifest
 from eamdeploy.engines.registry import open_runner
-from eamdeploy.engines.trt_request import TrtOptions
-from eamdeploy.engines.trt_versions import TrtVersion
+from eamdeploy.engines.trt.request import TrtOptions
+from eamdeploy.engines.trt.versions import TrtVersion
 from eamdeploy.host.maps_file import read_maps
 from eamdeploy.host.model import read_weights
-from eamdeploy.inspection import inspect
+from eamdeploy.images.source import ImageSource, read_class_names
 from eamdeploy.lint.linter import lint_file
 from eamdeploy.observer import SILENT
-from eamdeploy.ort_form import OrtForm
-from eamdeploy.parity import ReferenceSet
-from eamdeploy.reporting.sources import read_sources
-from eamdeploy.run_config import load_config
-from eamdeploy.source import ImageSource, read_class_names
+from eamdeploy.parity.reference_set import ReferenceSet
+from eamdeploy.pipeline.config import load_config
+from eamdeploy.reporting.records.sources import read_sources
+from eamdeploy.stages.build_ort import build_ort
+from eamdeploy.stages.build_trt import plan_trt_build
+from eamdeploy.stages.inspect import inspect
 from hostile.byte_mutations import BYTE_MUTATIONS, Mutation, unhurt
 from hostile.format_mutations import (
     CHECKPOINT_MUTATIONS,

@@ -15,16 +15,16 @@ from timm_graphs import Export
 from tiny_models import KWARGS, NAME, SWIN_KWARGS, SWIN_NAME, make_model, save_weights
 
 from eamdeploy import export, freeze
-from eamdeploy.artifact import ModelCard
-from eamdeploy.engines.trt_versions import TrtVersion
+from eamdeploy.artifacts.card import ModelCard
+from eamdeploy.convert.trt_passes import plan_trt
+from eamdeploy.engines.trt.versions import TrtVersion
 from eamdeploy.errors import ConfigError
 from eamdeploy.graph.model import card_of
 from eamdeploy.host.model import ModelSpec
 from eamdeploy.host.options import FreezeOptions
 from eamdeploy.host.stock_export import Exporter
-from eamdeploy.parity import ReferenceSet, reference_path
-from eamdeploy.source import ImageSource
-from eamdeploy.trt_flavour import plan_trt
+from eamdeploy.images.source import ImageSource
+from eamdeploy.parity.reference_set import ReferenceSet, reference_path
 
 MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "vit": (NAME, KWARGS),

@@ -13,7 +13,7 @@ from command_line import RunCli, only_error
 from lint_models import KEYS, ROWS, attention, found, frozen_map, model, packed_int4
 from onnx import TensorProto, helper
 
-from eamdeploy.engines.trt_versions import TrtVersion, capabilities
+from eamdeploy.engines.trt.versions import TrtVersion, capabilities
 from eamdeploy.errors import CheckpointError, ConfigError
 from eamdeploy.lint.base import Rule
 from eamdeploy.lint.linter import RULES, LintReport, lint_file

@@ -29,7 +29,7 @@ from timm_graphs import DEPTH, EXPORTS, Export
 
 from eamdeploy.errors import UnsupportedGraph
 from eamdeploy.graph.model import to_graph, to_model
-from eamdeploy.parity import TOLERANCES, ParityReport, compare
+from eamdeploy.parity.gate import TOLERANCES, ParityReport, compare
 from eamdeploy.passes.base import PassResult, PlannedPass, run_passes
 from eamdeploy.passes.canonical_attention import CanonicalAttention
 

@@ -41,7 +41,7 @@ from eamdeploy.graph.attention import Attention, find_attention
 from eamdeploy.graph.frozen import IntegerMaps
 from eamdeploy.graph.model import to_graph, to_model
 from eamdeploy.host.stock_export import export_stock
-from eamdeploy.parity import TOLERANCES, compare
+from eamdeploy.parity.gate import TOLERANCES, compare
 from eamdeploy.passes.base import run_passes
 from eamdeploy.passes.canonical_attention import CanonicalAttention
 from eamdeploy.passes.class_token_only import ClassTokenOnly

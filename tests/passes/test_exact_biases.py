@@ -14,7 +14,7 @@ from timm_graphs import DEPTH, Export
 
 from eamdeploy.graph.attention import Attention, find_attention
 from eamdeploy.graph.model import to_graph, to_model
-from eamdeploy.parity import TOLERANCES, compare
+from eamdeploy.parity.gate import TOLERANCES, compare
 from eamdeploy.passes.base import PassResult, PlannedPass, run_passes
 from eamdeploy.passes.canonical_attention import CanonicalAttention
 from eamdeploy.passes.drop_key_bias import DropKeyBias

@@ -17,24 +17,25 @@ from rewriting import changed, initializers, left_alone, ops, rewritten
 from timm_graphs import Export, images_of, planned_modules
 
 from eamdeploy import build_ort, evaluate, export, inspect, profile
-from eamdeploy.activation_ranges import Calibration
-from eamdeploy.artifact import Preprocessing
-from eamdeploy.engines.ort import OrtRunner
-from eamdeploy.engines.trt_request import TrtOptions
-from eamdeploy.engines.trt_versions import TrtVersion
+from eamdeploy.artifacts.card import Preprocessing
+from eamdeploy.convert.ort_form import OrtForm
+from eamdeploy.convert.ranges import Calibration
+from eamdeploy.convert.trt import prepare
+from eamdeploy.engines.ort.runner import OrtRunner
+from eamdeploy.engines.trt.request import TrtOptions
+from eamdeploy.engines.trt.versions import TrtVersion
 from eamdeploy.errors import ConfigError, EngineError, ParityError
 from eamdeploy.graph.model import card_of, to_graph, to_model
-from eamdeploy.images import normalize
-from eamdeploy.ort_form import OrtForm
-from eamdeploy.parity import TOLERANCES, ReferenceSet, compare, reference_path
+from eamdeploy.images.preprocess import normalize
+from eamdeploy.images.source import ImageSource
+from eamdeploy.parity.gate import TOLERANCES, compare
+from eamdeploy.parity.reference_set import ReferenceSet, reference_path
 from eamdeploy.passes.base import run_passes
 from eamdeploy.passes.fold_preprocess import FoldPreprocess
 from eamdeploy.passes.order import plan_passes
 from eamdeploy.profiling.inputs import random_images
-from eamdeploy.profiling.profile import Extras
 from eamdeploy.profiling.timing import Schedule
-from eamdeploy.source import ImageSource
-from eamdeploy.trt_model import prepare
+from eamdeploy.stages.profile import Extras
 
 HOW = Preprocessing(size=(2, 3), mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225))
 FOLD = FoldPreprocess(HOW.mean, HOW.std)

@@ -29,7 +29,7 @@ from timm_graphs import (
 from eamdeploy.errors import UnsupportedGraph
 from eamdeploy.graph.frozen import IntegerMaps
 from eamdeploy.graph.model import to_graph, to_model
-from eamdeploy.parity import TOLERANCES, compare
+from eamdeploy.parity.gate import TOLERANCES, compare
 from eamdeploy.passes.base import PassResult, PlannedPass, run_passes
 from eamdeploy.passes.canonical_attention import CanonicalAttention
 from eamdeploy.passes.freeze_heads import AttentionModule, FreezeHeads, check_accounted

@@ -31,7 +31,7 @@ from eamdeploy.errors import UnsupportedGraph
 from eamdeploy.graph.frozen import IntegerMaps
 from eamdeploy.graph.model import to_graph, to_model
 from eamdeploy.host.sites import WINDOW_MAPS, AttentionSite, WindowMaps, window_maps
-from eamdeploy.parity import TOLERANCES, compare
+from eamdeploy.parity.gate import TOLERANCES, compare
 from eamdeploy.passes.base import run_passes
 from eamdeploy.passes.canonical_attention import CanonicalAttention
 from eamdeploy.passes.freeze_heads import AttentionModule, FreezeHeads, check_accounted

@@ -34,7 +34,7 @@ from timm_graphs import (
 
 from eamdeploy.graph.frozen import IntegerMaps
 from eamdeploy.graph.model import to_graph, to_model
-from eamdeploy.parity import TOLERANCES, compare
+from eamdeploy.parity.gate import TOLERANCES, compare
 from eamdeploy.passes.base import run_passes
 from eamdeploy.passes.fused_attention import DOMAIN, OPERATOR, FusedAttention
 from eamdeploy.passes.order import plan_passes

@@ -10,10 +10,10 @@ import pytest
 from engine_models import make_frozen_model
 from split_models import split, three_files
 
-from eamdeploy.artifact import digest_file
-from eamdeploy.engines.base import manifest_path
+from eamdeploy.artifacts.files import digest_file
+from eamdeploy.artifacts.onnx_files import digest_model
+from eamdeploy.engines.manifest import manifest_path
 from eamdeploy.errors import ConfigError
-from eamdeploy.onnx_files import digest_model
 from eamdeploy.remote.cargo import pack_cargo
 
 

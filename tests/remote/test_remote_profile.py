@@ -19,13 +19,14 @@ from engine_models import build, make_frozen_model
 from split_models import split, three_files
 from ssh_server import REPOSITORY, Board, Boards, make_key, python_eamdeploy, running_boards
 
-from eamdeploy import onnx_files
-from eamdeploy.artifact import digest_file
+from eamdeploy.artifacts import onnx_files
+from eamdeploy.artifacts.files import digest_file
+from eamdeploy.artifacts.onnx_files import digest_model, model_files
 from eamdeploy.errors import CheckpointError, ConfigError, DeviceError, EngineError, ParityError
-from eamdeploy.onnx_files import digest_model, model_files
-from eamdeploy.profiling.profile import Extras, Profile, profile
 from eamdeploy.profiling.timing import Schedule
+from eamdeploy.records.profile import Profile
 from eamdeploy.remote.profile import RemoteFailure, RemoteProfiles, profile_remote
+from eamdeploy.stages.profile import Extras, profile
 
 FROZEN = make_frozen_model()
 QUICK = ("--threads", "1", "--warmup-ms", "0", "--min-seconds", "0", "--min-runs", "3", "--sittings", "1", "--no-power")

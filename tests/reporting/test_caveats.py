@@ -22,11 +22,12 @@ from report_records import (
     write_all,
 )
 
-from eamdeploy.artifact import RANDOM_WARNING, Record
+from eamdeploy.artifacts.card import RANDOM_WARNING
+from eamdeploy.artifacts.records import Record
 from eamdeploy.devices.base import SensorNotes
-from eamdeploy.reporting.caveats import caveats
-from eamdeploy.reporting.names import engine_names
-from eamdeploy.reporting.sources import Sources, read_sources
+from eamdeploy.reporting.prose.caveats import caveats
+from eamdeploy.reporting.records.names import engine_names
+from eamdeploy.reporting.records.sources import Sources, read_sources
 
 FROZEN = card(freezing())
 RANDOM = card(freezing(), weights="random")

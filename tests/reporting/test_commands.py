@@ -23,15 +23,15 @@ from report_records import (
     write_all,
 )
 
-from eamdeploy import cli
-from eamdeploy.activation_ranges import ActivationRanges
-from eamdeploy.artifact import Record
-from eamdeploy.cli_options import split_model_kwargs
+from eamdeploy.artifacts.records import Record
+from eamdeploy.artifacts.run_state import RunState, StageState
+from eamdeploy.cli import app as cli
+from eamdeploy.cli.options import split_model_kwargs
+from eamdeploy.convert.ranges import ActivationRanges
 from eamdeploy.remote.profile import RemoteProfiles
-from eamdeploy.reporting.command import Command
-from eamdeploy.reporting.commands import commands
-from eamdeploy.reporting.sources import read_sources
-from eamdeploy.run_state import RunState, StageState
+from eamdeploy.reporting.prose.command import Command
+from eamdeploy.reporting.prose.commands import commands
+from eamdeploy.reporting.records.sources import read_sources
 
 _RANGES = ActivationRanges(key="", method="percentile", images=8, source="photos", ranges={})
 CALIBRATED = f"24 products in INT8, ranges: {_RANGES.in_words}"

@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 
 from eamdeploy.errors import ConfigError, MissingDependency
-from eamdeploy.reporting.heatmap import draw_heatmap
+from eamdeploy.reporting.draw.heatmap import draw_heatmap
 
 matplotlib = pytest.importorskip("matplotlib", reason="heat maps need the extra 'host'")
 

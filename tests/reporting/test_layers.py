@@ -5,10 +5,10 @@ from pathlib import Path
 import pytest
 from report_records import card, device_build, engine, manifest, profile, write_all
 
-from eamdeploy.artifact import Record
-from eamdeploy.reporting.content import gather
-from eamdeploy.reporting.layers import SLOWEST_LAYERS, LayerTimes, layer_times
-from eamdeploy.reporting.sources import read_sources
+from eamdeploy.artifacts.records import Record
+from eamdeploy.reporting.records.layers import SLOWEST_LAYERS, LayerTimes, layer_times
+from eamdeploy.reporting.records.sources import read_sources
+from eamdeploy.reporting.write.content import gather
 
 
 def test_the_slowest_come_first_and_the_sum_is_of_all() -> None:

@@ -3,9 +3,9 @@ from __future__ import annotations
 import pytest
 from report_records import board_profile, device, engine, jetson, machine, on_jetson, profile
 
-from eamdeploy.profiling.profile import Profile
-from eamdeploy.reporting.machines import machine_facts, place
-from eamdeploy.reporting.sources import ProfileSource
+from eamdeploy.records.profile import Profile
+from eamdeploy.reporting.records.machines import machine_facts, place
+from eamdeploy.reporting.records.sources import ProfileSource
 
 SPACE = "\N{NO-BREAK SPACE}"
 BOARD = board_profile([on_jetson("x.plan", None, 2.0, 8000)], None, "A board")

@@ -6,11 +6,11 @@ from pathlib import Path
 import pytest
 from report_records import MODEL, card, engine, evaluation, freezing, manifest, profile, rich_records, write_all
 
-from eamdeploy.artifact import Record
-from eamdeploy.reporting.content import gather
-from eamdeploy.reporting.markdown import write_markdown
-from eamdeploy.reporting.page import render
-from eamdeploy.reporting.sources import read_sources
+from eamdeploy.artifacts.records import Record
+from eamdeploy.reporting.records.sources import read_sources
+from eamdeploy.reporting.write.content import gather
+from eamdeploy.reporting.write.markdown import write_markdown
+from eamdeploy.reporting.write.page import render
 
 
 def markdown_of(folder: Path, records: dict[str, Record], title: str | None = None) -> str:

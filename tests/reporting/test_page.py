@@ -27,15 +27,16 @@ from report_records import (
 )
 
 import eamdeploy
-from eamdeploy.artifact import RANDOM_WARNING, Record
-from eamdeploy.engines.base import Manifest
-from eamdeploy.evaluation import EvaluationReport
-from eamdeploy.profiling.profile import Profile
+from eamdeploy.artifacts.card import RANDOM_WARNING
+from eamdeploy.artifacts.records import Record
+from eamdeploy.artifacts.run_state import RunState
+from eamdeploy.engines.manifest import Manifest
+from eamdeploy.records.evaluation import EvaluationReport
+from eamdeploy.records.profile import Profile
 from eamdeploy.reporting import numbers
-from eamdeploy.reporting.report import report
-from eamdeploy.run_state import RunState
+from eamdeploy.stages.report import report
 
-STYLE = (Path(eamdeploy.__file__).parent / "reporting" / "page.css").read_text()
+STYLE = (Path(eamdeploy.__file__).parent / "reporting" / "write" / "page.css").read_text()
 
 
 def page_of(tmp_path: Path, records: dict[str, Record], title: str | None = None) -> Page:

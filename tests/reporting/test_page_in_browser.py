@@ -12,7 +12,7 @@ import pytest
 from browser import NAMES, Browser, find_browser
 from report_records import rich_records, write_all
 
-from eamdeploy.reporting.report import report
+from eamdeploy.stages.report import report
 
 PROGRAM = find_browser()
 PANELS = "[...document.querySelectorAll('.panel')].slice(0, 3)"

@@ -19,14 +19,14 @@ from report_records import (
     write_all,
 )
 
-from eamdeploy.artifact import digest_file
-from eamdeploy.engines.base import Manifest
+from eamdeploy.artifacts.files import digest_file
+from eamdeploy.artifacts.run_state import RunState, StageState
+from eamdeploy.artifacts.seal import SEAL
+from eamdeploy.engines.manifest import Manifest
 from eamdeploy.errors import CheckpointError, ConfigError
-from eamdeploy.evaluation import EvaluationReport
-from eamdeploy.profiling.profile import Profile
-from eamdeploy.reporting.sources import read_sources
-from eamdeploy.run_state import RunState, StageState
-from eamdeploy.seal import SEAL
+from eamdeploy.records.evaluation import EvaluationReport
+from eamdeploy.records.profile import Profile
+from eamdeploy.reporting.records.sources import read_sources
 
 
 def test_files_keep_their_order_and_count_once(tmp_path: Path) -> None:

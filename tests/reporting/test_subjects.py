@@ -19,12 +19,12 @@ from report_records import (
     write_all,
 )
 
-from eamdeploy.artifact import Record
-from eamdeploy.reporting.exports import exported
-from eamdeploy.reporting.figures import measurements
-from eamdeploy.reporting.names import engine_names, short_names
-from eamdeploy.reporting.sources import read_sources
-from eamdeploy.reporting.subjects import Subject, subjects
+from eamdeploy.artifacts.records import Record
+from eamdeploy.reporting.records.exports import exported
+from eamdeploy.reporting.records.figures import measurements
+from eamdeploy.reporting.records.names import engine_names, short_names
+from eamdeploy.reporting.records.sources import read_sources
+from eamdeploy.reporting.records.subjects import Subject, subjects
 
 FROZEN, TWIN = card(freezing()), card()
 

@@ -11,12 +11,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 from report_records import card, engine, freezing, profile
 
-from eamdeploy.reporting import svg
-from eamdeploy.reporting.figures import Measurement, measurements
-from eamdeploy.reporting.heat import Head, HeatMap
-from eamdeploy.reporting.heat_svg import heat_map, score_range, snowflake
-from eamdeploy.reporting.sources import Sourced, Sources
-from eamdeploy.reporting.svg import Bar
+from eamdeploy.reporting.draw import svg
+from eamdeploy.reporting.draw.heat_svg import heat_map, score_range, snowflake
+from eamdeploy.reporting.draw.svg import Bar
+from eamdeploy.reporting.records.figures import Measurement, measurements
+from eamdeploy.reporting.records.heat import Head, HeatMap
+from eamdeploy.reporting.records.sources import Sourced, Sources
 
 
 def measured(*ratios: float | None) -> Measurement:

@@ -1,0 +1,124 @@
+"""The card that every model carries: preprocessing, classes, and what is frozen.
+
+A board reads the card without torch and without onnx.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Literal
+
+from pydantic import Field, field_validator
+
+from eamdeploy.artifacts.records import Record
+
+
+class Preprocessing(Record):
+    """How a photograph becomes the model's input; the field names are timm's data-config names.
+
+    Attributes:
+        size: height and width of the input in pixels.
+        mean, std: per channel (RGB), on a 0…1 scale.
+        interpolation: Pillow's filter for the resize.
+        crop_pct: share of the resized shorter side that the centre crop keeps, in (0, 1].
+        crop_mode: `center` resizes the shorter side and crops; `squash` resizes both sides and ignores aspect.
+    """
+
+    size: tuple[int, int]
+    mean: tuple[float, float, float]
+    std: tuple[float, float, float]
+    interpolation: Literal["nearest", "bilinear", "bicubic", "lanczos", "box", "hamming"] = "bicubic"
+    crop_pct: float = Field(default=0.875, gt=0, le=1)
+    crop_mode: Literal["center", "squash"] = "center"
+
+    @field_validator("size")
+    @classmethod
+    def _positive(cls, size: tuple[int, int]) -> tuple[int, int]:
+        if min(size) < 1:
+            raise ValueError(f"size must be positive, got {size}")
+        return size
+
+    @field_validator("mean", "std")
+    @classmethod
+    def _finite(cls, values: tuple[float, float, float]) -> tuple[float, float, float]:
+        if not all(map(math.isfinite, values)):
+            raise ValueError(f"must be finite, got {values}")
+        return values
+
+    @field_validator("std")
+    @classmethod
+    def _nonzero(cls, std: tuple[float, float, float]) -> tuple[float, float, float]:
+        if min(std) <= 0:
+            raise ValueError(f"std must be positive, got {std}")
+        return std
+
+
+class FreezingCost(Record):
+    """What freezing a whole set of pieces costs, measured on the calibration images.
+
+    Attributes:
+        n_images: how many images.
+        kl: mean KL divergence of the softmax, from the unfrozen model to the frozen one, in nats.
+        agreement: percent of images for which both have the same first class.
+    """
+
+    n_images: int = Field(ge=1)
+    kl: float = Field(ge=0, allow_inf_nan=False)
+    agreement: float = Field(ge=0, le=100)
+
+
+class Freezing(Record):
+    """What is frozen in a model and how it was chosen.
+
+    Attributes:
+        granularity: what is frozen as one piece: a head's map, a row of it, or an entry of it.
+        window_maps: which windows share a frozen map: all (`shared`), those with the same shift mask (`class`), or
+            none (`window`); None for a model without windows.
+        heads: heads with at least one frozen piece by attention module path, e.g. `{"blocks.3.attn": [0, 2]}`.
+        sparsity: frozen entries ÷ all attention entries, in [0, 1]; `sparsity_asked` is what the user wanted.
+        score: what the choice went by, and `scores` its value for every head of every attention module: for rows and
+            entries the mean over the head's.
+        cost: what the frozen set costs as a whole; None for maps that were not chosen here, and in files made before
+            it was measured.
+    """
+
+    granularity: Literal["head", "row", "entry"] = "head"
+    window_maps: Literal["shared", "class", "window"] | None = None
+    bits: Literal[2, 3, 4, 8]
+    quantizer: Literal["uniform", "squared"]
+    score: str
+    scores: dict[str, list[float]] = Field(default_factory=dict)
+    sparsity_asked: float | None
+    sparsity: float
+    heads: dict[str, list[int]]
+    cost: FreezingCost | None = None
+
+
+class ModelCard(Record):
+    """What a board must know about an ONNX model without torch; stored under `CARD_KEY` in its metadata.
+
+    Attributes:
+        weights: where the weights came from; `random` marks a model that is good for latency only.
+        freezing: None for an unfrozen model.
+        checkpoint_digest: SHA-256 of the EAM checkpoint this was exported from.
+        rewrites: names of the passes applied, in order.
+        takes_pixels: the input is uint8 [B, 3, H, W], and the graph normalizes it as `preprocessing` says; otherwise
+            it is float32, normalized already.
+    """
+
+    timm_model: str
+    weights: str
+    num_classes: int
+    class_names: list[str] | None = None
+    preprocessing: Preprocessing
+    freezing: Freezing | None = None
+    checkpoint_digest: str | None = None
+    rewrites: list[str] = Field(default_factory=list)
+    takes_pixels: bool = False
+    exporter: str = ""
+    versions: dict[str, str] = Field(default_factory=dict)
+
+
+CARD_KEY = "eamdeploy"
+
+RANDOM_WARNING = "The weights are random: latency and size mean something, accuracy and frozen heads do not."

@@ -1,0 +1,86 @@
+"""The stages of `eamdeploy run` that need torch: freeze and export."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+from eamdeploy.artifacts.files import digest_file
+from eamdeploy.errors import host_packages
+from eamdeploy.images.folder import folder_digest
+from eamdeploy.images.source import read_class_names
+from eamdeploy.observer import Observer
+from eamdeploy.parity.reference_set import REFERENCE_IMAGES, reference_path
+from eamdeploy.pipeline.config import RunConfig
+from eamdeploy.pipeline.stage import Stage, image_source, models, versions_of
+
+
+def freeze_stage(config: RunConfig, observer: Observer) -> Stage:
+    output, model = config.output / "model.eam.safetensors", config.model
+    heatmap = config.output / "heatmap.png"
+    images = image_source(config.calibrate)
+
+    def action() -> None:
+        with host_packages("freezing"):
+            from eamdeploy.host.model import ModelSpec, PreprocessingOverrides
+            from eamdeploy.host.options import FreezeOptions
+            from eamdeploy.reporting.draw.heatmap import draw_heatmap
+            from eamdeploy.stages.freeze import freeze, read_shares
+        header = freeze(
+            ModelSpec(model.name, model.weights, model.kwargs),
+            images,
+            output,
+            FreezeOptions(**config.freeze.model_dump()),
+            overrides=PreprocessingOverrides(**config.preprocessing.model_dump()),
+            class_names=read_class_names(model.class_names),
+            observer=observer,
+        )
+        draw_heatmap(
+            header.freezing.scores,
+            score_name=header.freezing.score,
+            frozen=header.freezing.heads,
+            shares=read_shares(output),
+            title=header.timm_model,
+            path=heatmap,
+        )
+
+    weights = Path(model.weights)
+    inputs = {  # names and contents, no paths, so that a run may be moved or started from another folder
+        "config": config.model_dump(mode="json", include={"preprocessing", "freeze"}),
+        "model": [model.name, model.kwargs, weights.name, read_class_names(model.class_names)],
+        "weights": digest_file(weights) if weights.is_file() else model.weights,
+        "images": [images.root.name, images.skip_bad, folder_digest(images.open())],
+        "versions": versions_of("eamdeploy", "torch", "timm"),
+    }
+    return Stage(inputs, [output, heatmap], action)
+
+
+def export_stage(config: RunConfig, observer: Observer) -> Stage:
+    checkpoint = config.output / "model.eam.safetensors"
+    model, baseline = models(config)
+    images = replace(image_source(config.calibrate), limit=REFERENCE_IMAGES)
+
+    def action() -> None:
+        with host_packages("exporting"):
+            from eamdeploy.stages.export import export
+        export(
+            checkpoint,
+            model,
+            baseline=baseline,
+            batch=config.export.batch,
+            opset=config.export.opset,
+            exporter=config.export.exporter,
+            fold_preprocess=config.export.fold_preprocess,
+            without=config.export.without,
+            images=images,
+            observer=observer,
+        )
+
+    inputs = {
+        "config": config.export.model_dump(mode="json"),
+        "checkpoint": digest_file(checkpoint),
+        "images": folder_digest(images.open()),
+        "versions": versions_of("eamdeploy", "torch", "onnx", "onnxscript"),
+    }
+    outputs = [model, baseline, reference_path(model), reference_path(baseline)]
+    return Stage(inputs, outputs, action)

@@ -1,0 +1,82 @@
+"""A stage of `eamdeploy run`, and what several of them depend on."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from eamdeploy.artifacts.onnx_files import digest_model
+from eamdeploy.devices.provenance import package_versions
+from eamdeploy.engines.manifest import Manifest, ProviderName, manifest_path
+from eamdeploy.engines.registry import load_backend
+from eamdeploy.images.source import ImageSource, read_class_names
+from eamdeploy.pipeline.config import EvaluateConfig, ImagesConfig, RunConfig
+
+_OF_OTHER_PROVIDERS = ("onnxruntime-openvino", "onnxruntime-gpu", "tensorrt")
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One step of the run.
+
+    Attributes:
+        inputs: everything that its outputs depend on.
+        outputs: the files it writes.
+        action: writes them.
+    """
+
+    inputs: Mapping[str, object]
+    outputs: list[Path]
+    action: Callable[[], object]
+
+
+def image_source(config: ImagesConfig) -> ImageSource:
+    """The images of a section.
+
+    Raises:
+        ConfigError: its file of class names can't be read.
+    """
+    source = ImageSource(config.data, config.split, config.images, config.skip_bad, config.exif_transpose)
+    if not isinstance(config, EvaluateConfig):
+        return source
+    return replace(source, class_order=config.class_order, class_names=read_class_names(config.class_names))
+
+
+def models(config: RunConfig) -> list[Path]:
+    """The exported model and its unfrozen twin."""
+    return [config.output / "model.onnx", config.output / "baseline.onnx"]
+
+
+def engines(config: RunConfig) -> list[Path]:
+    """Their engines: `model.ort.onnx` beside `model.onnx`."""
+    return [model.with_suffix(".ort.onnx") for model in models(config)]
+
+
+def versions_of(*packages: str) -> dict[str, str]:
+    """Those of the packages that are installed."""
+    versions = package_versions()
+    return {name: versions[name] for name in packages if name in versions}
+
+
+def runtime_versions(providers: Iterable[ProviderName]) -> dict[str, str]:
+    """What an engine on one of these providers runs with.
+
+    Raises:
+        MissingDependency: ONNX Runtime is not installed here.
+    """
+    load_backend("ort")  # of several packages that bring it, the one that is loaded counts
+    others = () if set(providers) <= {"cpu"} else _OF_OTHER_PROVIDERS
+    return versions_of("eamdeploy", "onnxruntime", *others)
+
+
+def engine_inputs(config: RunConfig) -> dict[str, object]:
+    """What stages that run both engines depend on: the files, what runs them if not the CPU, and its versions."""
+    files = engines(config)
+    providers = [Manifest.read(manifest_path(engine)).provider for engine in files]
+    elsewhere = {} if set(providers) == {"cpu"} else {"providers": providers}  # for which the file may be the same
+    return {
+        "engines": [digest_model(engine) for engine in files],
+        "versions": runtime_versions(providers),
+        **elsewhere,
+    }

@@ -1,0 +1,222 @@
+"""The models that a report is about, each with all that the records say of it: what was frozen, its cost, its gain.
+
+Records name files by their SHA-256: an evaluation and a profile those of engines, a manifest also those of the ONNX
+model and the checkpoint behind its engine. What shares a digest is one model. A profile's frozen engine that no digest
+ties to another record is taken for a known model only if its summary fits exactly one.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+
+from eamdeploy.artifacts.card import Freezing, FreezingCost
+from eamdeploy.eam.analysis import Analysis
+from eamdeploy.eam.selection import Granularity
+from eamdeploy.engines.manifest import Manifest
+from eamdeploy.records.evaluation import EvaluationReport
+from eamdeploy.records.profile import ModelSummary
+from eamdeploy.reporting import numbers
+from eamdeploy.reporting.records import heat
+from eamdeploy.reporting.records.exports import Exported
+from eamdeploy.reporting.records.figures import Engine, Measurement
+from eamdeploy.reporting.records.heat import HeatMap
+from eamdeploy.reporting.records.sources import CheckpointFile, Sources
+
+
+@dataclass(frozen=True)
+class Frozen:
+    """What of a model is frozen.
+
+    Attributes:
+        heads: how many have something frozen, of `all_heads`; the latter is None where no record says it.
+        granularity: None where no record says it.
+        planned: it would be frozen, by an analysis.
+        cost: what the frozen set costs on its calibration images, where that was measured.
+    """
+
+    heads: int
+    sparsity: float
+    bits: int | None
+    quantizer: str | None
+    score: str | None
+    all_heads: int | None = None
+    granularity: Granularity | None = None
+    window_maps: str | None = None
+    sparsity_asked: float | None = None
+    planned: bool = False
+    cost: FreezingCost | None = None
+
+    @property
+    def summary(self) -> tuple[object, ...]:
+        """The part that a profile records."""
+        return (self.heads, self.sparsity, self.bits, self.quantizer, self.score)
+
+
+@dataclass(frozen=True)
+class Subject:
+    """One model, or what one record says of it.
+
+    Attributes:
+        model: its name in timm, or that of the file which is all that is known.
+        title: its name, and what tells it from others of the same name.
+        digests: of its checkpoint, ONNX model and engines, as far as they are known.
+        frozen: None where nothing is, or no record says what.
+        heat: None where the scores of its heads are not recorded.
+        measured: its engines, each with the measurement that it is part of.
+    """
+
+    model: str
+    title: str = ""
+    digests: frozenset[str] = frozenset()
+    frozen: Frozen | None = None
+    heat: HeatMap | None = None
+    evaluations: tuple[EvaluationReport, ...] = ()
+    measured: tuple[tuple[Measurement, Engine], ...] = ()
+    exports: tuple[Exported, ...] = ()
+
+
+def subjects(
+    sources: Sources, measurements: Sequence[Measurement], exports: Sequence[Exported], names: Mapping[str, str]
+) -> list[Subject]:
+    """The models, in the order in which the records speak of them; one per analysis only if it has no other record.
+
+    Args:
+        names: the short names of engines, for models that nothing else names.
+    """
+    found: list[Subject] = []
+    for part in _parts(sources, measurements, exports, names):
+        index = _index(part, found)
+        if index is None:
+            found.append(part)
+        else:
+            found[index] = _joined(found[index], part)
+    models = {subject.model for subject in found}
+    found += [_planned(item.record) for item in sources.of(Analysis) if item.record.timm_model not in models]
+    return _told_apart(found)
+
+
+def _told_apart(found: Sequence[Subject]) -> list[Subject]:
+    """The subjects; those of the same model have their sparsity in the title, and a number if that is the same too."""
+    models = Counter(subject.model for subject in found)
+    seen: Counter[str] = Counter()
+    result = []
+    for subject in found:
+        title = subject.model
+        if models[title] > 1 and subject.frozen is not None:
+            title = f"{title} at {numbers.share(subject.frozen.sparsity)} sparsity"
+        seen[title] += 1
+        title = title if seen[title] == 1 else f"{title} ({seen[title]})"
+        picture = None if subject.heat is None else replace(subject.heat, title=title)
+        result.append(replace(subject, title=title, heat=picture))
+    return result
+
+
+def _parts(
+    sources: Sources, measurements: Sequence[Measurement], exports: Sequence[Exported], names: Mapping[str, str]
+) -> Iterator[Subject]:
+    """What every record says of a model; those that tie digests together first."""
+    yield from map(_of_checkpoint, sources.checkpoints)
+    for manifest in sources.of(Manifest):
+        yield from _of_manifest(manifest.record)
+    for measurement in measurements:
+        for engine in measurement.engines:
+            if not engine.is_baseline:
+                yield _of_engine(measurement, engine)
+    for export in exports:
+        yield Subject(export.model, digests=frozenset({export.digest}), exports=(export,))
+    for item in sources.of(EvaluationReport):
+        evaluation = item.record
+        yield Subject(names[evaluation.model], digests=frozenset({evaluation.model_digest}), evaluations=(evaluation,))
+
+
+def _index(part: Subject, found: Sequence[Subject]) -> int | None:
+    """Which subject the part belongs to."""
+    for index, subject in enumerate(found):
+        if subject.digests & part.digests:
+            return index
+    if part.frozen is None or not part.measured:
+        return None
+    summary = (part.model, part.frozen.summary)
+    alike = [i for i, each in enumerate(found) if each.frozen and (each.model, each.frozen.summary) == summary]
+    return alike[0] if len(alike) == 1 else None
+
+
+def _joined(subject: Subject, part: Subject) -> Subject:
+    return replace(
+        subject,
+        digests=subject.digests | part.digests,
+        evaluations=subject.evaluations + part.evaluations,
+        measured=subject.measured + part.measured,
+        exports=subject.exports + part.exports,
+    )
+
+
+def _of_checkpoint(item: CheckpointFile) -> Subject:
+    header = item.record
+    heads = {path: shape.heads for path, shape in header.attention.items()}
+    return Subject(
+        header.timm_model,
+        digests=frozenset({item.digest}),
+        frozen=_frozen(header.freezing, sum(heads.values())),
+        heat=heat.of_freezing(header.timm_model, header.freezing, heads, item.shares),
+    )
+
+
+def _of_manifest(manifest: Manifest) -> Iterator[Subject]:
+    """Nothing of an unfrozen twin: its card names the same checkpoint."""
+    card = manifest.card
+    if card is None or card.freezing is None:
+        return
+    heads = {path: len(values) for path, values in card.freezing.scores.items()}
+    digests = (manifest.engine_digest, manifest.model_digest, card.checkpoint_digest)
+    picture = heat.of_freezing(card.timm_model, card.freezing, heads, None) if heads else None
+    yield Subject(
+        card.timm_model,
+        digests=frozenset(filter(None, digests)),
+        frozen=_frozen(card.freezing, sum(heads.values()) or None),
+        heat=picture,
+    )
+
+
+def _of_engine(measurement: Measurement, engine: Engine) -> Subject:
+    model, digests, measured = engine.model, frozenset({engine.digest}), ((measurement, engine),)
+    if model is None or not engine.is_frozen:
+        return Subject(engine.name, digests=digests, measured=measured)
+    return Subject(model.timm_model, digests=digests, frozen=_summarized(model), measured=measured)
+
+
+def _planned(analysis: Analysis) -> Subject:
+    frozen = Frozen(
+        heads=sum(map(len, analysis.frozen.values())),
+        sparsity=analysis.sparsity,
+        bits=None,
+        quantizer=None,
+        score=analysis.score,
+        all_heads=sum(shape.heads for shape in analysis.attention.values()),
+        granularity=analysis.granularity,
+        window_maps=analysis.window_maps,
+        sparsity_asked=analysis.sparsity_asked,
+        planned=True,
+    )
+    return Subject(analysis.timm_model, frozen=frozen)
+
+
+def _frozen(freezing: Freezing, all_heads: int | None) -> Frozen:
+    return Frozen(
+        heads=sum(map(len, freezing.heads.values())),
+        sparsity=freezing.sparsity,
+        bits=freezing.bits,
+        quantizer=freezing.quantizer,
+        score=freezing.score,
+        all_heads=all_heads,
+        granularity=freezing.granularity,
+        window_maps=freezing.window_maps,
+        sparsity_asked=freezing.sparsity_asked,
+        cost=freezing.cost,
+    )
+
+
+def _summarized(model: ModelSummary) -> Frozen:
+    return Frozen(model.frozen_heads, model.sparsity, model.bits, model.quantizer, model.score)

@@ -1,0 +1,61 @@
+"""The stage that makes an EAM checkpoint of somebody's own frozen maps."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+from eamdeploy.artifacts.card import Freezing
+from eamdeploy.artifacts.files import require_output
+from eamdeploy.eam.quantizers import Bits, Quantizer
+from eamdeploy.eam.records import CheckpointHeader, FrozenMaps
+from eamdeploy.eam.selection import sparsity_of
+from eamdeploy.host.attention import attention_sites
+from eamdeploy.host.given_maps import fit_maps
+from eamdeploy.host.model import (
+    TIMM_PREPROCESSING,
+    ModelSpec,
+    PreprocessingOverrides,
+    load_model,
+    preprocessing_of,
+)
+from eamdeploy.host.saving import check_class_names, save_checkpoint
+from eamdeploy.host.sites import attention_shapes
+
+
+def pack(
+    spec: ModelSpec,
+    maps: Mapping[str, FrozenMaps],
+    output: Path,
+    *,
+    bits: Bits,
+    quantizer: Quantizer,
+    overrides: PreprocessingOverrides = TIMM_PREPROCESSING,
+    class_names: list[str] | None = None,
+) -> CheckpointHeader:
+    """`output` is an EAM checkpoint of a model and frozen maps from somebody's own EAM training.
+
+    Args:
+        maps: by attention module path, as `host.maps_file.read_maps` reads them.
+
+    Raises:
+        ConfigError, CheckpointError, UnsupportedGraph: model, weights or maps can't be used, or `output` not written.
+    """
+    require_output(output, Path(spec.weights))
+    model = load_model(spec)
+    sites = attention_sites(model)
+    check_class_names(class_names, model.num_classes)
+    granularity, windows, fitted = fit_maps(maps, sites, spec.name)
+    shapes = attention_shapes(sites, windows)
+    freezing = Freezing(
+        granularity=granularity,
+        window_maps=windows,
+        bits=bits,
+        quantizer=quantizer,
+        score="given",
+        sparsity_asked=None,
+        sparsity=sparsity_of(fitted, shapes),
+        heads={path: item.heads.tolist() for path, item in fitted.items()},
+    )
+    how = preprocessing_of(model, overrides)
+    return save_checkpoint(spec, model, sites, how, class_names, freezing, fitted, None, output)
