@@ -21,10 +21,11 @@ from shown_model import ShownModel
 
 from eamdeploy.artifacts.files import write_bytes
 from eamdeploy.artifacts.records import Record
-from eamdeploy.eam.selection import GRANULARITIES, Granularity
-from eamdeploy.host.model import ModelSpec, PreprocessingOverrides
-from eamdeploy.host.options import FreezeOptions
+from eamdeploy.eam.options import FreezeOptions
+from eamdeploy.host.model import ModelSpec
+from eamdeploy.images.options import PreprocessingOverrides
 from eamdeploy.images.source import ImageSource
+from eamdeploy.vocabulary import GRANULARITIES, Granularity
 
 
 class Row(Record):

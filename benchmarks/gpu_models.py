@@ -27,13 +27,14 @@ from eamdeploy import export, freeze
 from eamdeploy.artifacts.files import digest_file
 from eamdeploy.convert.ranges import Calibration
 from eamdeploy.eam import checkpoint as checkpoints
+from eamdeploy.eam.options import FreezeOptions
 from eamdeploy.eam.records import Checkpoint, FrozenMaps
 from eamdeploy.eam.selection import sparsity_of
 from eamdeploy.engines.trt.request import TrtOptions
 from eamdeploy.engines.trt.versions import TrtVersion
-from eamdeploy.host.model import RANDOM, ModelSpec, PreprocessingOverrides, load_model
-from eamdeploy.host.options import FreezeOptions
+from eamdeploy.host.model import RANDOM, ModelSpec, load_model
 from eamdeploy.host.stock_export import export_stock
+from eamdeploy.images.options import PreprocessingOverrides
 from eamdeploy.images.source import ImageSource
 from eamdeploy.parity.reference_set import ReferenceSet, reference_path
 from eamdeploy.stages.build_trt import plan_trt_build

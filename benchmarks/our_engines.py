@@ -17,9 +17,10 @@ import eamdeploy
 from eamdeploy import build_ort, export, freeze
 from eamdeploy.convert.ort_form import OrtForm
 from eamdeploy.convert.ranges import Calibration
+from eamdeploy.eam.options import FreezeOptions
 from eamdeploy.engines.manifest import read_manifest
-from eamdeploy.host.options import FreezeOptions, Score
 from eamdeploy.parity.accuracy import Predict
+from eamdeploy.vocabulary import Score
 
 SPARSITIES = (0.0, 0.2, 0.5)
 REFERENCE_IMAGES = 16

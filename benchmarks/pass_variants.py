@@ -12,12 +12,14 @@ from peers import noise_images
 
 from eamdeploy import build_ort, export, freeze
 from eamdeploy.artifacts.files import digest_bytes
+from eamdeploy.eam.options import FreezeOptions
 from eamdeploy.errors import UnsupportedGraph
-from eamdeploy.host.model import TIMM_PREPROCESSING, ModelSpec, load_model, preprocessing_of
-from eamdeploy.host.options import FreezeOptions
-from eamdeploy.host.stock_export import Exporter, export_stock
+from eamdeploy.host.model import ModelSpec, load_model, preprocessing_of
+from eamdeploy.host.stock_export import export_stock
+from eamdeploy.images.options import TIMM_PREPROCESSING
 from eamdeploy.images.source import ImageSource
 from eamdeploy.passes.order import SWITCHABLE, with_dependents
+from eamdeploy.vocabulary import Exporter
 
 _IMAGES = 16
 

@@ -33,8 +33,9 @@ from study import Study
 from eamdeploy.convert.ort_tools import import_tool
 from eamdeploy.errors import host_packages
 from eamdeploy.host.calibrate import predict
-from eamdeploy.host.stock_export import Exporter, export_stock
+from eamdeploy.host.stock_export import export_stock
 from eamdeploy.parity.accuracy import Predict
+from eamdeploy.vocabulary import Exporter
 
 OPSET = 18  # the first that both of torch's exporters write for ViT and Swin
 _NOTE = "note.txt"

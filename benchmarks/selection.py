@@ -36,9 +36,10 @@ from shown_model import ShownModel
 from eamdeploy.artifacts.files import write_json
 from eamdeploy.artifacts.records import Record
 from eamdeploy.devices.provenance import machine_summary, package_versions, usable_cores
-from eamdeploy.host.model import RANDOM, ModelSpec, PreprocessingOverrides
-from eamdeploy.host.options import FreezeOptions
+from eamdeploy.eam.options import FreezeOptions
+from eamdeploy.host.model import RANDOM, ModelSpec
 from eamdeploy.host.scoring import HEAD_IMAGES, PieceScores
+from eamdeploy.images.options import PreprocessingOverrides
 from eamdeploy.images.source import ImageSource
 
 Pieces = dict[str, NDArray[np.bool_]]

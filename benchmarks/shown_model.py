@@ -11,15 +11,16 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from eamdeploy.eam.options import FreezeOptions
 from eamdeploy.eam.selection import Selection
 from eamdeploy.host.attention import Constants, attention_sites, freeze_attention
 from eamdeploy.host.calibrate import look, predict
 from eamdeploy.host.choosing import choose
 from eamdeploy.host.means import freeze_pieces, mean_maps
-from eamdeploy.host.model import ModelSpec, PreprocessingOverrides, load_model, preprocessing_of
-from eamdeploy.host.options import FreezeOptions
+from eamdeploy.host.model import ModelSpec, load_model, preprocessing_of
 from eamdeploy.host.scoring import PieceScores, score_pieces
 from eamdeploy.host.sites import window_maps
+from eamdeploy.images.options import PreprocessingOverrides
 from eamdeploy.images.source import ImageSource
 from eamdeploy.observer import SILENT
 from eamdeploy.parity.accuracy import Evaluation, measure_accuracy

@@ -25,14 +25,14 @@ from rich.console import Console
 from eamdeploy import build_ort, export, freeze, profile
 from eamdeploy.cli import show_profile
 from eamdeploy.devices.provenance import usable_cores
-from eamdeploy.eam.selection import GRANULARITIES
-from eamdeploy.host.model import RANDOM, TIMM_PREPROCESSING, ModelSpec, load_model, preprocessing_of
-from eamdeploy.host.options import FreezeOptions
-from eamdeploy.host.sites import WINDOW_MAPS
+from eamdeploy.eam.options import FreezeOptions
+from eamdeploy.host.model import RANDOM, ModelSpec, load_model, preprocessing_of
 from eamdeploy.host.stock_export import export_stock
+from eamdeploy.images.options import TIMM_PREPROCESSING
 from eamdeploy.images.source import ImageSource
 from eamdeploy.profiling.timing import Schedule
 from eamdeploy.records.profile import Profile
+from eamdeploy.vocabulary import GRANULARITIES, WINDOW_MAPS
 
 OPSET = 18  # the first that both of torch's exporters write for ViT and Swin
 

@@ -22,8 +22,9 @@ from eamdeploy.artifacts.card import Preprocessing
 from eamdeploy.artifacts.files import digest_bytes, digest_file, write_bytes
 from eamdeploy.devices.provenance import package_versions
 from eamdeploy.host.calibrate import predict
-from eamdeploy.host.model import RANDOM, ModelSpec, PreprocessingOverrides, load_model, preprocessing_of
+from eamdeploy.host.model import RANDOM, ModelSpec, load_model, preprocessing_of
 from eamdeploy.images.folder import folder_digest
+from eamdeploy.images.options import PreprocessingOverrides
 from eamdeploy.images.preprocess import normalize
 from eamdeploy.images.source import ImageSource
 from eamdeploy.observer import SILENT

@@ -47,8 +47,8 @@ def eam_checkpoint(tmp_path_factory: pytest.TempPathFactory, tiny_weights: Path,
     from tiny_models import KWARGS, NAME
 
     from eamdeploy import freeze
+    from eamdeploy.eam.options import FreezeOptions
     from eamdeploy.host.model import ModelSpec
-    from eamdeploy.host.options import FreezeOptions
     from eamdeploy.images.source import ImageSource
 
     output = tmp_path_factory.mktemp("checkpoint") / "tiny.eam.safetensors"

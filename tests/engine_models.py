@@ -12,13 +12,14 @@ from onnx import TensorProto, helper, numpy_helper
 
 from eamdeploy.artifacts.card import CARD_KEY, Freezing, ModelCard, Preprocessing
 from eamdeploy.convert.ort_form import OrtForm
-from eamdeploy.engines.manifest import Manifest, ProviderName
+from eamdeploy.engines.manifest import Manifest
 from eamdeploy.images.preprocess import normalize
 from eamdeploy.observer import SILENT
 from eamdeploy.parity.gate import TOLERANCES
 from eamdeploy.parity.reference_set import ReferenceSet
 from eamdeploy.stages.ort_forms import Request
 from eamdeploy.stages.ort_forms import build as build_form
+from eamdeploy.vocabulary import ProviderName
 
 SIZE, PATCH, N, D, HEADS, CLASSES = 8, 4, 4, 16, 2, 5
 HEAD_SIZE = D // HEADS

@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from eamdeploy.host.sensitivity import by_module, head_effects
-from eamdeploy.host.sites import WindowMaps
+from eamdeploy.vocabulary import WindowMaps
 
 
 def sensitivity(

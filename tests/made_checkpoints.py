@@ -9,9 +9,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from eamdeploy.artifacts.card import Freezing
-from eamdeploy.eam.quantizers import Bits, Quantizer, quantize_rows
+from eamdeploy.eam.quantizers import quantize_rows
 from eamdeploy.eam.records import AttentionShape, Checkpoint, FrozenMaps, spread_mask
-from eamdeploy.eam.selection import Granularity
+from eamdeploy.vocabulary import Bits, Granularity, Quantizer
 
 WindowMaps = Literal["shared", "class", "window"]
 

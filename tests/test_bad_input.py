@@ -27,8 +27,8 @@ from safetensors.numpy import load_file, save_file
 from tiny_models import KWARGS, NAME, SWIN_KWARGS, SWIN_NAME, make_model, save_weights
 
 from eamdeploy import freeze as freeze_model
+from eamdeploy.eam.options import FreezeOptions
 from eamdeploy.host.model import ModelSpec
-from eamdeploy.host.options import FreezeOptions
 from eamdeploy.images.source import ImageSource
 
 MODEL = ["--model", NAME, "--model-kwargs", *(f"{key}={value}" for key, value in KWARGS.items())]

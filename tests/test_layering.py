@@ -121,7 +121,9 @@ class Import:
         """What to import instead."""
         if not self.ours:
             places = ", ".join(f"eamdeploy.{place}" for place in sorted(PACKAGES.get(self.imported, ())))
-            return f"{self.importer}: {self.imported} belongs in {places or 'no room yet'}; call a function of that room"
+            return (
+                f"{self.importer}: {self.imported} belongs in {places or 'no room yet'}; call a function of that room"
+            )
         room, other = self.rooms
         allowed = ", ".join(sorted(ROOMS[room]))
         return (

@@ -19,13 +19,14 @@ from numpy.typing import NDArray
 from eamdeploy import build_ort, evaluate, export, freeze, inspect
 from eamdeploy.devices.provenance import usable_cores
 from eamdeploy.eam import checkpoint as checkpoints
+from eamdeploy.eam.options import FreezeOptions
 from eamdeploy.eam.quantizers import integer_values
 from eamdeploy.engines.registry import open_runner
 from eamdeploy.host import freezing
 from eamdeploy.host.calibrate import look, predict
-from eamdeploy.host.model import ModelSpec, PreprocessingOverrides
-from eamdeploy.host.options import FreezeOptions
+from eamdeploy.host.model import ModelSpec
 from eamdeploy.host.reference import load_reference
+from eamdeploy.images.options import PreprocessingOverrides
 from eamdeploy.images.preprocess import normalize
 from eamdeploy.images.source import ImageSource
 from eamdeploy.observer import SILENT

@@ -21,8 +21,9 @@ from tiny_models import FAMILY, KWARGS, NAME, SWIN_FAMILY, SWIN_NAME, images, ma
 from eamdeploy.graph.frozen import IntegerMaps
 from eamdeploy.host.attention import Constants, attention_sites, freeze_attention
 from eamdeploy.host.sites import AttentionSite
-from eamdeploy.host.stock_export import Exporter, export_stock
+from eamdeploy.host.stock_export import export_stock
 from eamdeploy.passes.freeze_heads import AttentionModule
+from eamdeploy.vocabulary import Exporter
 
 SIZE, D, H, DEPTH = KWARGS["img_size"], KWARGS["embed_dim"], KWARGS["num_heads"], KWARGS["depth"]
 HEAD_DIM = D // H

@@ -4,17 +4,24 @@ from __future__ import annotations
 
 import ast
 import re
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 import typer
 
+from eamdeploy import vocabulary
+from eamdeploy.artifacts.files import require_output
+from eamdeploy.cli.spread import description
+from eamdeploy.convert.ranges import CALIBRATION_IMAGES, Calibration, calibration_with
 from eamdeploy.devices.base import Device
 from eamdeploy.devices.registry import open_device
-from eamdeploy.eam import quantizers
+from eamdeploy.eam.options import FreezeOptions
 from eamdeploy.engines.trt.versions import TrtVersion
 from eamdeploy.errors import ConfigError
-from eamdeploy.images.class_labels import ClassOrder
+from eamdeploy.images.options import ImageOptions
+from eamdeploy.images.source import ImageSource
 
 _DEFAULT_TRT = "8.6"  # its graphs suit 10.x and 11.x too
 _SIZE = re.compile(r"(\d{1,12})([KMG]?)(?:i?B)?", re.ASCII | re.IGNORECASE)
@@ -22,6 +29,7 @@ _SHIFTS = {"": 0, "K": 10, "M": 20, "G": 30}
 _LOCAL_OPTIONS = {"engines", "baseline", "output", "device", "remote_command", "ssh_config", "as_json"}
 _ASSIGNMENT = re.compile(r"[A-Za-z_]\w*=")
 
+Output = Annotated[Path, typer.Option("--output", "-o", help="File to write; it appears whole or not at all.")]
 Model = Annotated[str, typer.Option("--model", help="timm architecture, e.g. deit_tiny_patch16_224.")]
 Weights = Annotated[
     str,
@@ -31,23 +39,8 @@ ModelKwargs = Annotated[
     list[str], typer.Option("--model-kwargs", help="timm.create_model arguments: img_size=112 num_classes=10 …")
 ]
 ClassNames = Annotated[Path | None, typer.Option(help="Class names in order: a JSON list, or a text file, one a line.")]
-Mean = Annotated[tuple[float, float, float] | None, typer.Option(help="Channel means, instead of timm's data config.")]
-Std = Annotated[tuple[float, float, float] | None, typer.Option(help="Channel standard deviations, likewise.")]
-CropPct = Annotated[float | None, typer.Option(help="Share of the shorter side that the centre crop keeps, likewise.")]
-Interpolation = Annotated[str | None, typer.Option(help="Filter of the resize, likewise: bicubic, bilinear, …")]
-Data = Annotated[
-    Path, typer.Option("--data", help="Images: class sub-folders, flat files with labels.csv, or unlabelled files.")
-]
-Images = Annotated[int | None, typer.Option("--images", help="At most that many, spread evenly over the folder.")]
-Split = Annotated[
-    Literal["all", "even", "odd"], typer.Option(help="All files, or those at even or odd positions when sorted.")
-]
-SkipBad = Annotated[bool, typer.Option("--skip-bad", help="Leave out and name files that can't be decoded.")]
-ExifTranspose = Annotated[
-    bool, typer.Option("--exif-transpose", help="Turn images as their EXIF orientation says; timm does not.")
-]
 LabelOrder = Annotated[
-    ClassOrder | None,
+    vocabulary.ClassOrder | None,
     typer.Option(
         "--class-order",
         help="What labels mean: class names, class numbers, or one for each class, sorted as timm (natural) or as "
@@ -65,8 +58,9 @@ Verify = Annotated[
         "--verify/--no-verify", help="Refuse files that were altered after they were written; not those made before."
     ),
 ]
-Bits = Annotated[int, typer.Option(help="Bits of a frozen map's codes: 2, 3, 4 or 8.")]
-Quantizer = Annotated[Literal["squared", "uniform"], typer.Option(help="A code stands for scale·code² or scale·code.")]
+Bits = Annotated[int, typer.Option(help=description(FreezeOptions, "bits"))]
+Quantizer = Annotated[vocabulary.Quantizer, typer.Option(help=description(FreezeOptions, "quantizer"))]
+Seed = Annotated[int, typer.Option(help="For --weights random.")]
 Threads = Annotated[int | None, typer.Option(min=1, help="Threads inside one inference; every usable core by default.")]
 Workspace = Annotated[
     str | None,
@@ -79,17 +73,10 @@ MinAgreement = Annotated[
     float | None,
     typer.Option(help="Percent of first classes that must be the reference's; not for FP32.", show_default="99"),
 ]
-CalibData = Annotated[
-    Path | None, typer.Option(help="With --int8: folder of images that tell the ranges of activations.")
+Reference = Annotated[
+    Path | None, typer.Option(help="Reference set of the parity gate; by default the one beside the model.")
 ]
-CalibImages = Annotated[int, typer.Option(min=1, help="… at most that many of them.")]
-CalibMethod = Annotated[
-    Literal["percentile", "minmax", "entropy"], typer.Option(help="… and how ranges follow from their values.")
-]
-CalibCache = Annotated[
-    Path | None,
-    typer.Option(help="File that keeps the ranges for the next build.", show_default="ENGINE.ranges.json"),
-]
+Check = Annotated[bool, typer.Option("--check/--no-check", help="Run the parity gate.")]
 CheckHere = Annotated[
     bool,
     typer.Option(
@@ -97,6 +84,78 @@ CheckHere = Annotated[
     ),
 ]
 AsJson = Annotated[bool, typer.Option("--json", help="One JSON document on stdout; text for people goes to stderr.")]
+
+
+@dataclass(frozen=True)
+class ReferenceImages:
+    """Images that may be left out."""
+
+    data: Annotated[
+        Path | None, typer.Option(help="Folder of images for the parity reference; synthetic ones by default.")
+    ] = None
+    images: Annotated[int | None, typer.Option(help=description(ImageOptions, "images"))] = ImageOptions.images
+    split: Annotated[vocabulary.Split, typer.Option(help=description(ImageOptions, "split"))] = ImageOptions.split
+    skip_bad: Annotated[bool, typer.Option("--skip-bad", help=description(ImageOptions, "skip_bad"))] = False
+    exif_transpose: Annotated[
+        bool, typer.Option("--exif-transpose", help=description(ImageOptions, "exif_transpose"))
+    ] = False
+
+    @property
+    def source(self) -> ImageSource | None:
+        """The images; None where no folder was named."""
+        if self.data is None:
+            return None
+        return ImageSource(self.data, self.split, self.images, self.skip_bad, self.exif_transpose)
+
+
+@dataclass(frozen=True)
+class CalibrationArguments:
+    """Images that tell the ranges of activations, for static INT8."""
+
+    calib_data: Annotated[
+        Path | None, typer.Option(help="With --int8: folder of images that tell the ranges of activations.")
+    ] = None
+    calib_images: Annotated[int, typer.Option(min=1, help="… at most that many of them.")] = CALIBRATION_IMAGES
+    calib_split: Annotated[vocabulary.Split, typer.Option(help=description(ImageOptions, "split"))] = "all"
+    calib_method: Annotated[
+        vocabulary.CalibrationMethod, typer.Option(help="… and how ranges follow from their values.")
+    ] = "percentile"
+    calib_cache: Annotated[
+        Path | None,
+        typer.Option(help="File that keeps the ranges for the next build.", show_default="ENGINE.ranges.json"),
+    ] = None
+    skip_bad: Annotated[bool, typer.Option("--skip-bad", help=description(ImageOptions, "skip_bad"))] = False
+    exif_transpose: Annotated[
+        bool, typer.Option("--exif-transpose", help=description(ImageOptions, "exif_transpose"))
+    ] = False
+
+    @property
+    def calibration(self) -> Calibration | None:
+        """The images and how they are used; None where no folder was named.
+
+        Raises:
+            ConfigError: another option makes no sense without the folder.
+        """
+        return calibration_with(
+            self.calib_data,
+            self.calib_images,
+            self.calib_split,
+            self.calib_method,
+            self.calib_cache,
+            skip_bad=self.skip_bad,
+            exif_transpose=self.exif_transpose,
+        )
+
+
+def require_outputs(outputs: Sequence[Path | None], inputs: Sequence[Path]) -> None:
+    """Every output that was asked for can be written; checked before minutes of work.
+
+    Raises:
+        ConfigError: one can't, or would replace an input.
+    """
+    for output in outputs:
+        if output is not None:
+            require_output(output, *inputs)
 
 
 def split_model_kwargs(arguments: list[str]) -> list[str]:
@@ -132,16 +191,16 @@ def parse_model_kwargs(assignments: list[str]) -> dict[str, Any]:
     return kwargs
 
 
-def parse_bits(bits: int) -> quantizers.Bits:
+def parse_bits(bits: int) -> vocabulary.Bits:
     """`bits`, if that is a width of codes.
 
     Raises:
         ConfigError: it is none.
     """
-    for width in quantizers.BITS:
+    for width in vocabulary.BITS:
         if width == bits:
             return width
-    raise ConfigError("--bits", expected=f"one of {', '.join(map(str, quantizers.BITS))}", got=bits)
+    raise ConfigError("--bits", expected=f"one of {', '.join(map(str, vocabulary.BITS))}", got=bits)
 
 
 def parse_batch(text: str) -> int | None:
@@ -171,7 +230,7 @@ def parse_bytes(option: str, text: str | None) -> int | None:
     return int(found[1]) << _SHIFTS[found[2].upper()]
 
 
-def parse_precision(*, fp16: bool, bf16: bool) -> Literal["fp32", "fp16", "bf16"]:
+def parse_precision(*, fp16: bool, bf16: bool) -> vocabulary.Precision:
     """The one floating-point precision that was asked for.
 
     Raises:
@@ -193,7 +252,7 @@ def parse_dry_run(*, dry_run: bool, trt: str | None) -> TrtVersion | None:
     return None if trt is None else TrtVersion.parse(trt)
 
 
-def parse_target(target: Literal["ort", "trt"], trt: str | None) -> TrtVersion | None:
+def parse_target(target: vocabulary.Backend, trt: str | None) -> TrtVersion | None:
     """The TensorRT that an export is for, or None for ONNX Runtime.
 
     Raises:

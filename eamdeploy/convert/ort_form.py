@@ -4,14 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
 
-from eamdeploy.engines.manifest import Manifest, ProviderName
+from eamdeploy.engines.manifest import Manifest
 from eamdeploy.engines.ort.providers import PROVIDERS, installed_providers
 from eamdeploy.engines.registry import load_backend
 from eamdeploy.errors import ConfigError
-
-Int8 = Literal["dynamic", "static"]
+from eamdeploy.vocabulary import Int8, ProviderName
 
 
 @dataclass(frozen=True)

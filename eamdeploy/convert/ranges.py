@@ -23,15 +23,15 @@ from eamdeploy.artifacts.onnx_output import write_model
 from eamdeploy.artifacts.records import Record
 from eamdeploy.devices.provenance import package_versions
 from eamdeploy.errors import CheckpointError, ConfigError, EngineError
-from eamdeploy.images.folder import ImageFolder, Split, folder_digest
+from eamdeploy.images.folder import ImageFolder, folder_digest
 from eamdeploy.images.preprocess import network_input
 from eamdeploy.images.source import ImageSource
 from eamdeploy.observer import Observer
+from eamdeploy.vocabulary import CalibrationMethod, Split
 
 if TYPE_CHECKING:
     import onnx
 
-Method = Literal["percentile", "minmax", "entropy"]
 
 CALIBRATION_IMAGES = 64
 """At most that many, unless another number is asked for."""
@@ -52,7 +52,7 @@ class Calibration:
     """
 
     images: ImageSource
-    method: Method = "percentile"
+    method: CalibrationMethod = "percentile"
     cache: Path | None = None
 
 
@@ -60,7 +60,7 @@ def calibration_with(
     folder: Path | None,
     limit: int,
     split: Split,
-    method: Method,
+    method: CalibrationMethod,
     cache: Path | None,
     *,
     skip_bad: bool,
@@ -83,7 +83,7 @@ class ActivationRanges(Record):
 
     format: Literal[1] = 1
     key: str
-    method: Method
+    method: CalibrationMethod
     images: int
     source: str
     ranges: dict[str, tuple[float, float]]
@@ -132,7 +132,7 @@ def measure_ranges(
     return result
 
 
-def _key(model: onnx.ModelProto, folder: ImageFolder, how: Preprocessing, method: Method) -> str:
+def _key(model: onnx.ModelProto, folder: ImageFolder, how: Preprocessing, method: CalibrationMethod) -> str:
     from eamdeploy.graph.weights import serialize
 
     parts = (

@@ -7,8 +7,7 @@ from typing import Literal
 from eamdeploy.artifacts.card import Preprocessing
 from eamdeploy.artifacts.records import Record
 from eamdeploy.eam.records import AttentionShape, Calibration
-from eamdeploy.eam.selection import Granularity
-from eamdeploy.eam.statistics import Spacing
+from eamdeploy.vocabulary import Granularity, Spacing
 
 
 class Analysis(Record):

@@ -41,9 +41,9 @@ from eamdeploy.eam.records import (
     FrozenMaps,
     spread_mask,
 )
-from eamdeploy.eam.selection import Granularity
 from eamdeploy.eam.validation import check_header, validate
 from eamdeploy.errors import CheckpointError, ConfigError, MissingDependency
+from eamdeploy.vocabulary import Granularity
 
 __all__ = ["AttentionShape", "Calibration", "Checkpoint", "CheckpointHeader", "FrozenMaps", "load", "save"]
 

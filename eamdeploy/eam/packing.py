@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from eamdeploy.eam.quantizers import Bits
 from eamdeploy.errors import CheckpointError
+from eamdeploy.vocabulary import Bits
 
 
 def packed_size(n_codes: int, bits: int) -> int:

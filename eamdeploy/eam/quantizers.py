@@ -7,19 +7,14 @@ some entries are frozen, these have codes, and the scale is S/Σ: they keep the 
 
 from __future__ import annotations
 
-from typing import Any, Literal, get_args
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from eamdeploy.eam.maps import check_maps
 from eamdeploy.errors import ConfigError
-
-Bits = Literal[2, 3, 4, 8]
-Quantizer = Literal["uniform", "squared"]
-
-BITS: tuple[Bits, ...] = get_args(Bits)
-QUANTIZERS: tuple[Quantizer, ...] = get_args(Quantizer)
+from eamdeploy.vocabulary import BITS, QUANTIZERS, Bits, Quantizer
 
 # The row's maximum divided by what the largest code stands for. Over 1 the largest values saturate, which leaves
 # finer steps for the rest; under 1 the largest code stays unused. 1 comes first, so that it wins a tie. The minimum
@@ -64,7 +59,7 @@ def quantize_rows(
         ConfigError: unknown bits or quantizer, or `max_code` below 1.
     Source: DESIGN §1, row-stochastic quantization.
     """
-    _check_options(bits, quantizer)
+    check_quantizer(bits, quantizer)
     check_maps(rows, where)
     largest = 2**bits - 1 if max_code is None else min(2**bits - 1, max_code)
     if largest < 1:
@@ -131,7 +126,12 @@ def dequantize(codes: NDArray[np.uint8], scales: NDArray[np.float32], quantizer:
     return integer_values(codes, quantizer).astype(np.float32) * scales[..., None].astype(np.float32, copy=False)
 
 
-def _check_options(bits: int, quantizer: str = "uniform") -> None:
+def check_quantizer(bits: int, quantizer: str = "uniform") -> None:
+    """Maps can be quantized with these options.
+
+    Raises:
+        ConfigError: they can't.
+    """
     if bits not in BITS:
         raise ConfigError("unsupported width of codes", expected=f"bits of {BITS}", got=bits)
     if quantizer not in QUANTIZERS:

@@ -16,7 +16,8 @@ from pydantic import Field, JsonValue, field_validator
 
 from eamdeploy.artifacts.card import Freezing, Preprocessing
 from eamdeploy.artifacts.records import Record
-from eamdeploy.eam.quantizers import Quantizer, dequantize
+from eamdeploy.eam.quantizers import dequantize
+from eamdeploy.vocabulary import Quantizer
 
 FORMAT: Final = 2
 """What `save` writes; format 1 is the same without a seal."""

@@ -5,24 +5,19 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Mapping, Sequence
-from typing import Literal, get_args
 
 import numpy as np
 from numpy.typing import NDArray
 
-from eamdeploy.eam.selection import GRANULARITIES, Granularity
 from eamdeploy.eam.statistics import MapStatistics
 from eamdeploy.errors import ConfigError
-
-Score = Literal["entropy", "row-entropy", "variance", "random"]
-
-SCORES: tuple[Score, ...] = get_args(Score)
+from eamdeploy.vocabulary import GRANULARITIES, MAP_SCORES, SCORES, Granularity, MapScore, Score
 
 _AXES: dict[Granularity, int] = {"head": 1, "row": 2, "entry": 3}  # of a piece's index: head, query, key
 
 
 def score_pieces(
-    statistics: Mapping[str, Sequence[MapStatistics]], score: Score, granularity: Granularity, *, seed: int = 0
+    statistics: Mapping[str, Sequence[MapStatistics]], score: MapScore, granularity: Granularity, *, seed: int = 0
 ) -> dict[str, NDArray[np.float64]]:
     """The score of every piece by attention module path, in the order of `statistics`.
 
@@ -45,6 +40,20 @@ def score_pieces(
             empty `statistics`, score and granularity are still checked.
     Source: DESIGN §1; entropy after arXiv 2508.16311.
     """
+    if score not in MAP_SCORES:
+        raise ConfigError("unknown score", expected=f"one of {', '.join(MAP_SCORES)}", got=score)
+    check_score(score, granularity)
+    if score == "random":
+        return {path: _random(seed, path, granularity, maps[0].shape) for path, maps in statistics.items()}
+    return {path: _score_module(maps, score, granularity) for path, maps in statistics.items()}
+
+
+def check_score(score: Score, granularity: Granularity) -> None:
+    """Pieces of that granularity can be ranked by that score.
+
+    Raises:
+        ConfigError: they can't, or one of the two is unknown.
+    """
     if score not in SCORES:
         raise ConfigError("unknown score", expected=f"one of {', '.join(SCORES)}", got=score)
     if granularity not in GRANULARITIES:
@@ -56,12 +65,9 @@ def score_pieces(
             got=score,
             hint="The entropy of a row belongs to all of it; freeze by granularity row or head to use it.",
         )
-    if score == "random":
-        return {path: _random(seed, path, granularity, maps[0].shape) for path, maps in statistics.items()}
-    return {path: _score_module(maps, score, granularity) for path, maps in statistics.items()}
 
 
-def _score_module(maps: Sequence[MapStatistics], score: Score, granularity: Granularity) -> NDArray[np.float64]:
+def _score_module(maps: Sequence[MapStatistics], score: MapScore, granularity: Granularity) -> NDArray[np.float64]:
     n_samples = sum(one.n_samples for one in maps)
     mean = np.zeros(maps[0].shape[: _AXES[granularity]])
     for one in maps:

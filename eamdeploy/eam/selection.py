@@ -17,17 +17,15 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Final, Literal, get_args
+from typing import Final
 
 import numpy as np
 from numpy.typing import NDArray
 
 from eamdeploy.eam.records import AttentionShape, FrozenMaps
 from eamdeploy.errors import ConfigError
+from eamdeploy.vocabulary import Granularity
 
-Granularity = Literal["head", "row", "entry"]
-
-GRANULARITIES: tuple[Granularity, ...] = get_args(Granularity)
 PLURALS: Final[Mapping[Granularity, str]] = {"head": "heads", "row": "rows", "entry": "entries"}
 _SHARE_SLACK = 1e-9  # so that 0.3 of 10 heads is 3 although 0.3 * 10 may round below
 _LEAST_SAVING = 1e-9  # of the set's cost: rounding must not let exchanges go round in circles

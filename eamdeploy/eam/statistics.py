@@ -18,15 +18,14 @@ Memory: 4·(bins − 1) + 16 bytes per entry; DeiT-Base (12 × 12 × 197 × 197)
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Literal, get_args
+from typing import Any, get_args
 
 import numpy as np
 from numpy.typing import NDArray
 
 from eamdeploy.eam.maps import check_maps
 from eamdeploy.errors import CheckpointError, ConfigError
-
-Spacing = Literal["uniform", "squared"]
+from eamdeploy.vocabulary import Spacing
 
 MAX_SAMPLES = 2**23 - 1
 _VALUE_UNIT = 2.0**-32

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import Literal, TypeAlias
+from typing import Literal
 
 from pydantic import Field
 
@@ -15,9 +15,7 @@ from eamdeploy.artifacts.onnx_output import move_model
 from eamdeploy.artifacts.records import Record
 from eamdeploy.errors import EngineError
 from eamdeploy.parity.gate import ParityReport
-
-ProviderName: TypeAlias = Literal["cpu", "openvino", "cuda", "tensorrt", "xnnpack", "acl"]
-"""Execution providers of ONNX Runtime, as the command line and manifests name them."""
+from eamdeploy.vocabulary import ProviderName
 
 
 class FrozenMapLayer(Record):

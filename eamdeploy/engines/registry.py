@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import Literal
 
 from eamdeploy.artifacts.onnx_files import digest_model, model_files
 from eamdeploy.devices.instructions import instruction_sets, products_saturate
@@ -14,8 +13,7 @@ from eamdeploy.engines.manifest import read_manifest
 from eamdeploy.engines.runner import Runner
 from eamdeploy.errors import ConfigError, MissingDependency
 from eamdeploy.parity.reference_set import ReferenceSet, reference_path
-
-Backend = Literal["ort", "trt"]
+from eamdeploy.vocabulary import Backend
 
 _BACKENDS: dict[str, Backend] = {".onnx": "ort", ".plan": "trt", ".engine": "trt"}
 

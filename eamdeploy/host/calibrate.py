@@ -12,14 +12,15 @@ from numpy.typing import NDArray
 from torch import nn
 
 from eamdeploy.artifacts.card import Preprocessing
-from eamdeploy.eam.statistics import MapStatistics, Spacing
+from eamdeploy.eam.statistics import MapStatistics
 from eamdeploy.eam.telling_images import uncertainty
 from eamdeploy.host.attention import tapped_maps
-from eamdeploy.host.sites import AttentionSite, WindowMaps, window_maps
+from eamdeploy.host.sites import AttentionSite, window_maps
 from eamdeploy.images.folder import ImageFolder
 from eamdeploy.images.preprocess import ImageBatch, normalize
 from eamdeploy.images.source import ImageSource
 from eamdeploy.observer import Observer
+from eamdeploy.vocabulary import Spacing, WindowMaps
 
 _BATCH = 16
 

@@ -14,12 +14,12 @@ import torch
 from numpy.typing import NDArray
 
 from eamdeploy.artifacts.card import FreezingCost, Preprocessing
+from eamdeploy.eam.options import FreezeOptions
 from eamdeploy.eam.records import FrozenMaps
 from eamdeploy.eam.selection import Selection
 from eamdeploy.host.attention import FrozenAttention, replaced_attention
 from eamdeploy.host.calibrate import Seen, as_tensors
 from eamdeploy.host.means import freeze_pieces, mean_maps
-from eamdeploy.host.options import FreezeOptions
 from eamdeploy.host.reference import constants_of
 from eamdeploy.host.sites import AttentionSite, attention_shapes
 from eamdeploy.images.source import ImageSource

@@ -20,9 +20,9 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
-from eamdeploy.eam.selection import Granularity
 from eamdeploy.host.attention import attend, merge_heads, replaced_attention
-from eamdeploy.host.sites import AttentionSite, WindowMaps, by_window
+from eamdeploy.host.sites import AttentionSite, by_window
+from eamdeploy.vocabulary import Granularity, WindowMaps
 
 # Axes of [B, W, H, N, N] over which a piece extends: it never splits windows.
 _PIECE_AXES: dict[Granularity, tuple[int, ...]] = {"head": (1, 3, 4), "row": (1, 4), "entry": (1,)}

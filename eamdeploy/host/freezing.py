@@ -10,23 +10,20 @@ import numpy as np
 from numpy.typing import NDArray
 
 from eamdeploy.artifacts.card import Preprocessing
+from eamdeploy.eam.options import FreezeOptions, check_options
 from eamdeploy.eam.records import Calibration
 from eamdeploy.host.attention import attention_sites
 from eamdeploy.host.calibrate import Seen, look
 from eamdeploy.host.choosing import Chosen, choose
-from eamdeploy.host.model import (
-    ModelSpec,
-    PreprocessingOverrides,
-    load_model,
-    preprocessing_of,
-)
-from eamdeploy.host.options import FreezeOptions, check_options
+from eamdeploy.host.model import ModelSpec, load_model, preprocessing_of
 from eamdeploy.host.saving import check_class_names
 from eamdeploy.host.scoring import score_pieces
-from eamdeploy.host.sites import AttentionSite, WindowMaps
+from eamdeploy.host.sites import AttentionSite
 from eamdeploy.images.folder import folder_digest
+from eamdeploy.images.options import PreprocessingOverrides
 from eamdeploy.images.source import ImageSource
 from eamdeploy.observer import Observer
+from eamdeploy.vocabulary import WindowMaps
 
 
 @dataclass(frozen=True)

@@ -6,9 +6,9 @@ from collections.abc import Mapping
 from dataclasses import replace
 
 from eamdeploy.eam.records import FrozenMaps
-from eamdeploy.eam.selection import Granularity
 from eamdeploy.errors import ConfigError
-from eamdeploy.host.sites import WINDOW_MAPS, AttentionSite, WindowMaps, window_maps
+from eamdeploy.host.sites import AttentionSite, window_maps
+from eamdeploy.vocabulary import WINDOW_MAPS, Granularity, WindowMaps
 
 # By the number of axes of a mask, None for no mask.
 _GRANULARITIES: dict[int | None, Granularity] = {None: "head", 2: "row", 3: "entry"}

@@ -28,9 +28,10 @@ from numpy.typing import NDArray
 
 from eamdeploy.artifacts.file_kinds import in_words
 from eamdeploy.artifacts.npz import read_npz
-from eamdeploy.eam.quantizers import Bits, Quantizer, integer_values, quantize_rows
+from eamdeploy.eam.quantizers import integer_values, quantize_rows
 from eamdeploy.eam.records import FrozenMaps, spread_mask
 from eamdeploy.errors import CheckpointError, ConfigError
+from eamdeploy.vocabulary import Bits, Quantizer
 
 _HINT = "Write the maps again, with numpy.savez or safetensors.numpy.save_file; docs/formats.md says which arrays."
 _KINDS = ("heads", "maps", "codes", "mask", "scales")

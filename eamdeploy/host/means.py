@@ -8,10 +8,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from eamdeploy.eam.checkpoint import FrozenMaps
-from eamdeploy.eam.quantizers import Bits, Quantizer, quantize_rows
+from eamdeploy.eam.quantizers import quantize_rows
 from eamdeploy.eam.records import spread_mask
 from eamdeploy.eam.statistics import MapStatistics
 from eamdeploy.host.sites import AttentionSite
+from eamdeploy.vocabulary import Bits, Quantizer
 
 
 def mean_maps(site: AttentionSite, statistics: Sequence[MapStatistics]) -> NDArray[np.float64]:

@@ -26,6 +26,7 @@ from torch import nn
 from eamdeploy.artifacts.card import Preprocessing
 from eamdeploy.artifacts.file_kinds import FileKind, recognize
 from eamdeploy.errors import CheckpointError, ConfigError
+from eamdeploy.images.options import PreprocessingOverrides
 
 PRETRAINED = "pretrained"
 RANDOM = "random"
@@ -90,19 +91,6 @@ class ModelSpec:
                 "--model-kwargs", expected="numbers, texts, lists, true, false or None", got=dict(self.kwargs)
             ) from err
         return plain
-
-
-@dataclass(frozen=True)
-class PreprocessingOverrides:
-    """What the user says about preprocessing; None leaves timm's data config in charge."""
-
-    mean: tuple[float, float, float] | None = None
-    std: tuple[float, float, float] | None = None
-    crop_pct: float | None = None
-    interpolation: str | None = None
-
-
-TIMM_PREPROCESSING = PreprocessingOverrides()
 
 
 def load_model(spec: ModelSpec) -> Any:

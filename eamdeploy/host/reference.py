@@ -9,11 +9,11 @@ from typing import Any
 import torch
 
 from eamdeploy.eam.checkpoint import AttentionShape, Checkpoint, CheckpointHeader, FrozenMaps
-from eamdeploy.eam.quantizers import Quantizer
 from eamdeploy.errors import CheckpointError
 from eamdeploy.host.attention import Constants, attention_sites, freeze_attention
 from eamdeploy.host.model import RANDOM, ModelSpec, load_model, load_weights
 from eamdeploy.host.sites import AttentionSite, window_maps
+from eamdeploy.vocabulary import Quantizer
 
 
 @dataclass(frozen=True)

@@ -12,12 +12,12 @@ from numpy.typing import NDArray
 
 from eamdeploy.artifacts.card import Preprocessing
 from eamdeploy.eam import scores as map_scores
+from eamdeploy.eam.options import FreezeOptions
 from eamdeploy.eam.selection import Selection, select, select_together
 from eamdeploy.eam.telling_images import draw
 from eamdeploy.host.calibrate import Seen, as_tensors
 from eamdeploy.host.fisher import fisher_sensitivity
 from eamdeploy.host.means import freeze_pieces, mean_maps
-from eamdeploy.host.options import FreezeOptions
 from eamdeploy.host.sensitivity import by_module, head_effects
 from eamdeploy.host.sites import AttentionSite
 from eamdeploy.images.source import ImageSource

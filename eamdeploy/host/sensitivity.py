@@ -20,7 +20,8 @@ from torch.nn import functional
 
 from eamdeploy.eam.effects import HeadEffects
 from eamdeploy.host.attention import attend, merge_heads, replaced_attention, steps, tapped_inputs
-from eamdeploy.host.sites import AttentionSite, WindowMaps, by_window
+from eamdeploy.host.sites import AttentionSite, by_window
+from eamdeploy.vocabulary import WindowMaps
 
 OnProgress = Callable[[int, int, float], None]
 

@@ -4,16 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, TypeVar, get_args
+from typing import Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
 from eamdeploy.eam.records import AttentionShape
 from eamdeploy.errors import UnsupportedGraph
-
-WindowMaps = Literal["shared", "class", "window"]
-WINDOW_MAPS: tuple[WindowMaps, ...] = get_args(WindowMaps)
+from eamdeploy.vocabulary import WindowMaps
 
 _Float = TypeVar("_Float", bound=np.floating[Any])
 

@@ -20,7 +20,7 @@ from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import onnx
 import torch
@@ -31,8 +31,7 @@ from eamdeploy.artifacts.onnx_files import ONE_FILE_BYTES
 from eamdeploy.errors import ConfigError, UnsupportedGraph
 from eamdeploy.graph.invariants import INPUT_NAME, OUTPUT_NAME
 from eamdeploy.graph.weights import check_model
-
-Exporter = Literal["auto", "dynamo", "torchscript"]
+from eamdeploy.vocabulary import Exporter
 
 MIN_OPSET = 16
 MAX_OPSET = 22

@@ -12,11 +12,10 @@ from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
 from eamdeploy.errors import ConfigError
+from eamdeploy.vocabulary import ClassOrder
 
-ClassOrder = Literal["names", "natural", "letters", "numbers"]
 UNKNOWN_COUNT = 1 << 31
 """Stands for a number of classes that nothing tells; every class number is below it."""
 

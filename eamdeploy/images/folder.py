@@ -8,17 +8,16 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
-from typing import Literal
 
 from eamdeploy.artifacts.files import digest_bytes, digest_file
 from eamdeploy.errors import ConfigError
-from eamdeploy.images.class_labels import Classes, ClassOrder, folder_classes, is_number, shortened, table_classes
+from eamdeploy.images.class_labels import Classes, folder_classes, is_number, shortened, table_classes
+from eamdeploy.vocabulary import ClassOrder, Split
 
 IMAGE_EXTENSIONS = (".bmp", ".jpeg", ".jpg", ".png", ".ppm", ".webp")
 LABELS_FILE = "labels.csv"
 LABELS_HEADER = ["file", "label"]
 
-Split = Literal["all", "even", "odd"]
 
 # What lies beside pictures and is none; any other file that is not read may be a picture, and is counted
 _BESIDE_IMAGES = {".csv", ".db", ".ini", ".json", ".md", ".txt", ".xml", ".yaml", ".yml"}

@@ -10,10 +10,11 @@ from pathlib import Path
 from eamdeploy.artifacts.card import Preprocessing
 from eamdeploy.artifacts.file_kinds import text_in_words
 from eamdeploy.errors import ConfigError
-from eamdeploy.images.class_labels import UNKNOWN_COUNT, ClassOrder
-from eamdeploy.images.folder import ImageFolder, Split, open_folder
+from eamdeploy.images.class_labels import UNKNOWN_COUNT
+from eamdeploy.images.folder import ImageFolder, open_folder
 from eamdeploy.images.preprocess import ImageBatch, iter_batches
 from eamdeploy.observer import SILENT, Observer
+from eamdeploy.vocabulary import ClassOrder, Split
 
 
 @dataclass(frozen=True)

@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import os
 import sys
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 from pydantic import BeforeValidator, Field, JsonValue, ValidationError, ValidationInfo, field_validator
 
 from eamdeploy.artifacts.file_kinds import text_in_words
 from eamdeploy.artifacts.records import Record
 from eamdeploy.convert.ort_form import OrtForm, forms_for
-from eamdeploy.engines.manifest import ProviderName
+from eamdeploy.eam.options import DEFAULT_OPTIONS, FreezeOptions
 from eamdeploy.errors import ConfigError
-from eamdeploy.images.class_labels import ClassOrder
-from eamdeploy.images.folder import Split
+from eamdeploy.images.options import TIMM_PREPROCESSING, ImageOptions, PreprocessingOverrides
+from eamdeploy.profiling.timing import Schedule
+from eamdeploy.vocabulary import ClassOrder, Exporter, ProviderName
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -34,45 +36,12 @@ class ModelConfig(Record):
     class_names: Path | None = None
 
 
-class PreprocessingConfig(Record):
-    """`[preprocessing]`: what timm's data config is overridden with."""
-
-    mean: tuple[float, float, float] | None = None
-    std: tuple[float, float, float] | None = None
-    crop_pct: float | None = None
-    interpolation: str | None = None
-
-
-class ImagesConfig(Record):
-    """`[calibrate]`: a folder of images and what to take of it."""
-
-    data: Path
-    split: Split = "all"
-    images: int | None = None
-    skip_bad: bool = False
-    exif_transpose: bool = False
-
-
-class EvaluateConfig(ImagesConfig):
+@dataclass(frozen=True)
+class EvaluateOptions(ImageOptions):
     """`[evaluate]`: images, and how their labels are to be read."""
 
     class_order: ClassOrder | None = None
     class_names: Path | None = None
-
-
-class FreezeConfig(Record):
-    """`[freeze]`: the options of `eamdeploy freeze`."""
-
-    sparsity: float = 0.2
-    granularity: Literal["head", "row", "entry"] = "head"
-    window_maps: Literal["shared", "class", "window"] = "shared"
-    score: Literal["sensitivity", "entropy", "row-entropy", "variance", "random"] = "sensitivity"
-    bits: Literal[2, 3, 4, 8] = 4
-    quantizer: Literal["uniform", "squared"] = "squared"
-    bins: int = 16
-    spacing: Literal["uniform", "squared"] = "uniform"
-    seed: int = 0
-    score_images: int | None = None
 
 
 class ExportConfig(Record):
@@ -80,7 +49,7 @@ class ExportConfig(Record):
 
     batch: _Batch = None
     opset: int = 17
-    exporter: Literal["auto", "dynamo", "torchscript"] = "auto"
+    exporter: Exporter = "auto"
     fold_preprocess: bool = False
     without: tuple[str, ...] = ()
 
@@ -140,10 +109,10 @@ class ProfileConfig(Record):
 
     threads: int | None = Field(default=None, ge=1)
     batch: int = Field(default=1, ge=1)
-    warmup_ms: float = 200.0
-    min_seconds: float = 3.0
-    min_runs: int = 50
-    sittings: int = 6
+    warmup_ms: float = Schedule.warmup_ms
+    min_seconds: float = Schedule.min_seconds
+    min_runs: int = Schedule.min_runs
+    sittings: int = Schedule.sittings
 
 
 class RunConfig(Record):
@@ -156,12 +125,12 @@ class RunConfig(Record):
 
     output: Path
     model: ModelConfig
-    preprocessing: PreprocessingConfig = PreprocessingConfig()
-    calibrate: ImagesConfig
-    freeze: FreezeConfig = FreezeConfig()
+    preprocessing: PreprocessingOverrides = TIMM_PREPROCESSING
+    calibrate: ImageOptions
+    freeze: FreezeOptions = DEFAULT_OPTIONS
     export: ExportConfig = ExportConfig()
     build: BuildConfig = BuildConfig()
-    evaluate: EvaluateConfig | None = None
+    evaluate: EvaluateOptions | None = None
     profile: ProfileConfig = ProfileConfig()
 
 
@@ -195,7 +164,10 @@ def _anchored(config: RunConfig, root: Path) -> RunConfig:
 
     def anchor(section: Any, key: str) -> Any:
         value = getattr(section, key)
-        return section if value is None else section.model_copy(update={key: below(value)})
+        if value is None:
+            return section
+        changed = {key: below(value)}
+        return section.model_copy(update=changed) if isinstance(section, Record) else replace(section, **changed)
 
     model = anchor(config.model, "class_names")
     if config.model.weights not in ("pretrained", "random"):

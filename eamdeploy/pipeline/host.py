@@ -22,16 +22,15 @@ def freeze_stage(config: RunConfig, observer: Observer) -> Stage:
 
     def action() -> None:
         with host_packages("freezing"):
-            from eamdeploy.host.model import ModelSpec, PreprocessingOverrides
-            from eamdeploy.host.options import FreezeOptions
+            from eamdeploy.host.model import ModelSpec
             from eamdeploy.reporting.draw.heatmap import draw_heatmap
             from eamdeploy.stages.freeze import freeze, read_shares
         header = freeze(
             ModelSpec(model.name, model.weights, model.kwargs),
             images,
             output,
-            FreezeOptions(**config.freeze.model_dump()),
-            overrides=PreprocessingOverrides(**config.preprocessing.model_dump()),
+            config.freeze,
+            overrides=config.preprocessing,
             class_names=read_class_names(model.class_names),
             observer=observer,
         )

@@ -8,10 +8,12 @@ from pathlib import Path
 
 from eamdeploy.artifacts.onnx_files import digest_model
 from eamdeploy.devices.provenance import package_versions
-from eamdeploy.engines.manifest import Manifest, ProviderName, manifest_path
+from eamdeploy.engines.manifest import Manifest, manifest_path
 from eamdeploy.engines.registry import load_backend
+from eamdeploy.images.options import ImageOptions
 from eamdeploy.images.source import ImageSource, read_class_names
-from eamdeploy.pipeline.config import EvaluateConfig, ImagesConfig, RunConfig
+from eamdeploy.pipeline.config import EvaluateOptions, RunConfig
+from eamdeploy.vocabulary import ProviderName
 
 _OF_OTHER_PROVIDERS = ("onnxruntime-openvino", "onnxruntime-gpu", "tensorrt")
 
@@ -31,14 +33,14 @@ class Stage:
     action: Callable[[], object]
 
 
-def image_source(config: ImagesConfig) -> ImageSource:
+def image_source(config: ImageOptions) -> ImageSource:
     """The images of a section.
 
     Raises:
         ConfigError: its file of class names can't be read.
     """
-    source = ImageSource(config.data, config.split, config.images, config.skip_bad, config.exif_transpose)
-    if not isinstance(config, EvaluateConfig):
+    source = config.source
+    if not isinstance(config, EvaluateOptions):
         return source
     return replace(source, class_order=config.class_order, class_names=read_class_names(config.class_names))
 

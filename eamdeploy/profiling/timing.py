@@ -21,10 +21,11 @@ import time
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import Literal, TypeAlias
+from typing import Annotated, Literal, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
+from pydantic import Field
 
 from eamdeploy.artifacts.records import Record
 from eamdeploy.errors import ConfigError
@@ -48,16 +49,14 @@ _NORMAL = 1.96
 class Schedule:
     """How long to measure.
 
-    Attributes:
-        warmup_ms: time that every call is run for before anything counts; each runs at least once.
-        min_seconds, min_runs: every call is timed for at least this long in sum, and at least this often.
-        sittings: how often everything is loaded anew; each has its share of the time and the runs, and its warm-up.
+    Every call is warmed up and run at least once before anything counts. Each sitting has its share of the time and of
+    the runs, and its own warm-up.
     """
 
-    warmup_ms: float = 200.0
-    min_seconds: float = 3.0
-    min_runs: int = 50
-    sittings: int = 6
+    warmup_ms: Annotated[float, Field(description="Warm-up of every engine in each sitting.")] = 200.0
+    min_seconds: Annotated[float, Field(description="Time every engine for at least this long.")] = 3.0
+    min_runs: Annotated[int, Field(description="… and at least this often.")] = 50
+    sittings: Annotated[int, Field(description="How often the engines are loaded anew for that.")] = 6
 
     def __post_init__(self) -> None:
         times = (self.warmup_ms, self.min_seconds)

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from eamdeploy.images.class_labels import ClassOrder
 from eamdeploy.parity.accuracy import Evaluation
+from eamdeploy.vocabulary import ClassOrder
 
 
 class EvaluationReport(Evaluation):

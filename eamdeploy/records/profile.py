@@ -6,7 +6,6 @@ from eamdeploy.artifacts.card import ModelCard
 from eamdeploy.artifacts.records import Record
 from eamdeploy.devices.base import DeviceState, SensorNotes
 from eamdeploy.devices.machine import Machine
-from eamdeploy.engines.manifest import ProviderName
 from eamdeploy.engines.runner import LatencySplit
 from eamdeploy.parity.gate import ParityReport
 from eamdeploy.profiling.fresh_process import ColdStart, Memory
@@ -16,6 +15,7 @@ from eamdeploy.profiling.timing import (
     Latency,
     SpeedUp,
 )
+from eamdeploy.vocabulary import ProviderName
 
 
 class ModelSummary(Record):

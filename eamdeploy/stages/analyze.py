@@ -8,18 +8,16 @@ from numpy.typing import NDArray
 from eamdeploy.devices.provenance import package_versions
 from eamdeploy.eam import scores as map_scores
 from eamdeploy.eam.analysis import Analysis
+from eamdeploy.eam.options import DEFAULT_OPTIONS, FreezeOptions
 from eamdeploy.host.freezing import calibrate, head_means
-from eamdeploy.host.model import (
-    TIMM_PREPROCESSING,
-    ModelSpec,
-    PreprocessingOverrides,
-)
-from eamdeploy.host.options import DEFAULT_OPTIONS, FreezeOptions
+from eamdeploy.host.model import ModelSpec
 from eamdeploy.host.sites import attention_shapes
+from eamdeploy.images.options import TIMM_PREPROCESSING, PreprocessingOverrides
 from eamdeploy.images.source import ImageSource
 from eamdeploy.observer import SILENT, Observer
+from eamdeploy.vocabulary import MapScore
 
-_FAST_SCORES: tuple[map_scores.Score, ...] = ("entropy", "row-entropy", "variance")
+_FAST_SCORES: tuple[MapScore, ...] = ("entropy", "row-entropy", "variance")
 
 
 def analyze(

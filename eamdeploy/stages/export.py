@@ -20,7 +20,7 @@ from eamdeploy.devices.provenance import package_versions, usable_cores
 from eamdeploy.eam import checkpoint as checkpoints
 from eamdeploy.eam.checkpoint import AttentionShape, Checkpoint, FrozenMaps
 from eamdeploy.eam.int8 import int8_checkpoint
-from eamdeploy.eam.quantizers import Quantizer, integer_values
+from eamdeploy.eam.quantizers import integer_values
 from eamdeploy.engines.gate import check_against_reference
 from eamdeploy.engines.ort.runner import UNOPTIMIZED, OrtRunner
 from eamdeploy.engines.trt.versions import TrtVersion, capabilities
@@ -33,7 +33,7 @@ from eamdeploy.host.calibrate import predict
 from eamdeploy.host.gain import measure_gain
 from eamdeploy.host.model import RANDOM
 from eamdeploy.host.reference import LoadedModel, load_reference
-from eamdeploy.host.stock_export import Exporter, StockExport, export_stock
+from eamdeploy.host.stock_export import StockExport, export_stock
 from eamdeploy.images.preprocess import normalize
 from eamdeploy.images.source import ImageSource
 from eamdeploy.observer import SILENT, Observer
@@ -46,6 +46,7 @@ from eamdeploy.passes.freeze_heads import AttentionModule, check_accounted
 from eamdeploy.passes.order import Parts, plan_passes, with_dependents
 from eamdeploy.passes.requantize_maps import RequantizeMaps
 from eamdeploy.records.export import Export, ExportedModel
+from eamdeploy.vocabulary import Exporter, Quantizer
 
 DEFAULT_OPSET = 17
 _OPSET_WITHOUT_LAYER_NORMALIZATION = 16

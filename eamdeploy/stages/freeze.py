@@ -7,15 +7,12 @@ from pathlib import Path
 from eamdeploy.artifacts.card import Freezing
 from eamdeploy.artifacts.files import require_output
 from eamdeploy.eam import checkpoint as checkpoints
+from eamdeploy.eam.options import DEFAULT_OPTIONS, FreezeOptions
 from eamdeploy.eam.records import CheckpointHeader
 from eamdeploy.host.freezing import calibrate, head_means
-from eamdeploy.host.model import (
-    TIMM_PREPROCESSING,
-    ModelSpec,
-    PreprocessingOverrides,
-)
-from eamdeploy.host.options import DEFAULT_OPTIONS, FreezeOptions
+from eamdeploy.host.model import ModelSpec
 from eamdeploy.host.saving import save_checkpoint
+from eamdeploy.images.options import TIMM_PREPROCESSING, PreprocessingOverrides
 from eamdeploy.images.source import ImageSource
 from eamdeploy.observer import SILENT, Observer
 

@@ -7,20 +7,15 @@ from pathlib import Path
 
 from eamdeploy.artifacts.card import Freezing
 from eamdeploy.artifacts.files import require_output
-from eamdeploy.eam.quantizers import Bits, Quantizer
 from eamdeploy.eam.records import CheckpointHeader, FrozenMaps
 from eamdeploy.eam.selection import sparsity_of
 from eamdeploy.host.attention import attention_sites
 from eamdeploy.host.given_maps import fit_maps
-from eamdeploy.host.model import (
-    TIMM_PREPROCESSING,
-    ModelSpec,
-    PreprocessingOverrides,
-    load_model,
-    preprocessing_of,
-)
+from eamdeploy.host.model import ModelSpec, load_model, preprocessing_of
 from eamdeploy.host.saving import check_class_names, save_checkpoint
 from eamdeploy.host.sites import attention_shapes
+from eamdeploy.images.options import TIMM_PREPROCESSING, PreprocessingOverrides
+from eamdeploy.vocabulary import Bits, Quantizer
 
 
 def pack(

@@ -14,7 +14,7 @@ from eamdeploy.artifacts.onnx_files import digest_model
 from eamdeploy.devices.base import Device, DeviceState, SensorNotes
 from eamdeploy.devices.machine import describe_machine
 from eamdeploy.devices.registry import find_device
-from eamdeploy.engines.manifest import ProviderName, read_manifest
+from eamdeploy.engines.manifest import read_manifest
 from eamdeploy.engines.proof import prove_here
 from eamdeploy.engines.registry import backend_of, open_runner, open_runners, runs_on_gpu
 from eamdeploy.engines.runner import LatencySplit
@@ -34,6 +34,7 @@ from eamdeploy.profiling.timing import (
     time_sittings,
 )
 from eamdeploy.records.profile import EngineProfile, Profile, summarize_card
+from eamdeploy.vocabulary import ProviderName
 
 _SPLIT_RUNS = 100
 _LAYER_RUNS = 50

@@ -9,7 +9,7 @@ from eamdeploy.artifacts.card import Freezing, Preprocessing
 from eamdeploy.cli import show
 from eamdeploy.eam.analysis import Analysis
 from eamdeploy.eam.records import AttentionShape, Calibration
-from eamdeploy.eam.selection import Granularity
+from eamdeploy.vocabulary import Granularity
 
 SHAPE = AttentionShape(heads=3, tokens=5)
 

@@ -8,8 +8,9 @@ import pytest
 
 from eamdeploy.convert import ort_form
 from eamdeploy.convert.ort_form import AS_EXPORTED, OrtForm, candidates, chosen_form, forms_for
-from eamdeploy.engines.manifest import Manifest, ProviderName, TriedForm, manifest_path
+from eamdeploy.engines.manifest import Manifest, TriedForm, manifest_path
 from eamdeploy.errors import ConfigError
+from eamdeploy.vocabulary import ProviderName
 
 
 def forms(

@@ -21,9 +21,8 @@ from safetensors.numpy import save_file
 
 from eamdeploy.artifacts.seal import seal_of
 from eamdeploy.eam.checkpoint import AttentionShape, Checkpoint, FrozenMaps, load, save
-from eamdeploy.eam.quantizers import BITS, QUANTIZERS, Bits, Quantizer
-from eamdeploy.eam.selection import GRANULARITIES, Granularity
 from eamdeploy.errors import CheckpointError, ConfigError, MissingDependency
+from eamdeploy.vocabulary import BITS, GRANULARITIES, QUANTIZERS, Bits, Granularity, Quantizer
 
 Tensors = dict[str, NDArray[Any]]
 

@@ -11,9 +11,9 @@ from made_checkpoints import WINDOWS, WindowMaps, make, with_frozen
 from numpy.typing import NDArray
 
 from eamdeploy.eam.records import AttentionShape, Checkpoint, FrozenMaps
-from eamdeploy.eam.selection import GRANULARITIES, Granularity
 from eamdeploy.eam.validation import validate
 from eamdeploy.errors import CheckpointError
+from eamdeploy.vocabulary import GRANULARITIES, Granularity
 
 PATH = "blocks.1.attn"
 

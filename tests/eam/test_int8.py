@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from eamdeploy.eam.checkpoint import Checkpoint
 from eamdeploy.eam.int8 import LARGEST, fit_int8, int8_checkpoint, rows_over_int8
 from eamdeploy.eam.quantizers import integer_values, quantize_rows
-from eamdeploy.eam.selection import Granularity
+from eamdeploy.vocabulary import Granularity
 
 
 def maps(seed: int = 0, keys: int = 49) -> NDArray[np.float64]:

@@ -10,8 +10,8 @@ from hypothesis.extra import numpy as hnp
 from numpy.typing import NDArray
 
 from eamdeploy.eam.packing import pack_codes, pack_mask, packed_size, unpack_codes, unpack_mask
-from eamdeploy.eam.quantizers import BITS, Bits
 from eamdeploy.errors import CheckpointError
+from eamdeploy.vocabulary import BITS, Bits
 
 
 # The layout that the docstring of `pack_codes` promises, computed by hand.

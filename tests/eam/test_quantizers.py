@@ -9,16 +9,9 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 from numpy.typing import NDArray
 
-from eamdeploy.eam.quantizers import (
-    BITS,
-    QUANTIZERS,
-    Bits,
-    Quantizer,
-    dequantize,
-    integer_values,
-    quantize_rows,
-)
+from eamdeploy.eam.quantizers import dequantize, integer_values, quantize_rows
 from eamdeploy.errors import CheckpointError, ConfigError
+from eamdeploy.vocabulary import BITS, QUANTIZERS, Bits, Quantizer
 
 every_bits = pytest.mark.parametrize("bits", BITS)
 every_quantizer = pytest.mark.parametrize("quantizer", QUANTIZERS)

@@ -9,10 +9,10 @@ from hypothesis import strategies as st
 from made_checkpoints import frozen_maps
 from numpy.typing import NDArray
 
-from eamdeploy.eam.quantizers import QUANTIZERS, Quantizer, dequantize
+from eamdeploy.eam.quantizers import dequantize
 from eamdeploy.eam.records import AttentionShape, FrozenMaps, spread_mask
-from eamdeploy.eam.selection import GRANULARITIES, Granularity
 from eamdeploy.errors import CheckpointError
+from eamdeploy.vocabulary import GRANULARITIES, QUANTIZERS, Granularity, Quantizer
 
 
 @pytest.mark.parametrize(

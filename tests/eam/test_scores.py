@@ -7,12 +7,12 @@ import hashlib
 import numpy as np
 import pytest
 
-from eamdeploy.eam.scores import SCORES, Score, score_pieces
-from eamdeploy.eam.selection import GRANULARITIES, Granularity
+from eamdeploy.eam.scores import score_pieces
 from eamdeploy.eam.statistics import MapStatistics
 from eamdeploy.errors import ConfigError
+from eamdeploy.vocabulary import GRANULARITIES, MAP_SCORES, Granularity, MapScore
 
-RESULTS: dict[Score, str] = {"entropy": "entropy", "variance": "variance", "row-entropy": "row_entropy"}
+RESULTS: dict[MapScore, str] = {"entropy": "entropy", "variance": "variance", "row-entropy": "row_entropy"}
 AXES: dict[Granularity, tuple[int, ...]] = {"head": (1, 2), "row": (2,), "entry": ()}
 
 
@@ -28,7 +28,7 @@ def statistics() -> dict[str, list[MapStatistics]]:
 
 @pytest.mark.parametrize("granularity", GRANULARITIES)
 @pytest.mark.parametrize("score", ["entropy", "variance"])
-def test_a_score_is_the_mean_over_the_piece(score: Score, granularity: Granularity) -> None:
+def test_a_score_is_the_mean_over_the_piece(score: MapScore, granularity: Granularity) -> None:
     modules = statistics()
     scores = score_pieces(modules, score, granularity)
     assert list(scores) == list(modules)
@@ -50,7 +50,7 @@ def test_row_entropy_is_of_heads_and_rows() -> None:
 
 @pytest.mark.parametrize("granularity", GRANULARITIES)
 @pytest.mark.parametrize("score", RESULTS)
-def test_several_window_maps_count_by_their_samples(score: Score, granularity: Granularity) -> None:
+def test_several_window_maps_count_by_their_samples(score: MapScore, granularity: Granularity) -> None:
     if (score, granularity) == ("row-entropy", "entry"):
         return
     often, seldom = collect(30, 1), collect(10, 2)
@@ -122,7 +122,7 @@ def test_random_is_uniform(granularity: Granularity, shape: tuple[int, ...]) -> 
 
 
 def test_unknown_scores_and_granularities_and_missing_samples_are_errors() -> None:
-    with pytest.raises(ConfigError, match=f"{', '.join(SCORES)}.*got magic"):
+    with pytest.raises(ConfigError, match=f"{', '.join(MAP_SCORES)}.*got magic"):
         score_pieces({}, "magic", "head")  # type: ignore[arg-type]
     with pytest.raises(ConfigError, match="unknown granularity; expected one of head, row, entry; got cell"):
         score_pieces({}, "entropy", "cell")  # type: ignore[arg-type]

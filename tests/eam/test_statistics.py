@@ -12,8 +12,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from eamdeploy.eam.statistics import MAX_SAMPLES, MapStatistics, Spacing, bin_edges
+from eamdeploy.eam.statistics import MAX_SAMPLES, MapStatistics, bin_edges
 from eamdeploy.errors import CheckpointError, ConfigError
+from eamdeploy.vocabulary import Spacing
 
 
 def random_maps(samples: int, shape: tuple[int, ...] = (2, 5, 7), seed: int = 0) -> NDArray[np.float32]:

@@ -21,7 +21,7 @@ from eamdeploy.cli import app as cli
 from eamdeploy.cli import show_profile
 from eamdeploy.devices.base import Device
 from eamdeploy.devices.registry import find_device
-from eamdeploy.engines.manifest import Manifest, ProviderName, manifest_path
+from eamdeploy.engines.manifest import Manifest, manifest_path
 from eamdeploy.engines.ort.providers import (
     CPU,
     PROVIDERS,
@@ -36,6 +36,7 @@ from eamdeploy.errors import DeviceError, EamDeployError, EngineError, MissingDe
 from eamdeploy.profiling.timing import Schedule
 from eamdeploy.reporting.records.figures import runtime_name
 from eamdeploy.stages.profile import Extras
+from eamdeploy.vocabulary import ProviderName
 
 FROZEN = make_frozen_model()
 IMAGES = np.random.default_rng(0).uniform(-2, 2, (2, 3, 8, 8)).astype(np.float32)

@@ -14,7 +14,8 @@ from torch.nn import functional
 
 from eamdeploy.errors import UnsupportedGraph
 from eamdeploy.host.attention import Constants, attention_sites, freeze_attention, steps, tapped_maps
-from eamdeploy.host.sites import AttentionSite, WindowMaps, window_maps
+from eamdeploy.host.sites import AttentionSite, window_maps
+from eamdeploy.vocabulary import WindowMaps
 
 IMAGES = images()
 EVERYONE = [*FAMILY, *SWIN_FAMILY]

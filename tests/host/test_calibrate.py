@@ -11,8 +11,9 @@ from eamdeploy.artifacts.card import Preprocessing
 from eamdeploy.eam.statistics import MapStatistics
 from eamdeploy.host.attention import attention_sites, tapped_maps
 from eamdeploy.host.calibrate import as_tensors, collect_statistics, predict
-from eamdeploy.host.sites import WindowMaps, window_maps
+from eamdeploy.host.sites import window_maps
 from eamdeploy.images.preprocess import ImageBatch, normalize
+from eamdeploy.vocabulary import WindowMaps
 
 BATCHES = [images(4, seed=1), images(3, seed=2), images(1, seed=3)]
 

@@ -21,14 +21,15 @@ from tiny_models import FAMILY, KWARGS, SWIN_FAMILY, SWIN_KWARGS, images, make_m
 
 from eamdeploy import export, freeze
 from eamdeploy.eam import checkpoint as checkpoints
+from eamdeploy.eam.options import FreezeOptions
 from eamdeploy.errors import ParityError
 from eamdeploy.host import exporting
 from eamdeploy.host.calibrate import predict
 from eamdeploy.host.model import ModelSpec
-from eamdeploy.host.options import FreezeOptions
 from eamdeploy.host.reference import load_reference
-from eamdeploy.host.stock_export import Exporter, StockExport, export_stock
+from eamdeploy.host.stock_export import StockExport, export_stock
 from eamdeploy.images.source import ImageSource
+from eamdeploy.vocabulary import Exporter
 
 GRANULARITIES, WINDOW_MAPS, SPARSITIES = ("head", "row", "entry"), ("shared", "class", "window"), (0.2, 0.5, 1.0)
 TARGETS: tuple[tuple[Exporter, int | None], ...] = (

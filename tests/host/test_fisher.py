@@ -9,13 +9,13 @@ from head_costs import sensitivity
 from numpy.typing import NDArray
 from tiny_models import SWIN_NAME, images, make_member, make_model
 
-from eamdeploy.eam.selection import Granularity
 from eamdeploy.host.attention import Constants, attention_sites, freeze_attention, tapped_maps
 from eamdeploy.host.calibrate import collect_statistics
 from eamdeploy.host.fisher import fisher_sensitivity
 from eamdeploy.host.means import mean_maps
-from eamdeploy.host.sites import WindowMaps, by_window, window_maps
+from eamdeploy.host.sites import by_window, window_maps
 from eamdeploy.parity.accuracy import kl_divergence
+from eamdeploy.vocabulary import Granularity, WindowMaps
 
 KINDS: list[tuple[str, WindowMaps]] = [("vit", "shared"), ("swin", "shared"), ("swin, padded", "class")]
 

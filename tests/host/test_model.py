@@ -17,16 +17,8 @@ from torch import nn
 
 from eamdeploy.artifacts.card import Preprocessing
 from eamdeploy.errors import CheckpointError, ConfigError
-from eamdeploy.host.model import (
-    TIMM_PREPROCESSING,
-    ModelSpec,
-    PreprocessingOverrides,
-    load_model,
-    load_weights,
-    preprocessing_of,
-    read_weights,
-    to_numpy,
-)
+from eamdeploy.host.model import ModelSpec, load_model, load_weights, preprocessing_of, read_weights, to_numpy
+from eamdeploy.images.options import TIMM_PREPROCESSING, PreprocessingOverrides
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 

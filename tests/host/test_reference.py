@@ -9,12 +9,12 @@ import torch
 from tiny_models import SWIN_KWARGS, SWIN_NAME, images, make_model, save_weights
 
 from eamdeploy.eam import checkpoint as checkpoints
+from eamdeploy.eam.options import FreezeOptions
 from eamdeploy.eam.records import AttentionShape, Checkpoint, CheckpointHeader
 from eamdeploy.errors import CheckpointError
 from eamdeploy.host.attention import Constants, freeze_attention
 from eamdeploy.host.calibrate import predict
 from eamdeploy.host.model import ModelSpec
-from eamdeploy.host.options import FreezeOptions
 from eamdeploy.host.reference import load_reference
 from eamdeploy.images.source import ImageSource
 from eamdeploy.stages.freeze import freeze

@@ -12,8 +12,9 @@ from torch.nn import functional
 
 from eamdeploy.host.attention import Constants, attention_sites, freeze_attention
 from eamdeploy.host.sensitivity import head_effects
-from eamdeploy.host.sites import WindowMaps, window_maps
+from eamdeploy.host.sites import window_maps
 from eamdeploy.parity.accuracy import kl_divergence
+from eamdeploy.vocabulary import WindowMaps
 
 BATCHES = [images(4, seed=1), images(3, seed=2)]
 

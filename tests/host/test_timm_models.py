@@ -28,14 +28,15 @@ from tiny_models import SWIN_FAMILY, SWIN_KWARGS, make_member, make_model, save_
 from torch import nn
 
 from eamdeploy import export, freeze
+from eamdeploy.eam.options import FreezeOptions
 from eamdeploy.errors import UnsupportedGraph
 from eamdeploy.host import swin, vit
 from eamdeploy.host.attention import attention_sites
-from eamdeploy.host.model import TIMM_PREPROCESSING, ModelSpec, preprocessing_of
-from eamdeploy.host.options import FreezeOptions
+from eamdeploy.host.model import ModelSpec, preprocessing_of
 from eamdeploy.host.sites import class_of
-from eamdeploy.host.stock_export import Exporter
+from eamdeploy.images.options import TIMM_PREPROCESSING
 from eamdeploy.images.source import ImageSource
+from eamdeploy.vocabulary import Exporter
 
 SUPPORTED = (VisionTransformer, VisionTransformerDistilled, SwinTransformer)
 MODULE_OF = {name: sys.modules[timm.model_entrypoint(name).__module__] for name in timm.list_models()}

@@ -19,9 +19,9 @@ from eamdeploy.artifacts.files import digest_file
 from eamdeploy.artifacts.run_state import RunState, StageState
 from eamdeploy.convert.ranges import ActivationRanges
 from eamdeploy.eam import checkpoint as checkpoints
+from eamdeploy.eam.options import FreezeOptions
 from eamdeploy.engines.manifest import manifest_path
 from eamdeploy.host.model import ModelSpec
-from eamdeploy.host.options import FreezeOptions
 from eamdeploy.images.source import ImageSource
 from eamdeploy.stages.doctor import doctor
 

@@ -9,7 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from eamdeploy.errors import ConfigError
-from eamdeploy.images.class_labels import UNKNOWN_COUNT, Classes, ClassOrder, folder_classes, natural_key, table_classes
+from eamdeploy.images.class_labels import UNKNOWN_COUNT, Classes, folder_classes, natural_key, table_classes
+from eamdeploy.vocabulary import ClassOrder
 
 ROOT = Path("photos")
 WORDS = ["ant", "bee", "cat", "dog", "eel", "fox", "gnu", "hen", "ibis", "jay", "kite", "lynx"]

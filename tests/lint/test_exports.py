@@ -17,14 +17,14 @@ from tiny_models import KWARGS, NAME, SWIN_KWARGS, SWIN_NAME, make_model, save_w
 from eamdeploy import export, freeze
 from eamdeploy.artifacts.card import ModelCard
 from eamdeploy.convert.trt_passes import plan_trt
+from eamdeploy.eam.options import FreezeOptions
 from eamdeploy.engines.trt.versions import TrtVersion
 from eamdeploy.errors import ConfigError
 from eamdeploy.graph.model import card_of
 from eamdeploy.host.model import ModelSpec
-from eamdeploy.host.options import FreezeOptions
-from eamdeploy.host.stock_export import Exporter
 from eamdeploy.images.source import ImageSource
 from eamdeploy.parity.reference_set import ReferenceSet, reference_path
+from eamdeploy.vocabulary import Exporter
 
 MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "vit": (NAME, KWARGS),

@@ -30,12 +30,13 @@ from timm_graphs import Export, images_of, modules_of, planned_modules, random_m
 from eamdeploy.errors import UnsupportedGraph
 from eamdeploy.graph.frozen import IntegerMaps
 from eamdeploy.graph.model import to_graph, to_model
-from eamdeploy.host.sites import WINDOW_MAPS, AttentionSite, WindowMaps, window_maps
+from eamdeploy.host.sites import AttentionSite, window_maps
 from eamdeploy.parity.gate import TOLERANCES, compare
 from eamdeploy.passes.base import run_passes
 from eamdeploy.passes.canonical_attention import CanonicalAttention
 from eamdeploy.passes.freeze_heads import AttentionModule, FreezeHeads, check_accounted
 from eamdeploy.passes.order import plan_passes
+from eamdeploy.vocabulary import WINDOW_MAPS, WindowMaps
 
 Granularity = Literal["head", "row", "entry"]
 PARTS: tuple[Granularity, ...] = ("row", "entry")

@@ -579,7 +579,7 @@ def test_dynamic_is_the_default_batch_and_a_number_is_kept(finished: Path, tmp_p
 
 
 def test_defaults_are_those_of_the_commands(tmp_path: Path) -> None:
-    from eamdeploy.host.options import FreezeOptions
+    from eamdeploy.eam.options import FreezeOptions
 
     (tmp_path / "x.toml").write_text('output = "o"\n[model]\nname = "a"\n[calibrate]\ndata = "d"\n')
     config = load_config(tmp_path / "x.toml")

@@ -13,12 +13,13 @@ import pytest
 from command_line import RunCli, only_error
 
 from eamdeploy import build_ort
-from eamdeploy.convert.ort_form import Int8, OrtForm
+from eamdeploy.convert.ort_form import OrtForm
 from eamdeploy.devices.provenance import usable_cores
-from eamdeploy.engines.manifest import Manifest, ProviderName, manifest_path
+from eamdeploy.engines.manifest import Manifest, manifest_path
 from eamdeploy.engines.registry import open_runner
 from eamdeploy.errors import CheckpointError, ConfigError, EngineError, ParityError
 from eamdeploy.parity.reference_set import ReferenceSet, reference_path
+from eamdeploy.vocabulary import Int8, ProviderName
 
 
 @pytest.fixture

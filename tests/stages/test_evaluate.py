@@ -14,10 +14,10 @@ from eamdeploy import build_ort, evaluate, export, freeze
 from eamdeploy.artifacts.card import CARD_KEY, ModelCard
 from eamdeploy.artifacts.files import digest_file
 from eamdeploy.eam import checkpoint as checkpoints
+from eamdeploy.eam.options import FreezeOptions
 from eamdeploy.errors import CheckpointError, ConfigError, EngineError, ParityError
 from eamdeploy.host.calibrate import predict
 from eamdeploy.host.model import ModelSpec
-from eamdeploy.host.options import FreezeOptions
 from eamdeploy.host.reference import load_reference
 from eamdeploy.images.preprocess import normalize
 from eamdeploy.images.source import ImageSource

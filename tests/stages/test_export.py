@@ -20,13 +20,12 @@ from eamdeploy.artifacts.card import CARD_KEY, ModelCard
 from eamdeploy.artifacts.files import digest_file
 from eamdeploy.eam import checkpoint as checkpoints
 from eamdeploy.eam.checkpoint import Checkpoint
+from eamdeploy.eam.options import FreezeOptions
 from eamdeploy.eam.quantizers import integer_values
-from eamdeploy.eam.selection import GRANULARITIES, Granularity
 from eamdeploy.errors import ConfigError, ParityError, UnsupportedGraph
 from eamdeploy.host import exporting
 from eamdeploy.host.calibrate import predict
 from eamdeploy.host.model import ModelSpec
-from eamdeploy.host.options import FreezeOptions
 from eamdeploy.host.reference import load_reference
 from eamdeploy.host.stock_export import StockExport, export_stock
 from eamdeploy.images.preprocess import normalize
@@ -36,6 +35,7 @@ from eamdeploy.parity.reference_set import ReferenceSet, reference_path
 from eamdeploy.passes.base import PlannedPass
 from eamdeploy.passes.freeze_heads import AttentionModule
 from eamdeploy.passes.order import SWITCHABLE, Parts, plan_passes, with_dependents
+from eamdeploy.vocabulary import GRANULARITIES, Granularity
 
 HALF = FreezeOptions(sparsity=0.5, score="random", seed=3)
 IMAGES = images(5).numpy()

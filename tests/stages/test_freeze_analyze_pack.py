@@ -30,24 +30,26 @@ from tiny_models import (
 from eamdeploy import analyze, freeze, pack
 from eamdeploy.eam import checkpoint as checkpoints
 from eamdeploy.eam.analysis import Analysis
+from eamdeploy.eam.options import FreezeOptions
 from eamdeploy.eam.quantizers import quantize_rows
 from eamdeploy.eam.records import FrozenMaps
 from eamdeploy.eam.scores import score_pieces
-from eamdeploy.eam.selection import Granularity, Selection
+from eamdeploy.eam.selection import Selection
 from eamdeploy.errors import CheckpointError, ConfigError
 from eamdeploy.host.attention import attention_sites, tapped_maps
 from eamdeploy.host.calibrate import as_tensors, collect_statistics
 from eamdeploy.host.fisher import fisher_sensitivity
 from eamdeploy.host.means import mean_maps as means_of
-from eamdeploy.host.model import ModelSpec, PreprocessingOverrides, load_model
-from eamdeploy.host.options import FreezeOptions
+from eamdeploy.host.model import ModelSpec, load_model
 from eamdeploy.host.reference import load_reference
 from eamdeploy.host.scoring import PieceScores
-from eamdeploy.host.sites import WindowMaps, window_maps
+from eamdeploy.host.sites import window_maps
 from eamdeploy.images.folder import folder_digest
+from eamdeploy.images.options import PreprocessingOverrides
 from eamdeploy.images.source import ImageSource
 from eamdeploy.observer import SILENT
 from eamdeploy.stages.freeze import read_shares
+from eamdeploy.vocabulary import Granularity, WindowMaps
 
 FAST = FreezeOptions(sparsity=0.5, score="row-entropy")
 PATHS = ["blocks.0.attn", "blocks.1.attn"]
@@ -79,7 +81,8 @@ def source(pictures: Path) -> ImageSource:
 
 def input_batches(spec: ModelSpec, source: ImageSource) -> tuple[Any, list[torch.Tensor]]:
     """The model of `spec` and the images of `source` as its input."""
-    from eamdeploy.host.model import TIMM_PREPROCESSING, preprocessing_of
+    from eamdeploy.host.model import preprocessing_of
+    from eamdeploy.images.options import TIMM_PREPROCESSING
 
     model = load_model(spec)
     how = preprocessing_of(model, TIMM_PREPROCESSING)

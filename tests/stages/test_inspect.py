@@ -16,16 +16,16 @@ from tiny_models import KWARGS, NAME
 from eamdeploy import evaluate, inspect
 from eamdeploy.artifacts.files import digest_file
 from eamdeploy.eam import checkpoint as checkpoints
-from eamdeploy.eam.selection import Granularity
+from eamdeploy.eam.options import FreezeOptions
 from eamdeploy.engines.manifest import DeviceBuild, EngineLayers, FrozenMapLayer, Manifest, manifest_path
 from eamdeploy.errors import CheckpointError, ConfigError, EngineError
 from eamdeploy.host.model import ModelSpec
-from eamdeploy.host.options import FreezeOptions
 from eamdeploy.images.source import ImageSource
 from eamdeploy.parity.reference_set import reference_path
 from eamdeploy.records.diagnosis import Capability, Diagnosis, Finding
 from eamdeploy.stages.analyze import analyze
 from eamdeploy.stages.inspect import Inspection
+from eamdeploy.vocabulary import Granularity
 
 HEADS = ["blocks.0.attn: [1]", "blocks.1.attn: [0, 1]"]
 

@@ -15,11 +15,12 @@ from eamdeploy.devices.clock import utc_now
 from eamdeploy.devices.instructions import instruction_sets
 from eamdeploy.devices.provenance import machine_summary, package_versions
 from eamdeploy.engines.gate import check_against_reference
-from eamdeploy.engines.manifest import Manifest, ProviderName
+from eamdeploy.engines.manifest import Manifest
 from eamdeploy.engines.ort.runner import ENGINE_SETTINGS, OrtRunner
 from eamdeploy.errors import ConfigError
 from eamdeploy.parity.gate import TOLERANCES, Tolerance
 from eamdeploy.parity.reference_set import ReferenceSet
+from eamdeploy.vocabulary import ProviderName
 
 
 @dataclass(frozen=True)

@@ -31,8 +31,8 @@ from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Literal
 
-from eamdeploy.engines.manifest import ProviderName
 from eamdeploy.errors import DeviceError, EngineError, MissingDependency
+from eamdeploy.vocabulary import ProviderName
 
 CPU = "CPUExecutionProvider"
 OPTION = "provider."

@@ -38,7 +38,6 @@ from onnxruntime.capi import onnxruntime_pybind11_state as state
 from eamdeploy.artifacts.card import CARD_KEY, ModelCard
 from eamdeploy.artifacts.file_kinds import recognize
 from eamdeploy.artifacts.records import printable
-from eamdeploy.engines.manifest import ProviderName
 from eamdeploy.engines.ort.providers import (
     OPTION,
     PROOF,
@@ -52,6 +51,7 @@ from eamdeploy.engines.ort.providers import (
 from eamdeploy.engines.ort.reasons import explain, plain
 from eamdeploy.engines.runner import EngineIO, LatencySplit
 from eamdeploy.errors import CheckpointError, ConfigError, EngineError
+from eamdeploy.vocabulary import ProviderName
 
 _PIXELS = "tensor(uint8)"
 _INPUT_TYPES = ("tensor(float)", _PIXELS)

@@ -23,8 +23,8 @@ from eamdeploy.artifacts.onnx_files import ModelData
 from eamdeploy.artifacts.records import Record
 from eamdeploy.engines.trt.versions import Capabilities, TrtVersion, capabilities
 from eamdeploy.errors import ConfigError
+from eamdeploy.vocabulary import Precision
 
-Precision = Literal["fp32", "fp16", "bf16"]
 Kept = Literal["norm-softmax", "norm", "none"]
 KeepFp32 = Literal["auto", "norm-softmax", "norm", "none"]
 

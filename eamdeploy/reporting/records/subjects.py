@@ -13,7 +13,6 @@ from dataclasses import dataclass, replace
 
 from eamdeploy.artifacts.card import Freezing, FreezingCost
 from eamdeploy.eam.analysis import Analysis
-from eamdeploy.eam.selection import Granularity
 from eamdeploy.engines.manifest import Manifest
 from eamdeploy.records.evaluation import EvaluationReport
 from eamdeploy.records.profile import ModelSummary
@@ -23,6 +22,7 @@ from eamdeploy.reporting.records.exports import Exported
 from eamdeploy.reporting.records.figures import Engine, Measurement
 from eamdeploy.reporting.records.heat import HeatMap
 from eamdeploy.reporting.records.sources import CheckpointFile, Sources
+from eamdeploy.vocabulary import Granularity
 
 
 @dataclass(frozen=True)

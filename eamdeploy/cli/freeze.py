@@ -1,0 +1,143 @@
+"""Commands that make an EAM checkpoint: analyze, freeze, pack."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from eamdeploy.cli import options, show
+from eamdeploy.cli.console import print_result
+from eamdeploy.cli.spread import description
+from eamdeploy.eam.options import FreezeOptions
+from eamdeploy.errors import host_packages
+from eamdeploy.images.options import ImageOptions, PreprocessingOverrides
+from eamdeploy.images.source import read_class_names
+from eamdeploy.vocabulary import Score
+
+if TYPE_CHECKING:
+    from eamdeploy.host.model import ModelSpec
+
+Heatmap = Annotated[Path | None, typer.Option(help="Draw layers × heads with the frozen ones marked: .png or .svg.")]
+
+
+@dataclass(frozen=True)
+class ModelArguments:
+    """A timm model and its weights."""
+
+    model: options.Model
+    weights: options.Weights = "pretrained"
+    model_kwargs: options.ModelKwargs = field(default_factory=list)
+
+    def spec(self, seed: int) -> ModelSpec:
+        from eamdeploy.host.model import ModelSpec
+
+        return ModelSpec(self.model, self.weights, options.parse_model_kwargs(self.model_kwargs), seed)
+
+
+@dataclass(frozen=True)
+class AnalyzeOptions(FreezeOptions):
+    """As for freeze, with a score that needs no model run with frozen heads."""
+
+    score: Annotated[Score, typer.Option(help=description(FreezeOptions, "score"))] = "entropy"
+
+
+def analyze(
+    context: typer.Context,
+    model: ModelArguments,
+    images: ImageOptions,
+    output: options.Output,
+    settings: AnalyzeOptions,
+    overrides: PreprocessingOverrides,
+    heatmap: Heatmap = None,
+    as_json: options.AsJson = False,
+) -> None:
+    """Measure the entropy of every attention head over a folder of images; mark what freeze would take."""
+    with host_packages("analyze"):
+        from eamdeploy.stages.analyze import analyze as run_analyze
+    options.require_outputs([output, heatmap], [Path(model.weights)])
+    with context.obj as terminal:
+        result = run_analyze(model.spec(settings.seed), images.source, settings, overrides=overrides, observer=terminal)
+    result.write(output)
+    if heatmap is not None:
+        _draw(result.scores[settings.score], settings.score, result.frozen, result.shares, model.model, heatmap)
+    print_result(result, show.analysis(result), as_json=as_json)
+
+
+def freeze(
+    context: typer.Context,
+    model: ModelArguments,
+    images: ImageOptions,
+    output: options.Output,
+    settings: FreezeOptions,
+    overrides: PreprocessingOverrides,
+    heatmap: Heatmap = None,
+    class_names: options.ClassNames = None,
+    as_json: options.AsJson = False,
+) -> None:
+    """Freeze what depends least on the image; write an EAM checkpoint (*.eam.safetensors)."""
+    with host_packages("freeze"):
+        from eamdeploy.stages.freeze import freeze as run_freeze
+        from eamdeploy.stages.freeze import read_shares
+    options.require_outputs([output, heatmap], [Path(model.weights)])
+    with context.obj as terminal:
+        header = run_freeze(
+            model.spec(settings.seed),
+            images.source,
+            output,
+            settings,
+            overrides=overrides,
+            class_names=read_class_names(class_names),
+            observer=terminal,
+        )
+    if heatmap is not None:
+        frozen = header.freezing
+        _draw(frozen.scores, settings.score, frozen.heads, read_shares(output), model.model, heatmap)
+    print_result(header, show.checkpoint(header), as_json=as_json)
+
+
+def pack(
+    model: ModelArguments,
+    maps: Annotated[
+        Path,
+        typer.Option(help="Frozen maps, .npz or .safetensors: <module>.heads with .maps or .codes, perhaps .mask."),
+    ],
+    output: options.Output,
+    overrides: PreprocessingOverrides,
+    class_names: options.ClassNames = None,
+    bits: options.Bits = FreezeOptions.bits,
+    quantizer: options.Quantizer = FreezeOptions.quantizer,
+    seed: options.Seed = FreezeOptions.seed,
+    as_json: options.AsJson = False,
+) -> None:
+    """Pack weights and frozen maps from your own EAM training into an EAM checkpoint."""
+    with host_packages("pack"):
+        from eamdeploy.host.maps_file import read_maps
+        from eamdeploy.stages.pack import pack as run_pack
+    options.require_outputs([output], [Path(model.weights), maps])
+    width = options.parse_bits(bits)
+    header = run_pack(
+        model.spec(seed),
+        read_maps(maps, width, quantizer),
+        output,
+        bits=width,
+        quantizer=quantizer,
+        overrides=overrides,
+        class_names=read_class_names(class_names),
+    )
+    print_result(header, show.checkpoint(header), as_json=as_json)
+
+
+def _draw(
+    scores: dict[str, list[float]],
+    score: str,
+    frozen: dict[str, list[int]],
+    shares: dict[str, list[float]],
+    title: str,
+    path: Path,
+) -> None:
+    from eamdeploy.reporting.draw.heatmap import draw_heatmap
+
+    draw_heatmap(scores, score_name=score, frozen=frozen, shares=shares, title=title, path=path)
