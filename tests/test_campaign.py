@@ -264,7 +264,7 @@ def writer(folder: Path, program: str) -> Target:
     """A program that writes `out/x` over what is there."""
     (folder / "start" / "out").mkdir(parents=True)
     (folder / "start" / "out" / "x").write_bytes(OLD)
-    imports = "import os, sys, time; from pathlib import Path; from eamdeploy.artifact import write_bytes\n"
+    imports = "import os, sys, time; from pathlib import Path; from eamdeploy.artifacts.files import write_bytes\n"
     return Target("writer", [sys.executable, "-c", f"{imports}path = Path('out/x')\n{program}"], "out", digests)
 
 

@@ -102,3 +102,40 @@ def test_archive_that_zipfile_quotes_as_a_whole(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match=r"maps\.npz is damaged or no \.npz file") as caught:
         read_maps(path, 4, "squared")
     assert len(str(caught.value)) < 1500
+
+
+LONG = "a" * 300  # no file system takes it, and Python's own `Path.exists` raises an error for it
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["build-ort", "MODEL", "-o", f"{LONG}.onnx"],
+        ["build-ort", f"{LONG}.onnx", "-o", "x.onnx"],
+        ["build-ort", "MODEL", "-o", "x.onnx", "--reference", LONG],
+        ["profile", f"{LONG}.onnx"],
+        ["inspect", f"{LONG}.onnx"],
+        ["evaluate", "MODEL", "--data", LONG],
+        ["report", "x.json", "-o", f"{LONG}.html"],
+        ["export", "x.eam.safetensors", "-o", f"{LONG}.onnx"],
+        ["run", f"{LONG}.toml"],
+    ],
+    ids=lambda words: " ".join(words).replace(LONG, "LONG"),
+)
+def test_name_that_is_too_long(run_cli: RunCli, eam_model: Path, tmp_path: Path, words: list[str]) -> None:
+    given = [str(tmp_path / word) if "." in word or word == LONG else word for word in words]
+    line = only_error(run_cli(*(str(eam_model) if word == "MODEL" else word for word in given)), 2)
+    assert "aaaaaaaa" in line and not list(tmp_path.iterdir())
+
+
+def test_model_whose_data_file_has_a_name_that_is_too_long(run_cli: RunCli, eam_model: Path, tmp_path: Path) -> None:
+    model = onnx.load(eam_model)
+    onnx.save_model(model, tmp_path / "x.onnx", save_as_external_data=True, location="x.onnx.data", size_threshold=0)
+    hurt = onnx.load(tmp_path / "x.onnx", load_external_data=False)
+    for tensor in hurt.graph.initializer:
+        for entry in tensor.external_data:
+            if entry.key == "location":
+                entry.value = LONG
+    (tmp_path / "x.onnx").write_bytes(hurt.SerializeToString())
+    line = only_error(run_cli("inspect", tmp_path / "x.onnx"), 2)
+    assert "keeps its weights in aaaaaaa" in line and "not beside it" in line

@@ -97,20 +97,53 @@ def _remove_leftovers(path: Path) -> None:
             leftover.unlink()
 
 
+def is_there(path: Path) -> bool:
+    """Whether something is at `path`; False too where the system can't tell, as for a name that is too long.
+
+    `Path.exists` raises then, before Python 3.14.
+    """
+    return os.path.exists(path)  # noqa: PTH110
+
+
+def is_file(path: Path) -> bool:
+    """Whether a file is at `path`; False too where the system can't tell."""
+    return os.path.isfile(path)  # noqa: PTH113
+
+
+def is_folder(path: Path) -> bool:
+    """Whether a folder is at `path`; False too where the system can't tell."""
+    return os.path.isdir(path)  # noqa: PTH112
+
+
 def require_output(path: Path, *inputs: Path) -> None:
     """A file can be made at `path`, and it replaces none of `inputs`; for stages that work long before they write.
 
     Raises:
-        ConfigError: the folder does not exist, `path` is a folder or a device, or it is one of `inputs`.
+        ConfigError: the folder does not exist, `path` is a folder or a device, its name is too long, or it is one of
+            `inputs`.
     """
-    if path.exists() and not path.is_file():
-        kind = "folder" if path.is_dir() else "device"
+    if is_there(path) and not is_file(path):
+        kind = "folder" if is_folder(path) else "device"
         raise ConfigError(f"cannot write {path}", expected="a file name", got=f"an existing {kind}")
-    if not path.parent.is_dir():
+    if not is_folder(path.parent):
         raise ConfigError(f"cannot write {path}", expected=f"an existing folder {path.parent}", got="no such folder")
+    _require_short_name(path)
     for source in inputs:
-        if path.exists() and source.exists() and path.samefile(source):
+        if is_there(path) and is_there(source) and path.samefile(source):
             raise ConfigError(f"{path} would replace the input {source}", hint="Give another output file.")
+
+
+def _require_short_name(path: Path) -> None:
+    """The file system takes the name, and that of the temporary file beside it."""
+    try:
+        longest = os.pathconf(path.parent, "PC_NAME_MAX")
+    except (OSError, ValueError, AttributeError):
+        return
+    room = longest - len(f"..{'x' * 8}{_PARTIAL}")
+    if len(os.fsencode(path.name)) > room:
+        raise ConfigError(
+            f"cannot write {path}", expected=f"a name of at most {room} bytes", got=len(os.fsencode(path.name))
+        )
 
 
 def write_bytes(path: Path, data: bytes) -> None:

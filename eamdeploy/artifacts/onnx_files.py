@@ -13,7 +13,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath, PureWindowsPath
 
-from eamdeploy.artifacts.files import digest_bytes, digest_file
+from eamdeploy.artifacts.files import digest_bytes, digest_file, is_file, is_there
 from eamdeploy.artifacts.onnx_wire import (
     OutsideTensor,
     Piece,
@@ -195,13 +195,13 @@ def _data_file(path: Path, tensor: OutsideTensor) -> Path:
     if absolute or ".." in (*posix.parts, *windows.parts) or posix.name == "" or "\0" in location:
         raise _elsewhere(path, repr(location))
     file = path.parent / location
-    if not file.exists():
+    if not is_there(file):
         raise ConfigError(
             f"{path} keeps its weights in {location}, which is not beside it",
             expected=f"a file {file}",
             hint=f"Copy {location} together with {path.name}.",
         )
-    if not file.is_file():
+    if not is_file(file):
         raise ConfigError(f"{path} keeps its weights in {location}, which is no file")
     if not Path(os.path.realpath(file)).is_relative_to(os.path.realpath(path.parent)):
         raise _elsewhere(path, f"{location}, a link to {os.path.realpath(file)}")

@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, BinaryIO
 
-from eamdeploy.artifacts.files import atomic_output, require_output
+from eamdeploy.artifacts.files import atomic_output, is_there, require_output
 from eamdeploy.artifacts.onnx_files import ModelData, _chunks, data_path, model_files
 from eamdeploy.errors import ConfigError
 
@@ -26,7 +26,7 @@ def require_model_output(output: Path, source: Path) -> None:
         ConfigError: it can't; also what `model_files` says of `source`.
         CheckpointError: as for `model_files`.
     """
-    files = model_files(source) if source.exists() else (source,)
+    files = model_files(source) if is_there(source) else (source,)
     require_output(output, *files)
     if output.suffix.lower() == _SUFFIX:
         require_output(data_path(output), *files)

@@ -18,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from eamdeploy.artifacts.card import Preprocessing
-from eamdeploy.artifacts.files import digest_bytes
+from eamdeploy.artifacts.files import digest_bytes, is_there
 from eamdeploy.artifacts.onnx_output import write_model
 from eamdeploy.artifacts.records import Record
 from eamdeploy.devices.provenance import package_versions
@@ -151,7 +151,7 @@ def _cached(cache: Path | None, key: str) -> ActivationRanges | None:
     Raises:
         ConfigError: the file is no cache of ranges.
     """
-    if cache is None or not cache.exists():
+    if cache is None or not is_there(cache):
         return None
     try:
         found = ActivationRanges.read(cache)

@@ -9,7 +9,7 @@ from typing import Literal
 from pydantic import Field
 
 from eamdeploy.artifacts.card import ModelCard
-from eamdeploy.artifacts.files import atomic_output
+from eamdeploy.artifacts.files import atomic_output, is_there
 from eamdeploy.artifacts.onnx_files import digest_model
 from eamdeploy.artifacts.onnx_output import move_model
 from eamdeploy.artifacts.records import Record
@@ -181,7 +181,7 @@ def read_manifest(engine: Path) -> Manifest | None:
         EngineError: it describes another file than the one beside it.
     """
     path = manifest_path(engine)
-    if not path.exists():
+    if not is_there(path):
         return None
     manifest = Manifest.read(path)
     digest = digest_model(engine)

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
-from eamdeploy.artifacts.files import digest_file
+from eamdeploy.artifacts.files import digest_file, is_file
 from eamdeploy.devices.instructions import instruction_sets, products_saturate
 from eamdeploy.engines.gate import check_against_reference
 from eamdeploy.engines.manifest import Manifest, read_manifest
@@ -84,10 +84,10 @@ def _holds_here(manifest: Manifest, parity: ParityReport, here: str) -> bool:
 def _reference_beside(engine: Path, manifest: Manifest) -> tuple[Path | None, str]:
     """The reference set that the engine was proved with, or why there is none."""
     if manifest.reference is None:  # an older manifest does not name it
-        found = [path for path in _likely_references(engine) if path.is_file()]
+        found = [path for path in _likely_references(engine) if is_file(path)]
         return (found[0], "") if found else (None, f"there is no {_likely_references(engine)[-1].name}")
     path = engine.with_name(manifest.reference.name)
-    if not path.is_file():
+    if not is_file(path):
         return None, f"there is no {path.name}"
     if digest_file(path) != manifest.reference.digest:
         return None, f"{path.name} is another set than it was proved with"

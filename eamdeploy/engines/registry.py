@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
+from eamdeploy.artifacts.files import is_file
 from eamdeploy.artifacts.onnx_files import digest_model, model_files
 from eamdeploy.devices.instructions import instruction_sets, products_saturate
 from eamdeploy.devices.provenance import usable_cores
@@ -89,7 +90,7 @@ def open_runner(engine: Path, threads: int | None = None, *, verify: bool = True
         DeviceError: the backend needs a GPU, and there is none.
     """
     backend = backend_of(engine)
-    if not engine.is_file():
+    if not is_file(engine):
         raise ConfigError(f"cannot read {engine}", expected="an engine file", got="no such file")
     load_backend(backend)
     model_files(engine)  # its words say which file is missing, ONNX Runtime's do not
@@ -119,7 +120,7 @@ def _require_unaltered(model: Path) -> None:
         CheckpointError: it is not, or the reference set is damaged.
     """
     path = reference_path(model)
-    if path.is_file():
+    if is_file(path):
         ReferenceSet.load(path).require_model(model, digest_model(model))
 
 

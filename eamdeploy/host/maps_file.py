@@ -27,6 +27,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from eamdeploy.artifacts.file_kinds import in_words
+from eamdeploy.artifacts.files import is_file
 from eamdeploy.artifacts.npz import read_npz
 from eamdeploy.eam.quantizers import integer_values, quantize_rows
 from eamdeploy.eam.records import FrozenMaps, spread_mask
@@ -166,7 +167,7 @@ def _whole_row_scales(
 def _read_arrays(path: Path) -> dict[str, NDArray[Any]]:
     if path.suffix not in (".npz", ".safetensors"):
         raise ConfigError(f"cannot read maps from {path}", expected="a .npz or .safetensors file", got=path.suffix)
-    if not path.is_file():
+    if not is_file(path):
         raise ConfigError(f"no file of maps at {path}")
     if path.suffix == ".npz":
         return read_npz(path, ".npz file", _HINT)

@@ -25,6 +25,7 @@ from torch import nn
 
 from eamdeploy.artifacts.card import Preprocessing
 from eamdeploy.artifacts.file_kinds import FileKind, recognize
+from eamdeploy.artifacts.files import is_file, is_folder
 from eamdeploy.errors import CheckpointError, ConfigError
 from eamdeploy.images.options import PreprocessingOverrides
 
@@ -117,10 +118,10 @@ def read_weights(path: Path) -> dict[str, torch.Tensor]:
         ConfigError: there is no such file.
         CheckpointError: it is damaged, wants unpickling, or holds no state dict.
     """
-    if not path.is_file():
+    if not is_file(path):
         raise ConfigError(
             f"no weights file at {path}",
-            got="a folder" if path.is_dir() else None,
+            got="a folder" if is_folder(path) else None,
             hint="Use --weights pretrained, --weights random or an existing file.",
         )
     _require_weights_format(path)

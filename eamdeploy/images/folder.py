@@ -9,7 +9,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
-from eamdeploy.artifacts.files import digest_bytes, digest_file
+from eamdeploy.artifacts.files import digest_bytes, digest_file, is_folder, is_there
 from eamdeploy.errors import ConfigError
 from eamdeploy.images.class_labels import Classes, folder_classes, is_number, shortened, table_classes
 from eamdeploy.vocabulary import ClassOrder, Split
@@ -126,8 +126,8 @@ def _find_images(root: Path) -> tuple[list[Path], tuple[tuple[str, int], ...]]:
     """The images, sorted, and how many other files have which ending."""
     looked_for = f"images ({' '.join(IMAGE_EXTENSIONS)})"
     try:
-        if not root.is_dir():
-            got = "a file" if root.exists() else "nothing there"
+        if not is_folder(root):
+            got = "a file" if is_there(root) else "nothing there"
             raise ConfigError(f"cannot read images from {root}", expected=f"a folder with {looked_for}", got=got)
         found = list(_files_below(root, frozenset()))
     except OSError as err:
@@ -166,14 +166,14 @@ def _files_below(folder: Path, parents: frozenset[Path]) -> Iterator[Path]:
     for entry in folder.iterdir():
         if entry.name.startswith("."):
             continue
-        if entry.is_dir():
+        if is_folder(entry):
             yield from _files_below(entry, parents | {real})
         else:
             yield entry
 
 
 def _find_labels(root: Path, files: Sequence[Path], classes: Classes) -> list[int] | None:
-    if (root / LABELS_FILE).exists():
+    if is_there(root / LABELS_FILE):
         labels = _labels_of_table(root, files, classes)
     elif any(file.parent != root for file in files):
         labels = _labels_of_folders(root, files, classes)
@@ -211,7 +211,7 @@ def _labels_of_folders(root: Path, files: Sequence[Path], classes: Classes) -> l
 
 def _sub_folders(root: Path) -> set[str]:
     try:
-        return {entry.name for entry in root.iterdir() if entry.is_dir() and not entry.name.startswith(".")}
+        return {entry.name for entry in root.iterdir() if is_folder(entry) and not entry.name.startswith(".")}
     except OSError as err:
         raise ConfigError(f"cannot read images from {root}: {err.strerror or err}") from err
 

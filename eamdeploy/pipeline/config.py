@@ -147,6 +147,8 @@ def load_config(path: Path) -> RunConfig:
         first = err.errors()[0]
         key = ".".join(map(str, first["loc"]))
         reason = first["msg"].removeprefix("Value error, ").rstrip(".")
+        if first["type"] == "unexpected_keyword_argument":  # of a section that is a dataclass
+            reason = "Extra inputs are not permitted"
         raise ConfigError(f"{path}: {key}: {reason}", hint="See docs/usage.md for every key.") from err
     except (OSError, ValueError, RecursionError) as err:
         raise ConfigError(

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
 
-from eamdeploy.artifacts.files import digest_file
+from eamdeploy.artifacts.files import digest_file, is_file
 from eamdeploy.errors import host_packages
 from eamdeploy.images.folder import folder_digest
 from eamdeploy.images.source import read_class_names
@@ -47,7 +47,7 @@ def freeze_stage(config: RunConfig, observer: Observer) -> Stage:
     inputs = {  # names and contents, no paths, so that a run may be moved or started from another folder
         "config": config.model_dump(mode="json", include={"preprocessing", "freeze"}),
         "model": [model.name, model.kwargs, weights.name, read_class_names(model.class_names)],
-        "weights": digest_file(weights) if weights.is_file() else model.weights,
+        "weights": digest_file(weights) if is_file(weights) else model.weights,
         "images": [images.root.name, images.skip_bad, folder_digest(images.open())],
         "versions": versions_of("eamdeploy", "torch", "timm"),
     }

@@ -14,7 +14,7 @@ import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
-from eamdeploy.artifacts.files import digest_bytes, digest_file
+from eamdeploy.artifacts.files import digest_bytes, digest_file, is_file, is_there
 from eamdeploy.artifacts.onnx_files import digest_model
 from eamdeploy.artifacts.records import Record
 from eamdeploy.artifacts.run_state import RUN_STATE, RunState, StageState
@@ -124,7 +124,7 @@ def _is_done(state: StageState | None, inputs: str, outputs: list[Path]) -> bool
     return (
         state is not None
         and state.inputs == inputs
-        and all(file.is_file() and state.outputs.get(file.name) == _digest(file) for file in outputs)
+        and all(is_file(file) and state.outputs.get(file.name) == _digest(file) for file in outputs)
     )
 
 
@@ -147,7 +147,7 @@ def _without(name: str, state: RunState, path: Path) -> RunState:
 
 def _read_state(path: Path, observer: Observer) -> RunState:
     """The state, or an empty one where there is none or it can't be trusted."""
-    if not path.exists():
+    if not is_there(path):
         return RunState()
     try:
         return RunState.read(path)

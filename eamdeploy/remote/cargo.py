@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
+from eamdeploy.artifacts.files import is_file
 from eamdeploy.artifacts.onnx_files import digest_model, model_files
 from eamdeploy.engines.manifest import manifest_path, read_manifest
 from eamdeploy.engines.registry import backend_of
@@ -77,7 +78,7 @@ def pack_cargo(engines: Sequence[Path]) -> Cargo:
     engine_bytes = 0
     for index, path in enumerate(engines):
         backend_of(path)
-        if not path.is_file():
+        if not is_file(path):
             raise ConfigError(f"cannot read {path}", expected="an engine file", got="no such file")
         parts = [_file(file, path.parent, index) for file in model_files(path)]
         packed.append(parts[0])
@@ -85,7 +86,7 @@ def pack_cargo(engines: Sequence[Path]) -> Cargo:
         engine_bytes += sum(part.size_bytes for part in parts)
         if (manifest := read_manifest(path)) is not None:
             files.append(_file(manifest_path(path), path.parent, index))
-            if manifest.reference is not None and (reference := path.with_name(manifest.reference.name)).is_file():
+            if manifest.reference is not None and is_file(reference := path.with_name(manifest.reference.name)):
                 files.append(_file(reference, path.parent, index))
     digests = tuple(digest_model(file.path) for file in packed)
     return Cargo(tuple(packed), digests, engine_bytes, tuple(files))

@@ -6,7 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from eamdeploy.artifacts.files import digest_file
+from eamdeploy.artifacts.files import digest_file, is_file
 from eamdeploy.artifacts.onnx_files import digest_model
 from eamdeploy.artifacts.records import printable
 from eamdeploy.engines.manifest import ReferenceFile
@@ -26,7 +26,7 @@ def with_cache(calibration: Calibration | None, output: Path) -> Calibration | N
 
 def read_reference(model: Path, reference: Path | None, *, verify: bool) -> ReferenceSet:
     path = reference_path(model) if reference is None else reference
-    if not path.is_file():
+    if not is_file(path):
         raise ConfigError(
             f"no reference set at {path}, so the engine can't be checked",
             hint="Copy it together with the model (export writes both), name it with --reference, or use --no-check.",

@@ -89,7 +89,7 @@ def test_full_disk_is_an_error_with_its_reason_and_changes_nothing(target: Path)
 
 def test_what_a_killed_process_left_is_removed_by_the_next_that_writes_the_file(target: Path) -> None:
     program = (
-        "import os, signal, sys; from pathlib import Path; from eamdeploy.artifact import atomic_output\n"
+        "import os, signal, sys; from pathlib import Path; from eamdeploy.artifacts.files import atomic_output\n"
         "with atomic_output(Path(sys.argv[1])) as file:\n"
         "    file.write(b'half'); file.flush(); os.kill(os.getpid(), signal.SIGKILL)\n"
     )

@@ -417,7 +417,7 @@ def test_line_breaks_in_a_message_are_gone(run_cli: RunCli, monkeypatch: pytest.
 
 def test_a_bug_of_ours_keeps_its_traceback_with_exit_code_1() -> None:
     program = (
-        "import sys, eamdeploy.inspection as inspection, eamdeploy.cli as cli\n"
+        "import sys, eamdeploy.stages.inspect as inspection, eamdeploy.cli.app as cli\n"
         "inspection.inspect = lambda path, verify: 1 / 0\n"
         "sys.argv = ['eamdeploy', 'inspect', 'x']\n"
         "cli.main()\n"

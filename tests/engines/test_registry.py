@@ -62,7 +62,7 @@ def test_missing_onnxruntime_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_no_runtime_is_imported_before_an_engine_is_opened() -> None:
     code = (
-        "import sys, eamdeploy.engines.registry, eamdeploy.profiling.profile, eamdeploy.parity\n"
+        "import sys, eamdeploy.engines.registry, eamdeploy.stages.profile, eamdeploy.parity.gate\n"
         "sys.exit(','.join({'onnxruntime', 'onnx', 'torch', 'timm', 'tensorrt'} & set(sys.modules)) or 0)"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)

@@ -477,9 +477,7 @@ def test_one_file_on_another_provider_is_another_engine(project: Path) -> None:
 
 def test_the_runtime_is_loaded_to_tell_its_version() -> None:
     """Of several packages that bring the module, only the loaded one knows."""
-    code = (
-        "import sys; from eamdeploy.run_stage import runtime_versions as v; sys.exit('onnxruntime' not in v(['cpu']))"
-    )
+    code = "from eamdeploy.pipeline.stage import runtime_versions as found; exit('onnxruntime' not in found(['cpu']))"
     hidden = "import importlib.metadata as m; m.version = lambda name: (_ for _ in ()).throw(m.PackageNotFoundError)"
     done = subprocess.run([sys.executable, "-c", f"{hidden}; {code}"], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
@@ -583,7 +581,7 @@ def test_defaults_are_those_of_the_commands(tmp_path: Path) -> None:
 
     (tmp_path / "x.toml").write_text('output = "o"\n[model]\nname = "a"\n[calibrate]\ndata = "d"\n')
     config = load_config(tmp_path / "x.toml")
-    assert FreezeOptions(**config.freeze.model_dump()) == FreezeOptions()
+    assert config.freeze == FreezeOptions()
     assert config.build.forms() == [AS_EXPORTED]
     assert json.loads(config.model_dump_json())["profile"] == {
         "threads": None,

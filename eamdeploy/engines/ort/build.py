@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-from eamdeploy.artifacts.files import digest_bytes
+from eamdeploy.artifacts.files import digest_bytes, is_there
 from eamdeploy.artifacts.onnx_files import ModelData, digest_model, model_bytes, read_model
 from eamdeploy.artifacts.onnx_output import require_model_output
 from eamdeploy.devices.clock import utc_now
@@ -44,7 +44,7 @@ def read_source(model: Path, output: Path) -> ModelData:
     """
     if output.suffix != ".onnx":
         raise ConfigError(f"the engine can't be named {output}", expected="a name that ends in .onnx")
-    if output.exists() and model.exists() and output.samefile(model):
+    if is_there(output) and is_there(model) and output.samefile(model):
         raise ConfigError(f"the engine would replace its model {model}", hint="Give -o another file name.")
     require_model_output(output, model)
     return read_model(model)

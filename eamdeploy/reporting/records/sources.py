@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Generic, TypeVar
 
 from eamdeploy.artifacts.documents import DocumentKind, read_document
-from eamdeploy.artifacts.files import digest_file
+from eamdeploy.artifacts.files import digest_file, is_file
 from eamdeploy.artifacts.records import Record
 from eamdeploy.artifacts.run_state import RunState
 from eamdeploy.eam import checkpoint as checkpoints
@@ -148,7 +148,7 @@ def _outputs(path: Path) -> Iterator[tuple[Path, bool]]:
         output = path.parent / name
         if output.suffix not in (_CHECKPOINT, _DOCUMENT):
             continue
-        if not output.is_file():
+        if not is_file(output):
             raise ConfigError(
                 f"{path} names {output}, which is not there",
                 hint="Run `eamdeploy run` again, or name the files one by one instead of run.json.",
