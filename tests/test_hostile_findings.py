@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 import struct
 import zlib
@@ -18,7 +19,7 @@ from onnx import numpy_helper
 from eamdeploy.convert.ort_form import OrtForm
 from eamdeploy.engines.trt.request import TrtOptions
 from eamdeploy.engines.trt.versions import TrtVersion
-from eamdeploy.errors import CheckpointError, EngineError
+from eamdeploy.errors import CheckpointError, EamDeployError, EngineError
 from eamdeploy.host.maps_file import read_maps
 from eamdeploy.stages.build_ort import build_ort
 from eamdeploy.stages.build_trt import plan_trt_build
@@ -139,3 +140,28 @@ def test_model_whose_data_file_has_a_name_that_is_too_long(run_cli: RunCli, eam_
     (tmp_path / "x.onnx").write_bytes(hurt.SerializeToString())
     line = only_error(run_cli("inspect", tmp_path / "x.onnx"), 2)
     assert "keeps its weights in aaaaaaa" in line and "not beside it" in line
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_weights_that_are_no_numbers_cannot_be_quantized(value: float, tmp_path: Path) -> None:
+    """ONNX Runtime's quantizer ends in an assertion of its own."""
+    proto = make_frozen_model().to_onnx()
+    multiplied = {name for node in proto.graph.node if node.op_type == "MatMul" for name in node.input}
+    for item in proto.graph.initializer:
+        if item.name in multiplied and len(item.dims) == 2:
+            item.CopyFrom(numpy_helper.from_array(np.full(tuple(item.dims), value, np.float32), item.name))
+    model = tmp_path / "x.onnx"
+    model.write_bytes(proto.SerializeToString())
+    with pytest.raises(EamDeployError, match=r"x\.onnx"):
+        build_ort(model, tmp_path / "y.ort.onnx", threads=1, check=False, forms=[OrtForm(int8="dynamic")])
+    assert not (tmp_path / "y.ort.onnx").exists()
+
+
+@pytest.mark.parametrize("dtype", ["F8_E4M3", "F8_E5M2", "BF16"])
+def test_maps_of_a_type_that_numpy_does_not_have(dtype: str, tmp_path: Path) -> None:
+    size = 2 if dtype == "BF16" else 1
+    header = json.dumps({"blocks.0.attn.maps": {"dtype": dtype, "shape": [1, 2, 2], "data_offsets": [0, 4 * size]}})
+    path = tmp_path / "maps.safetensors"
+    path.write_bytes(struct.pack("<Q", len(header)) + header.encode() + bytes(4 * size))
+    with pytest.raises(CheckpointError, match=r"maps\.safetensors"):
+        read_maps(path, 4, "squared")

@@ -25,7 +25,7 @@ import onnx_graphsurgeon as gs
 from onnx import numpy_helper
 
 from eamdeploy.artifacts.onnx_output import write_model
-from eamdeploy.convert.ort_tools import import_tool
+from eamdeploy.convert.ort_tools import TOOL_FAILURES, import_tool
 from eamdeploy.errors import ConfigError, EngineError
 from eamdeploy.graph.int8_weights import LARGEST, integers_of, pair_limits
 from eamdeploy.graph.linear import is_classifier
@@ -98,7 +98,7 @@ def _quantize(model: onnx.ModelProto, names: list[str], where: str) -> onnx.Mode
                 extra_options={"MatMulConstBOnly": True, "DefaultTensorType": onnx.TensorProto.FLOAT},
             )
             return onnx.load(target)
-    except (RuntimeError, ValueError) as err:
+    except TOOL_FAILURES as err:
         raise EngineError(f"ONNX Runtime can't quantize {where}: {str(err).partition(chr(10))[0]}") from err
     finally:
         logging.getLogger().setLevel(level)

@@ -13,6 +13,17 @@ from types import ModuleType
 
 import onnxruntime
 
+TOOL_FAILURES: tuple[type[Exception], ...] = (
+    ArithmeticError,
+    AssertionError,
+    AttributeError,
+    LookupError,
+    RuntimeError,
+    TypeError,
+    ValueError,
+)
+"""What the tools, which are Python, raise about a model that is not as they expect."""
+
 
 def import_tool(name: str) -> ModuleType:
     """The module `onnxruntime.<name>`; the search path stays as it was.

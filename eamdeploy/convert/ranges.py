@@ -163,7 +163,7 @@ def _cached(cache: Path | None, key: str) -> ActivationRanges | None:
 def _measure(
     model: onnx.ModelProto, folder: ImageFolder, how: Preprocessing, calibration: Calibration, observer: Observer
 ) -> Mapping[str, tuple[float, float]]:
-    from eamdeploy.convert.ort_tools import import_tool
+    from eamdeploy.convert.ort_tools import TOOL_FAILURES, import_tool
     from eamdeploy.engines.ort.runner import ORT_FAILURES
     from eamdeploy.graph.weights import fits_one_file, serialize
 
@@ -197,7 +197,7 @@ def _measure(
                 calibrator.collect_data(_Reader(model.graph.input[0].name, _in_runs(images, fixed)))
                 observer.progress("calibrating", done, len(folder.files))
             data = calibrator.compute_data()
-        except ORT_FAILURES as err:
+        except (*ORT_FAILURES, *TOOL_FAILURES) as err:
             raise EngineError(f"ONNX Runtime can't calibrate the model: {str(err).partition(chr(10))[0]}") from err
     return {name: _bounds(item) for name, item in data.items()}
 

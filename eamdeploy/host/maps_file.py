@@ -176,7 +176,7 @@ def _read_arrays(path: Path) -> dict[str, NDArray[Any]]:
 
     try:
         arrays: dict[str, NDArray[Any]] = load_file(path)
-    except (OSError, SafetensorError, TypeError) as err:  # TypeError: bfloat16, which numpy does not have
+    except (OSError, SafetensorError, TypeError, AttributeError) as err:  # the last two: types that numpy does not have
         got = in_words(path, "safetensors", otherwise=err)
         raise CheckpointError(f"{path} is damaged or no safetensors file", got=got, hint=_HINT) from err
     return arrays

@@ -17,7 +17,7 @@ from rich.console import Console
 
 from eamdeploy import profile
 from eamdeploy.artifacts.seal import SEAL
-from eamdeploy.cli import app as cli
+from eamdeploy.cli import build as cli
 from eamdeploy.cli import show_profile
 from eamdeploy.devices.base import Device
 from eamdeploy.devices.registry import find_device

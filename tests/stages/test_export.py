@@ -23,7 +23,6 @@ from eamdeploy.eam.checkpoint import Checkpoint
 from eamdeploy.eam.options import FreezeOptions
 from eamdeploy.eam.quantizers import integer_values
 from eamdeploy.errors import ConfigError, ParityError, UnsupportedGraph
-from eamdeploy.host import exporting
 from eamdeploy.host.calibrate import predict
 from eamdeploy.host.model import ModelSpec
 from eamdeploy.host.reference import load_reference
@@ -35,6 +34,7 @@ from eamdeploy.parity.reference_set import ReferenceSet, reference_path
 from eamdeploy.passes.base import PlannedPass
 from eamdeploy.passes.freeze_heads import AttentionModule
 from eamdeploy.passes.order import SWITCHABLE, Parts, plan_passes, with_dependents
+from eamdeploy.stages import export as exporting
 from eamdeploy.vocabulary import GRANULARITIES, Granularity
 
 HALF = FreezeOptions(sparsity=0.5, score="random", seed=3)
