@@ -309,7 +309,7 @@ def test_dry_run_asks_what_the_build_asks(machine: fake_tensorrt.Machine, model:
 
 
 def test_package_for_the_conversion_that_is_missing_is_named(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in [each for each in sys.modules if each.startswith(("eamdeploy.convert", "onnx_graphsurgeon"))]:
+    for name in [each for each in sys.modules if each.startswith(("eamdeploy.convert.trt", "onnx_graphsurgeon"))]:
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.setitem(sys.modules, "onnx", None)
     with pytest.raises(MissingDependency, match=r"needs the package onnx.*pip install onnx onnx-graphsurgeon"):
