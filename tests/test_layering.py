@@ -47,7 +47,7 @@ ROOMS: dict[str, set[str]] = {
     "profiling": {"artifacts", "devices", "engines"},
     "records": {"artifacts", "devices", "engines", "parity", "profiling"},
     "host": {
-        *("artifacts", "devices", "eam", "engines", "graph", "images", "parity", "passes"),
+        *("artifacts", "convert", "devices", "eam", "engines", "graph", "images", "parity", "passes"),
         *("profiling", "records"),
     },
     "remote": {"artifacts", "devices", "engines", "records"},
@@ -55,8 +55,8 @@ ROOMS: dict[str, set[str]] = {
         *("artifacts", "devices", "eam", "engines", "parity", "profiling", "records", "remote"),
     },
     "stages": {
-        *("artifacts", "convert", "devices", "eam", "engines", "graph", "host", "images"),
-        *("parity", "passes", "profiling", "records", "remote", "reporting"),
+        *("artifacts", "convert", "devices", "eam", "engines", "host", "images", "parity", "profiling", "records"),
+        *("remote", "reporting"),
     },
     "pipeline": {
         *("artifacts", "convert", "devices", "eam", "engines", "host", "images", "parity"),
@@ -433,9 +433,8 @@ def test_a_board_builds_evaluates_profiles_and_inspects(
     code, out, err = outcomes["wrong engine"]
     assert (code, out) == (3, "") and err.startswith("error: parity of ") and err.count("\n") == 1
     for name, package in (
-        *dict.fromkeys(("freeze", "analyze", "pack", "evaluate checkpoint"), "torch").items(),
+        *dict.fromkeys(("freeze", "analyze", "pack", "export", "evaluate checkpoint"), "torch").items(),
         ("run", "timm"),
-        ("export", "onnx"),
         ("inspect checkpoint", "safetensors"),
         ("report", "jinja2"),
     ):

@@ -23,13 +23,14 @@ from eamdeploy.eam.checkpoint import Checkpoint
 from eamdeploy.eam.options import FreezeOptions
 from eamdeploy.eam.quantizers import integer_values
 from eamdeploy.errors import ConfigError, ParityError, UnsupportedGraph
+from eamdeploy.host import export_steps
 from eamdeploy.host.calibrate import predict
 from eamdeploy.host.model import ModelSpec
 from eamdeploy.host.reference import load_reference
 from eamdeploy.host.stock_export import StockExport, export_stock
 from eamdeploy.images.preprocess import normalize
 from eamdeploy.images.source import ImageSource
-from eamdeploy.observer import Silent
+from eamdeploy.observer import SILENT, Silent
 from eamdeploy.parity.reference_set import ReferenceSet, reference_path
 from eamdeploy.passes.base import PlannedPass
 from eamdeploy.passes.freeze_heads import AttentionModule
@@ -156,7 +157,7 @@ def test_reference_set_beside_it_has_the_pictures_and_torchs_logits(
     for name, frozen in (("tiny", True), ("base", False)):
         reference = ReferenceSet.load(reference_path(eam_model.with_name(f"{name}.onnx")))
         assert reference.source == "16 images of pictures"
-        (batch,) = chosen.batches(chosen.open(), how, 16, exporting.SILENT)
+        (batch,) = chosen.batches(chosen.open(), how, 16, SILENT)
         np.testing.assert_array_equal(reference.pixels, batch.pixels)
         model = load_reference(checkpoint, frozen=frozen, where="x").model
         np.testing.assert_allclose(reference.logits, predict(model, normalize(batch.pixels, how)), atol=1e-5)
@@ -360,7 +361,7 @@ def test_every_frozen_head_is_accounted_for(
     def plan_without_freezing(modules: list[AttentionModule], has: Parts, *_: Any) -> list[PlannedPass[Any]]:
         return plan_passes([replace(module, frozen=None) for module in modules], has)
 
-    monkeypatch.setattr(exporting, "plan_passes", plan_without_freezing)
+    monkeypatch.setattr(export_steps, "plan_passes", plan_without_freezing)
     with pytest.raises(UnsupportedGraph, match=r"frozen heads of blocks\.0\.attn are not in .*heads \[1\]"):
         export(eam_checkpoint, folder / "x.onnx", exporter="torchscript")
     assert_untouched(folder)
