@@ -18,7 +18,7 @@ _LONGEST = 1000  # characters of one part of a message
 
 
 class ExitCode(IntEnum):
-    """Process exit codes (DESIGN §9)."""
+    """Process exit codes (docs/design.md, Command line)."""
 
     DONE = 0
     BUG = 1

@@ -1,4 +1,4 @@
-"""Which module may import which, and what runs where only the base packages are installed (DESIGN §6)."""
+"""Which module may import which, and what runs where only the base packages are installed."""
 
 from __future__ import annotations
 

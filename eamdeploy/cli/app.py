@@ -54,7 +54,7 @@ for _command in COMMANDS:
 
 
 def main() -> None:
-    """Run the command line and exit as DESIGN §9 says: a user's error is one line, a bug of ours a traceback."""
+    """Run the command line: a user's error is one line with its exit code, a bug of ours a traceback."""
     arguments = options.split_model_kwargs(sys.argv[1:])
     command = typer.main.get_command(app)
     try:

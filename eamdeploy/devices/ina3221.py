@@ -1,7 +1,7 @@
 """A Jetson's power monitors, read from the kernel's files, where `tegrastats` is not at hand (in a container, say).
 
 JetPack 5 and later: hwmon, millivolts and milliamperes by channel; JetPack 4: industrial I/O, milliwatts.
-Source: FACTS §5.
+Source: docs/tensorrt.md, Telemetry of a Jetson.
 """
 
 from __future__ import annotations

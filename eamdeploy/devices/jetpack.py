@@ -29,7 +29,8 @@ class JetPack:
         return f"JetPack {self.version}"
 
 
-# By L4T release, the first that the board's one begins with; previews (35.1, 36.2) had others. Source: FACTS §1.
+# By L4T release, the first that the board's one begins with; previews (35.1, 36.2) had others.
+# Source: docs/tensorrt.md, JetPack.
 _JETPACKS: tuple[tuple[str, JetPack], ...] = (
     ("32.7", JetPack("4.6", "8.2", "3.6")),
     *((f"35.{minor}", JetPack("5.1", "8.5.2", "3.8")) for minor in range(2, 7)),

@@ -1,4 +1,4 @@
-"""Power and memory of a Jetson through jetson-stats, whose service reads them as root. Source: FACTS §5.
+"""Power and memory of a Jetson through jetson-stats, whose service reads them as root. Source: docs/tensorrt.md.
 
 The service reads at its own pace, set by whoever connected first, so readings may come less often than asked.
 """

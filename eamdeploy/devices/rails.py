@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 # The first line whose rails a board has all of. Other rails of the board are parts of these, or of no known place.
-# Source: FACTS §5; NVIDIA's device trees and design guides (what a rail's shunt feeds), and its answers in the forum.
+# Source: docs/tensorrt.md, Telemetry of a Jetson; NVIDIA's device trees and design guides (what a rail's shunt feeds),
+# and its answers in the forum.
 _TOTALS: tuple[tuple[str, ...], ...] = (
     ("VDD_IN",),  # TX2, Xavier NX, Orin NX and Nano: the module's input
     ("POM_5V_IN",),  # TX1, Nano: the board's input

@@ -1,8 +1,8 @@
 """Attention maps as small integers with one scale per row, such that every row sums to 1 at any bit width.
 
 A code is an unsigned integer below 2^bits. `uniform` stands for scale·code, `squared` for scale·code²; the scale of a
-row is 1/Σ code or 1/Σ code², so the sum of a dequantized row is 1 by construction (DESIGN §1). Of a row of which only
-some entries are frozen, these have codes, and the scale is S/Σ: they keep the sum S that they had.
+row is 1/Σ code or 1/Σ code², so the sum of a dequantized row is 1 by construction. Of a row of which only some entries
+are frozen, these have codes, and the scale is S/Σ: they keep the sum S that they had.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ def quantize_rows(
     Raises:
         CheckpointError: `rows` are no attention maps.
         ConfigError: unknown bits or quantizer, or `max_code` below 1.
-    Source: DESIGN §1, row-stochastic quantization.
+    Source: docs/design.md, Row-stochastic quantization.
     """
     check_quantizer(bits, quantizer)
     check_maps(rows, where)

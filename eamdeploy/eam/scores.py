@@ -38,7 +38,7 @@ def score_pieces(
     Raises:
         ConfigError: an unknown score or granularity, entries by `row-entropy`, or statistics without samples. With
             empty `statistics`, score and granularity are still checked.
-    Source: DESIGN §1; entropy after arXiv 2508.16311.
+    Source: docs/design.md, Scores; entropy after arXiv 2508.16311.
     """
     if score not in MAP_SCORES:
         raise ConfigError("unknown score", expected=f"one of {', '.join(MAP_SCORES)}", got=score)

@@ -8,11 +8,11 @@
                                                merged [B·W, R, H·d] ◀──Reshape──Transpose───────────────────┘
 
 Four dimensions at most where every window uses the same constants, one standard attention over the live heads, one
-batched product over the frozen ones (DESIGN §4, §5.7); heads of which only some rows or entries are frozen stand
-between them (`graph.emit_partial`). One linear layer for each of q, k and v: one for all three and a `Split` was 1 %
-slower on ONNX Runtime CPU. Batch and token dimensions are taken over by `Reshape`'s 0, so a dynamic batch needs no
-arithmetic. What is frozen needs no bias and no mask. Where only some tokens have queries, a Gather of these stands in
-front of Wq, and R < N; keys and values are those of all tokens.
+batched product over the frozen ones (docs/design.md, ONNX contract); heads of which only some rows or entries are
+frozen stand between them (`graph.emit_partial`). One linear layer for each of q, k and v: one for all three and a
+`Split` was 1 % slower on ONNX Runtime CPU. Batch and token dimensions are taken over by `Reshape`'s 0, so a dynamic
+batch needs no arithmetic. What is frozen needs no bias and no mask. Where only some tokens have queries, a Gather of
+these stands in front of Wq, and R < N; keys and values are those of all tokens.
 """
 
 from __future__ import annotations

@@ -13,7 +13,7 @@ OUTPUT_NAME = "logits"
 
 
 def check_invariants(graph: gs.Graph) -> None:
-    """Nothing happens if `graph` is whole and keeps the contract of DESIGN §4.
+    """Nothing happens if `graph` is whole and keeps the ONNX contract of docs/design.md.
 
     Raises:
         UnsupportedGraph: a tensor is read but never written, written twice or shares its name with another, a node

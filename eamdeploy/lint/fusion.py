@@ -1,7 +1,7 @@
 """Rules about attention that TensorRT should fuse into one kernel; breaking one costs time, not the build.
 
 Attention here is a Softmax between two products: MatMul, then additions, masks and factors, Softmax, then MatMul.
-Source: FACTS §4.
+Source: docs/tensorrt.md, Fused attention.
 """
 
 from __future__ import annotations

@@ -1,5 +1,7 @@
-"""Rules about operators, operator sets and the types that nodes compute in. Source: FACTS §3, and onnx-tensorrt's list
-of operators (docs/operators.md of its releases)."""
+"""Rules about operators, operator sets and the types that nodes compute in.
+
+Source: docs/tensorrt.md, The ONNX parser; onnx-tensorrt's list of operators (docs/operators.md of its releases).
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""Rules about QuantizeLinear, DequantizeLinear and the constants behind them. Source: FACTS §3."""
+"""Rules about QuantizeLinear, DequantizeLinear and the constants behind them.
+
+Source: docs/tensorrt.md, The ONNX parser.
+"""
 
 from __future__ import annotations
 

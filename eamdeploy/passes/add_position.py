@@ -7,7 +7,8 @@ Shapes:  c [1,P,D]  t [B,T,D]  b [D]  p [1,N,D], or [1,T,D]  e [1,P+T,D]  Pad pu
 Needs:   Concat of tokens: one tensor depends on the image, the others are the same for all images; a constant
          position embedding is added in front of it or behind; for b besides, that nothing else reads the convolution
 Exact:   class tokens bit for bit; patches up to the order of two additions (tolerance f32-reassoc)
-Source:  DESIGN §5.9; torch's TorchScript exporter takes 7 nodes to repeat the class token for a dynamic batch
+Source:  docs/design.md, Constants; torch's TorchScript exporter takes 7 nodes to repeat the class token for a
+         dynamic batch
 """
 
 from __future__ import annotations

@@ -7,7 +7,7 @@ After:   x·Wq, x·Wk, x·Wv ─ Reshape [B·W,N,H,d] ─ Transpose [B·W,H,N,d]
 Shapes:  x [B·W,N,D]  Wqkv [D,3·H·d]  Wq, Wk, Wv [D,H·d]  merged [B·W,N,H·d]; W = 1 without windows
 Needs:   attention as `graph.attention` finds it, not yet in this form
 Exact:   bit for bit up to the order of additions inside a product (tolerance f32-reassoc)
-Source:  DESIGN §5.7
+Source:  docs/design.md, ONNX contract
 """
 
 from __future__ import annotations

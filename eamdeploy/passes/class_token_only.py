@@ -7,7 +7,7 @@ Needs:   attention with queries of all tokens; every way from its output project
          computations of [B,N,…], in a Gather or Slice of constant tokens, at most half of them in all; what these
          computations read besides has all N tokens too
 Exact:   bit for bit up to the kernels that a runtime chooses for other sizes (tolerance f32-reassoc)
-Source:  DESIGN §5.5
+Source:  docs/design.md, Class token only
 """
 
 from __future__ import annotations

@@ -5,7 +5,7 @@ After:   a = softmax(q·(x·Wk)ᵀ + b)
 Shapes:  q [B·W,H,N,d]  x [B·W,N,D]  Wk [D,H·d]  bk [H·d]
 Needs:   attention in canonical form, keys with a bias, no norm behind it
 Exact:   q·bk does not depend on the key and softmax(s + c) = softmax(s); up to float32 (tolerance f32-reassoc)
-Source:  DESIGN §5.3
+Source:  docs/design.md, Key bias
 """
 
 from __future__ import annotations

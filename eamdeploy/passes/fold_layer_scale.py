@@ -6,7 +6,7 @@ Shapes:  x [B,N,C]  W [C,D]  b, γ [D]
 Needs:   γ constant, one for each channel; a linear layer with a constant matrix, with or without a constant bias, in
          front of it, that nothing else reads
 Exact:   up to float32 rounding of the products (tolerance f32-reassoc)
-Source:  DESIGN §5; Touvron et al., Going deeper with Image Transformers, arXiv 2103.17239
+Source:  Touvron et al., Going deeper with Image Transformers, arXiv 2103.17239
 """
 
 from __future__ import annotations

@@ -6,7 +6,7 @@ Shapes:  p [B,3,H,W]  W [D,3,h,w]  b [D]  m, s [3]
 Needs:   nothing but one Conv reads the input's values, of one group, with constant weights and without padding: zeros
          around the image stand for the mean color before, and for black afterwards
 Exact:   up to float32 rounding of the folded weights (tolerance f32-engine)
-Source:  DESIGN §5.8; `images.normalize` is what it replaces
+Source:  docs/design.md, Preprocessing; `images.normalize` is what it replaces
 """
 
 from __future__ import annotations

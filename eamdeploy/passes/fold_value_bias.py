@@ -6,7 +6,7 @@ Shapes:  a [B·W,H,N,N]  x [B·W,N,D]  Wv [D,H·d]  bv [H·d]  Wo [H·d,D]  bo [
 Needs:   attention in canonical form, values with a bias, a constant bias behind the projection; every row of a map sums
          to 1: live ones do behind a softmax, frozen ones by their scales, but not where a row mixes both
 Exact:   up to float32 reassociation (tolerance f32-reassoc)
-Source:  DESIGN §5.4
+Source:  docs/design.md, Value bias
 """
 
 from __future__ import annotations

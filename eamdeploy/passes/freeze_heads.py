@@ -7,7 +7,7 @@ Shapes:  q [B·W,L,R,d]  k [B·W,L,N,d]  F [M,F,R,N] = scales·integers  v of fr
          R = N, or fewer where only some tokens have queries: the other rows of frozen maps are left out
 Needs:   the attention's value projection is the checkpoint's, head for head, with as many tokens and windows
 Exact:   against the reference forward of the checkpoint, up to float32 reassociation (tolerance f32-reassoc)
-Source:  DESIGN §4, §5.1; rows and entries in `graph.emit_partial`
+Source:  docs/design.md, Freeze heads; rows and entries in `graph.emit_partial`
 """
 
 from __future__ import annotations

@@ -5,7 +5,7 @@ After:   x ─ Reshape [B,T,C] ─ Gather(axis 1, indices [T']) ─ Reshape ─ 
 Shapes:  x [B,H,W,C]  T = H·W  y [B·H/w·W/w, w·w, C], or [B,H/2,W/2,4·C] for patch merging
 Needs:   the chain moves whole tokens inside each image (`graph.tokens`); it is not in this form yet
 Exact:   bit for bit; where windows don't divide the image, Gather reads one token of zeros behind the last
-Source:  DESIGN §5.7
+Source:  docs/design.md, Layout
 """
 
 from __future__ import annotations

@@ -5,7 +5,7 @@ After:   DequantizeLinear(int8 integers, scales, int8 zero points)
 Shapes:  integers [R, N]  scales [R]  zero points [R]
 Needs:   a constant up to 127, positive float32 scales, zero points 0 or none
 Exact:   bit for bit
-Source:  FACTS on TensorRT's parser: UINT8 is refused; three inputs, as many zero points as scales, all 0 (8.x)
+Source:  docs/tensorrt.md, The ONNX parser: UINT8 is refused; three inputs, as many zero points as scales, all 0 (8.x)
 """
 
 from __future__ import annotations

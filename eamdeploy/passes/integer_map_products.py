@@ -8,7 +8,8 @@ Types:   maps UINT8: no sum of two products overflows 16 bits on a processor wit
 Needs:   a constant by rows that one product reads as its left operand, and the range of v
 Exact:   no: v has 8 bits, and rows with an integer over 127 are quantized anew (`eam.int8`); held to the reference's
          first classes by the gate
-Source:  DESIGN §1: a row's scale can wait until behind the product, as it is the same for all that is summed
+Source:  docs/design.md, Row-stochastic quantization: a row's scale can wait until behind the product,
+         as it is the same for all that is summed
 
 Worth it on OpenVINO with static INT8: 1.02 to 1.03x with 20 % of DeiT-Tiny's heads frozen. Hardly on ONNX Runtime's own
 kernels, 1.007x (1.000 to 1.013) with dynamic ranges, as quantizing v and scaling the result cost what it saves.

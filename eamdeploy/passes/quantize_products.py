@@ -12,8 +12,8 @@ Shapes:  a [.., K]  W [K, N]  scales [] or [N]
 Needs:   every operand a constant matrix on the right, or a computed tensor whose range is known; no frozen map among
          them; not the classifier
 Exact:   no: INT8's 8 bits, symmetric; checked by the gate of the built engine
-Source:  FACTS on fused attention: INT8 fuses with Q/DQ in front of the first product, behind the softmax and behind the
-         second product. Adds are left alone: INT8 residuals cost accuracy.
+Source:  docs/tensorrt.md, Fused attention: INT8 fuses with Q/DQ in front of the first product, behind the softmax
+         and behind the second product. Adds are left alone: INT8 residuals cost accuracy.
 
 Scales are max(|range|)/127, rounded up to numbers that float16 has too, so that a version which stores them so changes
 nothing. Where the runtime takes UINT8 with a zero point (`unsigned`), so are tensors that are hardly ever negative, the

@@ -5,7 +5,7 @@ After:   DequantizeLinear(integers up to 127, other scales)
 Shapes:  integers [R, N]  scales [R]
 Needs:   a constant, positive float32 scales, zero points 0
 Exact:   no: rows with an integer over 127 change, by about half of 1/127 of their largest value, and keep their sum
-Source:  FACTS on TensorRT's parser: INT8 is the only type of integer constants
+Source:  docs/tensorrt.md, The ONNX parser: INT8 is the only type of integer constants
 """
 
 from __future__ import annotations

@@ -5,7 +5,7 @@ After:   q = x·(s·Wq) + s·bq ; a = softmax(q·kᵀ + b)
 Shapes:  x [B·W,N,D]  Wq [D,H·d]  bq [H·d]
 Needs:   attention in canonical form, a scale other than 1, no norm between projection and scale
 Exact:   up to float32 reassociation, bit for bit where s is a power of two (tolerance f32-reassoc)
-Source:  DESIGN §5.2
+Source:  docs/design.md, Scale into the query
 """
 
 from __future__ import annotations

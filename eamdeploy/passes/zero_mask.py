@@ -7,7 +7,7 @@ Needs:   m is constant, holds nothing but 0, at least once in every row, and val
          scores of a softmax alone
 Exact:   up to float32: a masked entry was at most exp(−64) of the largest, now it is 0 (tolerance f32-reassoc); not
          where scores of one row differ by 64 or more, which would have been no mask
-Source:  DESIGN §5.6; −10000 is a number in float16 too
+Source:  docs/design.md, Swin's mask; −10000 is a number in float16 too
 """
 
 from __future__ import annotations

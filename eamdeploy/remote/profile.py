@@ -45,7 +45,7 @@ class RemoteFailure(Record):
 
     Attributes:
         message: names the machine.
-        exit_code: of a command that ends with it (DESIGN §9).
+        exit_code: of a command that ends with it (docs/design.md, Command line).
     """
 
     message: str

@@ -92,7 +92,7 @@ V11 = replace(
     ],
 )
 def test_every_generation_can_what_nvidia_says(text: str, expected: Capabilities) -> None:
-    """The rows of FACTS §2 and §3, and what 8.6.0 could not on a GPU."""
+    """The rows of docs/tensorrt.md, and what 8.6.0 could not on a GPU."""
     assert capabilities(of(text)) == expected
 
 

@@ -206,7 +206,7 @@ class ParserError(Recorded):
 
 
 class OnnxParser(Recorded):
-    """The parser, with the rules of FACTS §3 that are the same everywhere."""
+    """The parser, with the rules of docs/tensorrt.md that are the same everywhere."""
 
     _trt: FakeModule
 

@@ -28,7 +28,7 @@ class Span:
 
 _ALWAYS = Span()
 
-# Class, then its attributes. Source of the spans: FACTS §2, and the real modules of 8.6.0 and 11.4.
+# Class, then its attributes. Source of the spans: docs/tensorrt.md, and the real modules of 8.6.0 and 11.4.
 _EVERYWHERE = """
 ILogger: INTERNAL_ERROR ERROR WARNING INFO VERBOSE
 Builder: create_network create_builder_config create_optimization_profile build_serialized_network

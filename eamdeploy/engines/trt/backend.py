@@ -284,8 +284,9 @@ def open_plan(engine: Path, manifest: Manifest | None) -> TrtRunner:
 def require_fitting(engine: Path, built: DeviceBuild, version: TrtVersion, gpu: Gpu) -> None:
     """The engine was built for this TensorRT and this GPU, or for others in a way that this one runs too.
 
-    Version-compatible engines run on the same or the next major version and later releases of it (FACTS §2: 8→10,
-    10→11, not 8→11); hardware-compatible ones on any GPU from Ampere, compute capability 8.0.
+    Version-compatible engines run on the same or the next major version and later releases of it: 8→10, 10→11, not 8→11
+    (docs/tensorrt.md, The Python API by version). Hardware-compatible ones run on any GPU from Ampere, compute
+    capability 8.0.
 
     Raises:
         EngineError: it was not; names both.

@@ -14,7 +14,7 @@ from typing import Any
 from eamdeploy.engines.manifest import EngineLayers, FrozenMapLayer
 from eamdeploy.engines.trt.request import FrozenMap
 
-_FUSED = "_mha"  # in the name of the layer or of its kernel; source: FACTS §4
+_FUSED = "_mha"  # in the name of the layer or of its kernel; source: docs/tensorrt.md, Fused attention
 _KERNEL_KEYS = ("Name", "TacticName", "LayerType", "ParameterType")
 _FORMATS = ("Format/Datatype", "Format", "Datatype", "DataType")
 

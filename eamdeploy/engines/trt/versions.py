@@ -107,7 +107,7 @@ class Capabilities:
 
 OLDEST = (8, 5)
 
-# Since when; a line keeps what it does not name. Source: FACTS §2 and §3 (NVIDIA's headers, changelogs and library).
+# Since when; a line keeps what it does not name. Source: docs/tensorrt.md (NVIDIA's headers, changelogs and library).
 _CHANGES: tuple[tuple[tuple[int, ...], dict[str, object]], ...] = (
     ((8, 5, 3), {"int8_constants": True}),
     ((8, 6), {"layer_normalization": True, "version_compatible": True}),

@@ -98,7 +98,7 @@ def draw_heatmap(
 
     Args:
         scores: one value per head of every attention module, by module path.
-        score_name: what the values are; the names of DESIGN §1 also give the colour bar's unit.
+        score_name: what the values are; the names of `vocabulary.Score` also give the colour bar's unit.
         frozen: frozen head indices by module path; a module without frozen heads may be absent.
         shares: for each of these heads the frozen share of its entries, in (0, 1]; by default all are frozen whole.
         path: ends in `.png` or `.svg`.

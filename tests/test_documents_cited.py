@@ -1,0 +1,30 @@
+"""What the code cites is there: headings of the project's own documents."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+FOLDERS = ("eamdeploy", "tests", "benchmarks", "models", "docker")
+_CITED = re.compile(r"docs/(\w+)\.md, ([A-Z][^:;.,)\n]*)")
+
+
+def sources() -> dict[Path, str]:
+    return {path: path.read_text() for folder in FOLDERS for path in (REPOSITORY / folder).rglob("*.py")}
+
+
+def headings(document: str) -> set[str]:
+    lines = (REPOSITORY / "docs" / f"{document}.md").read_text().splitlines()
+    return {line.lstrip("#").strip() for line in lines if line.startswith("#")}
+
+
+def test_every_heading_that_is_cited_exists() -> None:
+    cited = {(path.name, *found) for path, text in sources().items() for found in _CITED.findall(text)}
+    assert len(cited) > 20
+    assert {each for each in cited if each[2].strip() not in headings(each[1])} == set()
+
+
+def test_nothing_cites_a_document_that_is_not_in_the_repository() -> None:
+    lost = re.compile("(?:DES" + "IGN|FAC" + "TS|HO" + "USE|STY" + "LE)(?:\\.md| §| on )")
+    assert {path.name: lost.findall(text) for path, text in sources().items() if lost.search(text)} == {}
