@@ -4,10 +4,14 @@ VENV   ?= .venv
 BIN    := $(VENV)/bin
 READY  := $(VENV)/.ready
 
-.PHONY: install demo test lint bench bench-sparsity bench-passes trt-attributes gpu-check image-models image-lint
-.PHONY: campaign campaign-kill image-check image-check-arm64 clean
+.DEFAULT_GOAL := help
+.PHONY: help install demo test test-fast lint format bench bench-sparsity bench-passes trt-attributes gpu-check
+.PHONY: campaign campaign-kill image-models image-lint image-check image-check-arm64 clean
 
-install: $(READY)
+help: ## What can be made
+	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / {printf "%-18s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+install: $(READY) ## The virtual environment, with the project and all that it needs
 
 $(READY): pyproject.toml
 	$(PYTHON) -m venv $(VENV)
@@ -15,41 +19,51 @@ $(READY): pyproject.toml
 	$(BIN)/pip install --quiet --editable '.[host,dev]'
 	touch $@
 
-demo: $(READY)
+demo: $(READY) ## The whole job on two embedded models; reports in demo_output/
 	$(BIN)/eamdeploy run --force models/digits_deit.toml
 	$(BIN)/eamdeploy run --force models/digits_swin.toml
 
 # A worker for each core, one thread each: a test file stays with one worker, and shares what it has made
-test: lint
+test: lint ## Linter, type checker and all tests
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n auto --dist loadfile
 
-lint: $(READY)
+# What exports no model: most of the rules, a minute or two
+FAST := artifacts cli convert devices eam engines graph images lint/test_linter.py parity profiling reporting
+test-fast: $(READY) ## The tests that export no model
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n auto --dist loadfile $(addprefix tests/,$(FAST)) tests/test_layering.py
+
+lint: $(READY) ## Linter and type checker
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/check-jsonschema --builtin-schema vendor.github-workflows .github/workflows/*.yml
+
+format: $(READY) ## The code in the form that the linter wants
+	$(BIN)/ruff check --fix-only .
+	$(BIN)/ruff format .
 
 # Files of every kind, hurt on purpose; CAMPAIGN="--seed 2 --count 1000 -o campaign.json" for others; ten minutes or so
-campaign: $(READY)
+campaign: $(READY) ## 10,000 files that are hurt on purpose
 	$(BIN)/python tests/campaign.py $(CAMPAIGN)
 
 # Commands killed at random moments; KILL="--only export --count 20 -o kills.json"; three quarters of an hour or so
-campaign-kill: $(READY)
+campaign-kill: $(READY) ## 200 commands that are killed
 	$(BIN)/python tests/campaign_kill.py $(KILL)
 
 # Beside every peer that is installed (pip install '.[bench]' brings OpenVINO and NNCF);
 # BENCH="--weights W --data IMAGES --keep build/peers -o peers.json --plot peers.svg", random weights and noise otherwise
-bench: $(READY)
+bench: $(READY) ## Beside every peer that is installed
 	$(BIN)/python benchmarks/peers.py $(BENCH)
 
-bench-sparsity: $(READY)
+bench-sparsity: $(READY) ## Sparsity against speed
 	$(BIN)/python benchmarks/sparsity.py
 
 # What each exact rewrite is worth; PASSES="--weights W --data IMAGES -o passes.json" or "--model swin_…", random otherwise
-bench-passes: $(READY)
+bench-passes: $(READY) ## What each exact rewrite is worth
 	$(BIN)/python benchmarks/passes.py $(PASSES)
 
 # 820 MB of downloads; needs CPython 3.10, gcc, nm and readelf
-trt-attributes: $(READY)
+trt-attributes: $(READY) ## The attributes of real TensorRT modules
 	$(BIN)/python tests/real_tensorrt.py build/trt-attributes
 	$(BIN)/pytest tests/engines/test_trt_attributes.py
 
@@ -59,24 +73,24 @@ build/gpu-check/deit-stock.onnx: | $(READY)
 
 # On a machine with a GPU and TensorRT; GPU_PYTHON is a Python that has tensorrt, cuda-python and what a board builds with
 GPU_PYTHON ?= $(BIN)/python
-gpu-check: build/gpu-check/deit-stock.onnx
+gpu-check: build/gpu-check/deit-stock.onnx ## On a machine with a GPU and TensorRT
 	$(GPU_PYTHON) benchmarks/gpu_check.py build/gpu-check -o build/gpu-check/result.json
 
 # What the board's image holds; again after the exporter or the checkpoint changed
-image-models: $(READY)
+image-models: $(READY) ## The models in the image, after the exporter or the checkpoint changed
 	$(BIN)/eamdeploy export models/digits_deit.eam.safetensors -o models/digits_deit.onnx \
 		--baseline models/digits_deit_baseline.onnx --opset 17 --data calib_data/digits/heldout --images 16 --no-measure
 
-image-lint: $(READY)
+image-lint: $(READY) ## The Dockerfile
 	$(BIN)/hadolint Dockerfile
 
 # Needs root; installs podman, runc and mmdebstrap by apt where missing
-image-check: $(READY)
+image-check: $(READY) ## The image, built and run
 	$(BIN)/python docker/check_image.py amd64
 
 # Under emulation: minutes
-image-check-arm64: $(READY)
+image-check-arm64: $(READY) ## … for arm64, emulated
 	$(BIN)/python docker/check_image.py arm64
 
-clean:
+clean: ## Everything that was made is gone
 	rm -rf $(VENV) demo_output build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache
