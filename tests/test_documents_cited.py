@@ -1,4 +1,4 @@
-"""What the code cites is there: headings of the project's own documents."""
+"""What the code and the documents refer to is there: files of the repository, and headings of its documents."""
 
 from __future__ import annotations
 
@@ -28,3 +28,27 @@ def test_every_heading_that_is_cited_exists() -> None:
 def test_nothing_cites_a_document_that_is_not_in_the_repository() -> None:
     lost = re.compile("(?:DES" + "IGN|FAC" + "TS|HO" + "USE|STY" + "LE)(?:\\.md| §| on )")
     assert {path.name: lost.findall(text) for path, text in sources().items() if lost.search(text)} == {}
+
+
+def slug(heading: str) -> str:
+    """The anchor that a heading gets."""
+    return re.sub(r"[^a-z0-9 \-_]", "", heading.lower()).replace(" ", "-")
+
+
+def test_every_link_of_the_documents_leads_somewhere() -> None:
+    folders = (REPOSITORY, REPOSITORY / "models", REPOSITORY / "calib_data")
+    documents = [*(REPOSITORY / "docs").rglob("*.md"), *(path for folder in folders for path in folder.glob("*.md"))]
+    broken, links = [], 0
+    for document in documents:
+        for target, anchor in re.findall(r"\]\(([^)#\s]*)(?:#([^)]*))?\)", document.read_text()):
+            if target.startswith(("http:", "https:")):
+                continue
+            links += 1
+            there = document.parent / target if target else document
+            if not there.exists():
+                broken.append((document.name, target))
+            elif anchor and anchor not in {
+                slug(line.lstrip("#").strip()) for line in there.read_text().splitlines() if line.startswith("#")
+            }:
+                broken.append((document.name, f"{target}#{anchor}"))
+    assert links > 40 and broken == []

@@ -1,6 +1,6 @@
 """TensorRT 8.6, JetPack 6.0: EXPLICIT_BATCH needed, precision by flags and by layer.
 
-What the real 8.6.0 said and refused on an H100 is here as it said it (docs/results.md).
+What the real 8.6.0 said and refused on an H100 is here as it said it (docs/results/gpu.md).
 """
 
 from __future__ import annotations

@@ -16,7 +16,7 @@ from eamdeploy.engines.trt.precision import Step, steps_to_keep
 from eamdeploy.engines.trt.request import BuilderRequest, ModelFacts
 from eamdeploy.errors import EngineError
 
-# What TensorRT says, and what to try; found with 8.6.0 on an H100 (docs/results.md).
+# What TensorRT says, and what to try; found with 8.6.0 on an H100 (docs/results/gpu.md).
 _HINTS = {
     "params.weights.type() != DataType::kINT8": "TensorRT 8.6.0 without cuBLAS built no FP16 engine with INT8 "
     "constants: see that cuBLAS is installed, or leave --int8 or --fp16 out.",

@@ -46,7 +46,7 @@ class TrtOptions:
         int8: run in INT8 what QuantizeLinear/DequantizeLinear in the model say, its own or those of calibration.
         keep_fp32: what stays FP32 in an FP16 or BF16 engine. "auto": LayerNorms that are spelled out, whose squares
             overflow FP16; one that is a layer of its own computes in FP32 inside by default, and asking for more made
-            8.6.0 compute a whole DeiT in FP32 (docs/results.md).
+            8.6.0 compute a whole DeiT in FP32 (docs/results/gpu.md).
         workspace_bytes: most memory that a layer may use while it runs; None for TensorRT's default, all of it.
         min_batch, opt_batch, max_batch: for a model with dynamic batch; None for the default.
         builder_level: 0 (fastest build) to 5 (longest search); None for TensorRT's default, 3.
