@@ -7,7 +7,7 @@ from pathlib import Path
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 FOLDERS = ("eamdeploy", "tests", "benchmarks", "models", "docker")
-_CITED = re.compile(r"docs/(\w+)\.md, ([A-Z][^:;.,)\n]*)")
+_CITED = re.compile(r"docs/([\w/]+)\.md, ([A-Z][^:;.,)\n]*)")
 
 
 def sources() -> dict[Path, str]:

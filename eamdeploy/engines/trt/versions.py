@@ -59,8 +59,8 @@ class Capabilities:
         layer_normalization, gelu, attention: whether it knows these operators.
         int8_constants: INT8 initializers in front of DequantizeLinear.
         integer_maps: such a constant builds as a frozen map in FP16 too. On an H100 without cuBLAS, 8.6.0 built it in
-            FP32 alone ("Assertion params.weights.type() != DataType::kINT8 failed"; docs/results/gpu.md). 10 and later were
-            not tried.
+            FP32 alone ("Assertion params.weights.type() != DataType::kINT8 failed"; docs/results/gpu.md). 10 and
+            later were not tried.
         expanded_tokens: joins tokens with one that was repeated for as many images as another tensor has. 8.6.0 refused
             it ("error while computing output extent"). 10 and later were not tried.
         optional_zero_point: DequantizeLinear with two inputs.
