@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -18,7 +17,6 @@ from eamdeploy.convert.ort_form import OrtForm
 from eamdeploy.engines.manifest import Manifest, ReferenceFile, TriedForm, manifest_path, publish
 from eamdeploy.engines.ort import build as ort
 from eamdeploy.engines.ort.runner import OrtRunner
-from eamdeploy.engines.registry import open_runners
 from eamdeploy.errors import (
     DeviceError,
     EamDeployError,
@@ -30,8 +28,8 @@ from eamdeploy.errors import (
 from eamdeploy.observer import Observer
 from eamdeploy.parity.gate import TOLERANCES, Tolerance
 from eamdeploy.parity.reference_set import ReferenceSet
-from eamdeploy.profiling.inputs import random_images
-from eamdeploy.profiling.timing import Call, Schedule, SpeedUp, runs_of, speed_up, time_sittings
+from eamdeploy.profiling.timing import Schedule, SpeedUp, runs_of, speed_up, time_sittings
+from eamdeploy.profiling.turns import taking_turns
 
 if TYPE_CHECKING:
     from eamdeploy.convert.ranges import Calibration
@@ -171,13 +169,7 @@ def _timed(passed: Sequence[_Candidate], threads: int, schedule: Schedule) -> tu
         )
         for candidate in passed
     ]
-
-    @contextmanager
-    def load(order: Sequence[int]) -> Iterator[list[Call]]:
-        with open_runners(opening, order) as runners:
-            yield [partial(runner.infer, random_images(runner, runner.io.batch or 1)) for runner in runners]
-
-    sittings = time_sittings(load, len(passed), schedule)
+    sittings = time_sittings(taking_turns(opening), len(passed), schedule)
     medians = [float(np.median(runs_of(sittings, index))) / 1e6 for index in range(len(passed))]
     return medians, [None, *(speed_up(sittings, 0, index) for index in range(1, len(passed)))]
 
