@@ -126,7 +126,7 @@ def _choose(
         candidate.form: _tried(candidate.form, times[index], speed_ups[index], chosen=index == best)
         for index, candidate in enumerate(passed)
     }
-    return passed[best], [rows.get(form) or TriedForm(form=form.name, refused=str(refused[form])) for form in forms]
+    return passed[best], [rows.get(form) or _refused(form, refused[form]) for form in forms]
 
 
 def fastest(speed_ups: Sequence[SpeedUp | None]) -> int:
@@ -174,9 +174,17 @@ def _timed(passed: Sequence[_Candidate], threads: int, schedule: Schedule) -> tu
     return medians, [None, *(speed_up(sittings, 0, index) for index in range(1, len(passed)))]
 
 
+def _refused(form: OrtForm, why: EamDeployError) -> TriedForm:
+    return TriedForm(form=form.name, made_of=form.record, refused=str(why))
+
+
 def _tried(form: OrtForm, p50_ms: float, found: SpeedUp | None, *, chosen: bool) -> TriedForm:
-    if found is None:
-        return TriedForm(form=form.name, p50_ms=p50_ms, chosen=chosen)
     return TriedForm(
-        form=form.name, p50_ms=p50_ms, speed_up=found.median, low=found.low, high=found.high, chosen=chosen
+        form=form.name,
+        made_of=form.record,
+        p50_ms=p50_ms,
+        speed_up=None if found is None else found.median,
+        low=None if found is None else found.low,
+        high=None if found is None else found.high,
+        chosen=chosen,
     )
