@@ -23,7 +23,7 @@ from eamdeploy.profiling.fresh_process import ColdStart, Memory
 from eamdeploy.profiling.power import Power
 from eamdeploy.profiling.streams import Throughput
 from eamdeploy.profiling.timing import Latency, SpeedUp
-from eamdeploy.records.evaluation import EvaluationReport
+from eamdeploy.records.evaluation import EvaluatedImages, EvaluationReport
 from eamdeploy.records.export import Export, ExportedModel
 from eamdeploy.records.gain import Gain
 from eamdeploy.records.profile import EngineProfile, Profile, summarize_card
@@ -320,7 +320,16 @@ def profile(engines: list[Any], baseline: Any = None, **changes: Any) -> Profile
     return made.model_copy(update=changes)
 
 
-def evaluation(name: str, reference: str | None, top1: float | None = 71.9, **changes: Any) -> EvaluationReport:
+PHOTOS = EvaluatedImages(folder="photos", split="odd", limit=500, exif_transpose=False)
+
+
+def evaluation(
+    name: str,
+    reference: str | None,
+    top1: float | None = 71.9,
+    used: EvaluatedImages = PHOTOS,
+    **changes: Any,
+) -> EvaluationReport:
     made = EvaluationReport(
         n_images=500,
         n_skipped=0,
@@ -338,7 +347,9 @@ def evaluation(name: str, reference: str | None, top1: float | None = 71.9, **ch
         weights="weights.safetensors",
         reference=reference,
         reference_digest=None if reference is None else digest(reference),
-        images="photos (odd, at most 500)",
+        images=used.in_words,
+        image_source=used,
+        reference_is_live=False,
     )
     return made.model_copy(update=changes)
 

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from eamdeploy.engines.manifest import Manifest
+from eamdeploy.engines.manifest import EngineForm, Manifest
 from eamdeploy.engines.ort.providers import PROVIDERS, installed_providers
 from eamdeploy.engines.registry import load_backend
-from eamdeploy.errors import ConfigError
+from eamdeploy.errors import ConfigError, EngineError
 from eamdeploy.vocabulary import Int8, ProviderName
 
 
@@ -52,6 +52,15 @@ class OrtForm:
         parts = [*(["fused attention"] if self.fused_attention else []), *([f"{self.int8} INT8"] if self.int8 else [])]
         place = "" if self.provider == "cpu" else f" on {self.provider}"
         return (", ".join(parts) or "as exported") + place
+
+    @property
+    def record(self) -> EngineForm:
+        """This form as a manifest holds it."""
+        return EngineForm(
+            fused_attention=self.fused_attention,
+            int8=self.int8,
+            provider=self.provider,
+        )
 
     @property
     def settings(self) -> Mapping[str, str]:
@@ -117,6 +126,24 @@ def forms_for(
 
 
 def chosen_form(manifest: Manifest, forms: Sequence[OrtForm]) -> OrtForm:
-    """Which of the `forms` that its build was given the engine has."""
-    chosen = [tried.form for tried in manifest.tried or () if tried.chosen]
-    return next(form for form in forms if not chosen or form.name in chosen)
+    """Which of the `forms` that its build was given the engine has.
+
+    Where no forms were tried against each other, it is the first.
+
+    Raises:
+        EngineError: the manifest does not say, or it is another form.
+    """
+    chosen = [tried for tried in manifest.tried or () if tried.chosen]
+    if not chosen:
+        return forms[0]
+    found = [form for form in forms if form.record == chosen[0].made_of]
+    if not found:
+        raise EngineError(
+            f"it is not known which form of the model the engine {manifest.engine} has",
+            expected=f"one of {', '.join(form.name for form in forms)}",
+            got="a manifest of an older version, which has the form in words only"
+            if chosen[0].made_of is None
+            else chosen[0].form,
+            hint="Build the engine again with this version of eamdeploy.",
+        )
+    return found[0]

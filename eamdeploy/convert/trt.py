@@ -17,6 +17,7 @@ from eamdeploy.artifacts.onnx_files import ModelData, digest_model, read_model
 from eamdeploy.convert.ranges import Calibration, measure_ranges
 from eamdeploy.convert.trt_half import HALF_SCALES_OPSET, has_decomposed_norms, to_half
 from eamdeploy.convert.trt_passes import to_trt
+from eamdeploy.engines.manifest import CalibratedProducts
 from eamdeploy.engines.trt.request import FrozenMap, ModelFacts, TrtModel, TrtOptions, kept_kinds, what_stays_fp32
 from eamdeploy.engines.trt.versions import TrtVersion, capabilities
 from eamdeploy.errors import ConfigError, EngineError, UnsupportedGraph
@@ -62,9 +63,10 @@ def prepare(
     changes = [_TEXT.get(name, name) for name in new]
     dequantizers = [(node.name, node.output[0]) for node in original.graph.node if node.op_type == "DequantizeLinear"]
     maps = tuple(found for names in dequantizers if (found := _map(model.graph, *names)) is not None)
+    calibrated = None
     if calibration is not None:
-        model, text = _quantize(model, card, calibration, path, observer)
-        changes.append(text)
+        model, calibrated = _quantize(model, card, calibration, path, observer)
+        changes.append(calibrated.in_words)
     decomposed = has_decomposed_norms(model)
     kept = kept_kinds(what_stays_fp32(options, decomposed_norms=decomposed))
     if options.precision == "fp16" and capabilities(version).strongly_typed == "always":
@@ -80,13 +82,14 @@ def prepare(
         card=card,
         facts=replace(_facts(model, maps, path, requantized), decomposed_norms=decomposed),
         changes=tuple(changes),
+        calibration=calibrated,
     )
 
 
 def _quantize(
     model: onnx.ModelProto, card: ModelCard | None, calibration: Calibration, path: Path, observer: Observer
-) -> tuple[onnx.ModelProto, str]:
-    """`model` with its products in INT8, and that in words."""
+) -> tuple[onnx.ModelProto, CalibratedProducts]:
+    """`model` with its products in INT8, and what the calibration was."""
     if card is None:
         raise ConfigError(
             f"{path} carries no model card, so calibration images can't be preprocessed",
@@ -98,7 +101,10 @@ def _quantize(
     ranges = measure_ranges(to_model(graph), calibrated_tensors(graph), card.preprocessing, calibration, observer)
     (result,) = run_passes(graph, [PlannedPass(QuantizeProducts(ranges.ranges), expected=None)])
     card = card.model_copy(update={"rewrites": [*card.rewrites, result.name]})
-    return with_card(to_model(graph), card), f"{result.rewritten} products in INT8, ranges: {ranges.in_words}"
+    calibrated = CalibratedProducts(
+        products=result.rewritten, method=ranges.method, images=ranges.images, folder=ranges.source
+    )
+    return with_card(to_model(graph), card), calibrated
 
 
 def _raise_opset(model: onnx.ModelProto) -> onnx.ModelProto:

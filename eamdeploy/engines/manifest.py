@@ -15,7 +15,7 @@ from eamdeploy.artifacts.onnx_output import move_model
 from eamdeploy.artifacts.records import Record
 from eamdeploy.errors import EngineError
 from eamdeploy.parity.gate import ParityReport
-from eamdeploy.vocabulary import ProviderName
+from eamdeploy.vocabulary import CalibrationMethod, Int8, ProviderName
 
 
 class FrozenMapLayer(Record):
@@ -61,6 +61,27 @@ class EngineSize(Record):
     engine_bytes: int
 
 
+class CalibratedProducts(Record):
+    """Products that became INT8 by ranges from calibration images.
+
+    Attributes:
+        products: how many.
+        method: how the ranges follow from the images.
+        images: how many were used.
+        folder: name of the images' folder; where the folder lies is not recorded.
+    """
+
+    products: int
+    method: CalibrationMethod
+    images: int
+    folder: str
+
+    @property
+    def in_words(self) -> str:
+        ranges = f"{self.method} of {self.images} images of {self.folder}"
+        return f"{self.products} products in INT8, ranges: {ranges}"
+
+
 class DeviceBuild(Record):
     """What ties an engine to the runtime and the GPU that it was built with, and what became of the model.
 
@@ -69,7 +90,9 @@ class DeviceBuild(Record):
         gpu, compute_capability: e.g. "Orin", "8.7".
         version_compatible: runs on newer versions too; hardware_compatible: on any GPU from Ampere.
         precision: the lowest floating-point type allowed; `int8`: activations are INT8 where the model says so.
-        model_changes: what was done to the ONNX model before it was parsed.
+        model_changes: what was done to the ONNX model before it was parsed, in words for people.
+        calibration: what became INT8 by calibration images; None where nothing did, and in an
+            older manifest.
         device_memory_bytes: what the engine needs on the GPU to run, besides its weights.
         engine_layers: None where the engine does not tell.
         layer_ms: mean time of every layer on `opt` images, if it was asked for.
@@ -85,6 +108,7 @@ class DeviceBuild(Record):
     precision: Literal["fp32", "fp16", "bf16"]
     int8: bool
     model_changes: list[str]
+    calibration: CalibratedProducts | None = None
     device_memory_bytes: int
     engine_layers: EngineLayers | None
     layer_ms: dict[str, float] | None = None
@@ -92,11 +116,20 @@ class DeviceBuild(Record):
     log: str
 
 
+class EngineForm(Record):
+    """What makes up a form of the model, as `convert.ort_form.OrtForm` has it."""
+
+    fused_attention: bool
+    int8: Int8 | None
+    provider: ProviderName
+
+
 class TriedForm(Record):
     """A form of the model that was built and timed on this machine, in turns with the others.
 
     Attributes:
-        form: what makes it up, in words.
+        form: what makes it up, in words for people.
+        made_of: the same as fields; None in an older manifest.
         p50_ms: median time of one inference.
         speed_up, low, high: against the first form that passed the gate: median and its 95 % confidence interval; None
             for that form itself.
@@ -105,6 +138,7 @@ class TriedForm(Record):
     """
 
     form: str
+    made_of: EngineForm | None = None
     p50_ms: float | None = None
     speed_up: float | None = None
     low: float | None = None

@@ -16,7 +16,7 @@ from eamdeploy.engines.manifest import Manifest, read_manifest
 from eamdeploy.engines.ort.providers import PROVIDERS
 from eamdeploy.engines.registry import open_runner
 from eamdeploy.errors import ParityError
-from eamdeploy.parity.gate import TOLERANCES, ParityReport, named_tolerance
+from eamdeploy.parity.gate import TOLERANCES, ParityReport, tolerance_of
 from eamdeploy.parity.reference_set import ReferenceSet
 
 _TO_ROUNDING = TOLERANCES["f32-engine"].name
@@ -51,7 +51,7 @@ def prove_here(
     elsewhere = f"{engine} was proved on {manifest.instructions or 'an unknown processor'}, this one is {here}"
     reference, reason = _reference_beside(engine, manifest) if check else (None, "the check was left out")
     if reference is not None:
-        tolerance, loaded = named_tolerance(parity.tolerance), ReferenceSet.load(reference)
+        tolerance, loaded = tolerance_of(parity, str(engine)), ReferenceSet.load(reference)
         with open_runner(engine, threads) as runner:
             report = check_against_reference(
                 runner, loaded, tolerance, f"{elsewhere}: build it again here with this version of eamdeploy, or "

@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 
 from eamdeploy.devices.provenance import machine_summary
 from eamdeploy.engines.ort.runner import ENGINE_SETTINGS, OrtRunner
-from eamdeploy.engines.registry import open_runners
-from eamdeploy.profiling.inputs import random_images
-from eamdeploy.profiling.timing import Call, Schedule, compare_interleaved
+from eamdeploy.profiling.timing import Schedule, compare_interleaved
+from eamdeploy.profiling.turns import taking_turns
 from eamdeploy.records.gain import Gain
 
 _SCHEDULE = Schedule(min_seconds=1.0, min_runs=20, sittings=4)
@@ -32,11 +29,6 @@ def measure_gain(frozen: bytes | Path, twin: bytes | Path, threads: int, schedul
         partial(OrtRunner, model, threads=threads, settings=ENGINE_SETTINGS, name=name)
         for name, model in models.items()
     ]
-
-    @contextmanager
-    def load(order: Sequence[int]) -> Iterator[list[Call]]:
-        with open_runners(opening, order) as runners:
-            yield [partial(runner.infer, random_images(runner, runner.io.batch or 1)) for runner in runners]
-
-    (speed_up,) = compare_interleaved(load, len(models), batch=1, schedule=schedule).speed_ups
+    compared = compare_interleaved(taking_turns(opening), len(models), batch=1, schedule=schedule)
+    (speed_up,) = compared.speed_ups
     return Gain(speed_up=speed_up, threads=threads, machine=machine_summary())

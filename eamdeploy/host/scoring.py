@@ -24,7 +24,10 @@ from eamdeploy.images.source import ImageSource
 from eamdeploy.observer import SILENT, Observer
 
 HEAD_IMAGES = 48
-"""Images for the sensitivity of heads unless the user says how many: see docs/results/accuracy.md, Sensitivity in minutes."""
+"""Images for the sensitivity of heads unless the user says how many.
+
+Source: docs/results/accuracy.md, Sensitivity in minutes.
+"""
 _BATCH, _GRADIENT_BATCH = 16, 8
 _CHANGES = 1 << 24  # logits of all heads and a batch's images at a time: 128 MiB
 

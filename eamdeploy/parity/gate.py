@@ -24,6 +24,8 @@ class Tolerance:
         top1_agreement: percent of images that need the same first class, in [0, 100].
         tie_fraction: classes whose logits the reference has no farther apart than this share of max − min are tied, and
             any of them may be first.
+        min_agreement: what the user asked for in place of `reduced-engine`'s own `top1_agreement`;
+            None where the user asked for nothing.
     """
 
     name: str
@@ -31,6 +33,7 @@ class Tolerance:
     span_fraction: float
     top1_agreement: float
     tie_fraction: float = 0.0
+    min_agreement: float | None = None
 
 
 TOLERANCES: Mapping[str, Tolerance] = MappingProxyType(
@@ -65,20 +68,12 @@ def reduced_tolerance(min_agreement: float | None) -> Tolerance:
         return tolerance
     if not 0 <= min_agreement <= 100:
         raise ConfigError("the agreement that the gate asks for", expected="0 to 100 %", got=f"{min_agreement:g} %")
-    return replace(tolerance, name=f"{tolerance.name} at {min_agreement:g} %", top1_agreement=min_agreement)
-
-
-def named_tolerance(name: str) -> Tolerance:
-    """The tolerance that a report names.
-
-    Raises:
-        CheckpointError: there is none of that name.
-    """
-    base, _, percent = name.partition(" at ")
-    try:
-        return reduced_tolerance(float(percent.removesuffix(" %"))) if percent else TOLERANCES[base]
-    except (ConfigError, KeyError, ValueError) as err:
-        raise CheckpointError("an unknown tolerance", expected=f"one of {', '.join(TOLERANCES)}", got=name) from err
+    return replace(
+        tolerance,
+        name=f"{tolerance.name} at {min_agreement:g} %",
+        top1_agreement=min_agreement,
+        min_agreement=min_agreement,
+    )
 
 
 class ParityReport(Record):
@@ -86,6 +81,8 @@ class ParityReport(Record):
 
     Attributes:
         tolerance: name of the tolerance it was judged by.
+        min_agreement: percent of first classes that the user asked for in place of that of
+            `reduced-engine`; None where the user asked for nothing, and in an older report.
         n: images compared.
         max_abs: largest |Δ| of any logit; None when a side holds NaN or infinity.
         max_rel: `max_abs` ÷ (max − min of the reference's logits); None as above or when those are all equal.
@@ -97,6 +94,7 @@ class ParityReport(Record):
 
     passed: bool
     tolerance: str
+    min_agreement: float | None = None
     n: int
     max_abs: float | None
     max_rel: float | None
@@ -104,6 +102,29 @@ class ParityReport(Record):
     top1_agreement: float
     ties: int = 0
     reason: str | None
+
+
+def tolerance_of(report: ParityReport, where: str) -> Tolerance:
+    """The tolerance that a report was judged by.
+
+    Args:
+        where: the engine that the report is about, for the message.
+
+    Raises:
+        CheckpointError: the tolerance is none of ours, or the agreement is no percentage, or an
+            older report has the agreement that the user asked for in words only.
+    """
+    try:
+        if report.min_agreement is not None:
+            return reduced_tolerance(report.min_agreement)
+        return TOLERANCES[report.tolerance]
+    except (ConfigError, KeyError) as err:
+        raise CheckpointError(
+            f"the tolerance that {where} was held to is not known",
+            expected=f"one of {', '.join(TOLERANCES)}",
+            got=report.tolerance,
+            hint="Build the engine again with this version of eamdeploy.",
+        ) from err
 
 
 def compare(reference: NDArray[np.float32], got: NDArray[np.float32], tolerance: Tolerance) -> ParityReport:
@@ -180,6 +201,7 @@ def _report(
     return ParityReport(
         passed=not reasons,
         tolerance=tolerance.name,
+        min_agreement=tolerance.min_agreement,
         n=n,
         max_abs=max_abs,
         max_rel=max_rel,

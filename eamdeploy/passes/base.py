@@ -20,7 +20,7 @@ class Pass(Protocol[MatchT]):
 
     @property
     def name(self) -> str:
-        """The pass's name in `--rewrites`, in metadata and in errors: its effect."""
+        """The pass's effect: its name for `--without`, in a model's metadata and in errors."""
         ...
 
     def match(self, graph: gs.Graph) -> list[MatchT | Skip]:

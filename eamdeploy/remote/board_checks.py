@@ -10,6 +10,7 @@ from eamdeploy.artifacts.records import Record
 from eamdeploy.devices.provenance import package_versions
 from eamdeploy.errors import CheckpointError, DeviceError
 from eamdeploy.remote.cargo import Cargo
+from eamdeploy.remote.failures import last_line
 from eamdeploy.remote.session import Part
 from eamdeploy.remote.target import SshTarget
 
@@ -132,11 +133,6 @@ def require_sizes(target: SshTarget, sizes: Part, cargo: Cargo) -> None:
             got=", ".join(arrived) or "none",
             hint="Try again; if it stays so, look at the board's disk.",
         )
-
-
-def last_line(text: str) -> str:
-    """The last line of `text` that says something."""
-    return next((line.strip() for line in reversed(text.splitlines()) if line.strip()), "")
 
 
 def _release(version: str) -> str:

@@ -21,7 +21,7 @@ def lost_connection(target: SshTarget, code: int | None, errors: str, output: st
         output: the last that came from the other side.
         connected: whether our program there had begun.
     """
-    last = _last_line(errors) or _last_line(output)
+    last = last_line(errors) or last_line(output)
     if connected:
         return DeviceError(
             f"the connection to {target} was lost in the middle; what ran there has been told to end",
@@ -54,7 +54,7 @@ def _refused(target: SshTarget, errors: str) -> DeviceError:
     if "Permission denied" in errors or "Too many authentication failures" in errors:
         return DeviceError(
             f"{target} lets nobody in with the keys that ssh has here",
-            got=_line_with("Permission denied", errors) or _last_line(errors),
+            got=_line_with("Permission denied", errors) or last_line(errors),
             hint="Passwords and passphrases can't be typed: put your key there with ssh-copy-id, or a locked key into "
             f"the agent with ssh-add; `{target.command()} true` must work without a question.",
         )
@@ -73,7 +73,7 @@ def _refused(target: SshTarget, errors: str) -> DeviceError:
             )
     return DeviceError(
         f"ssh can't connect to {target}",
-        got=_last_line(errors) or "nothing on stderr",
+        got=last_line(errors) or "nothing on stderr",
         hint=f"`{target.command()} true` must work without a question.",
     )
 
@@ -82,7 +82,7 @@ def _line_with(words: str, text: str) -> str:
     return next((line.strip() for line in text.splitlines() if words in line), "")
 
 
-def _last_line(text: str) -> str:
+def last_line(text: str) -> str:
     """The last line that says something, without its full stop."""
     lines = [line.strip() for line in text.splitlines() if line.strip()]
     return lines[-1].rstrip(".") if lines else ""

@@ -18,15 +18,10 @@ from eamdeploy.artifacts.records import Record
 from eamdeploy.errors import ConfigError, DeviceError, EamDeployError, EngineError, ExitCode, ParityError
 from eamdeploy.observer import SILENT, Observer
 from eamdeploy.records.profile import Profile
-from eamdeploy.remote.board_checks import (
-    last_line,
-    require_eamdeploy,
-    require_sizes,
-    require_space,
-    require_unpacked,
-)
+from eamdeploy.remote.board_checks import require_eamdeploy, require_sizes, require_space, require_unpacked
 from eamdeploy.remote.board_script import WORK, board_script, bootstrap
 from eamdeploy.remote.cargo import Cargo, pack_cargo
+from eamdeploy.remote.failures import last_line
 from eamdeploy.remote.session import SshSession, new_mark
 from eamdeploy.remote.target import SshTarget
 

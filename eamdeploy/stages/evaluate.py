@@ -16,7 +16,7 @@ from eamdeploy.errors import ConfigError, host_packages
 from eamdeploy.images.source import ImageSource
 from eamdeploy.observer import SILENT, Observer
 from eamdeploy.parity.accuracy import Evaluation, Predict, is_no_better_than_guessing, measure_accuracy
-from eamdeploy.records.evaluation import EvaluationReport
+from eamdeploy.records.evaluation import EvaluatedImages, EvaluationReport
 
 _BATCH = 16
 
@@ -91,6 +91,12 @@ def evaluate(
         )
     for name in result.skipped:
         observer.note(f"skipped {name}")
+    used = EvaluatedImages(
+        folder=images.root.name,
+        split=images.split,
+        limit=images.limit,
+        exif_transpose=images.exif_transpose,
+    )
     random = "random" in (candidate.weights, None if other is None else other.weights)
     return EvaluationReport(
         **result.model_dump(),
@@ -99,7 +105,9 @@ def evaluate(
         weights=candidate.weights,
         reference=other_name,
         reference_digest=other_digest,
-        images=_in_words(images),
+        images=used.in_words,
+        image_source=used,
+        reference_is_live=other is not None and reference is None,
         class_order=images.class_order,
         labels_in_doubt=not random and _labels_in_doubt(result),
     )
@@ -110,15 +118,6 @@ def _labels_in_doubt(found: Evaluation) -> bool:
     if top1 is None:
         return False
     return is_no_better_than_guessing(round(top1 * found.n_images / 100), found.n_images, found.num_classes)
-
-
-def _in_words(images: ImageSource) -> str:
-    parts = [
-        images.split,
-        *([] if images.limit is None else [f"at most {images.limit}"]),
-        *(["turned by EXIF"] if images.exif_transpose else []),
-    ]
-    return f"{images.root.name} ({', '.join(parts)})"
 
 
 def _is_checkpoint(path: Path) -> bool:

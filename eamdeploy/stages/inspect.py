@@ -150,7 +150,7 @@ def _plan(path: Path, _: bool) -> tuple[str, dict[str, JsonValue]]:
     details = _card(manifest.card) | _built(manifest)
     details["batch"] = manifest.batch or "dynamic"
     if manifest.device is not None:
-        nested = {"engine_layers", "layer_ms", "baseline"}
+        nested = {"engine_layers", "layer_ms", "baseline", "calibration"}
         details |= manifest.device.model_dump(mode="json", exclude_none=True, exclude=nested)
         layers = manifest.device.engine_layers
         if layers is not None:

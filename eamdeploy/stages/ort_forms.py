@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -18,7 +17,6 @@ from eamdeploy.convert.ort_form import OrtForm
 from eamdeploy.engines.manifest import Manifest, ReferenceFile, TriedForm, manifest_path, publish
 from eamdeploy.engines.ort import build as ort
 from eamdeploy.engines.ort.runner import OrtRunner
-from eamdeploy.engines.registry import open_runners
 from eamdeploy.errors import (
     DeviceError,
     EamDeployError,
@@ -30,8 +28,8 @@ from eamdeploy.errors import (
 from eamdeploy.observer import Observer
 from eamdeploy.parity.gate import TOLERANCES, Tolerance
 from eamdeploy.parity.reference_set import ReferenceSet
-from eamdeploy.profiling.inputs import random_images
-from eamdeploy.profiling.timing import Call, Schedule, SpeedUp, runs_of, speed_up, time_sittings
+from eamdeploy.profiling.timing import Schedule, SpeedUp, runs_of, speed_up, time_sittings
+from eamdeploy.profiling.turns import taking_turns
 
 if TYPE_CHECKING:
     from eamdeploy.convert.ranges import Calibration
@@ -128,7 +126,7 @@ def _choose(
         candidate.form: _tried(candidate.form, times[index], speed_ups[index], chosen=index == best)
         for index, candidate in enumerate(passed)
     }
-    return passed[best], [rows.get(form) or TriedForm(form=form.name, refused=str(refused[form])) for form in forms]
+    return passed[best], [rows.get(form) or _refused(form, refused[form]) for form in forms]
 
 
 def fastest(speed_ups: Sequence[SpeedUp | None]) -> int:
@@ -171,20 +169,22 @@ def _timed(passed: Sequence[_Candidate], threads: int, schedule: Schedule) -> tu
         )
         for candidate in passed
     ]
-
-    @contextmanager
-    def load(order: Sequence[int]) -> Iterator[list[Call]]:
-        with open_runners(opening, order) as runners:
-            yield [partial(runner.infer, random_images(runner, runner.io.batch or 1)) for runner in runners]
-
-    sittings = time_sittings(load, len(passed), schedule)
+    sittings = time_sittings(taking_turns(opening), len(passed), schedule)
     medians = [float(np.median(runs_of(sittings, index))) / 1e6 for index in range(len(passed))]
     return medians, [None, *(speed_up(sittings, 0, index) for index in range(1, len(passed)))]
 
 
+def _refused(form: OrtForm, why: EamDeployError) -> TriedForm:
+    return TriedForm(form=form.name, made_of=form.record, refused=str(why))
+
+
 def _tried(form: OrtForm, p50_ms: float, found: SpeedUp | None, *, chosen: bool) -> TriedForm:
-    if found is None:
-        return TriedForm(form=form.name, p50_ms=p50_ms, chosen=chosen)
     return TriedForm(
-        form=form.name, p50_ms=p50_ms, speed_up=found.median, low=found.low, high=found.high, chosen=chosen
+        form=form.name,
+        made_of=form.record,
+        p50_ms=p50_ms,
+        speed_up=None if found is None else found.median,
+        low=None if found is None else found.low,
+        high=None if found is None else found.high,
+        chosen=chosen,
     )

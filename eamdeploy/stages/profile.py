@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -16,7 +15,7 @@ from eamdeploy.devices.machine import describe_machine
 from eamdeploy.devices.registry import find_device
 from eamdeploy.engines.manifest import read_manifest
 from eamdeploy.engines.proof import prove_here
-from eamdeploy.engines.registry import backend_of, open_runner, open_runners, runs_on_gpu
+from eamdeploy.engines.registry import backend_of, open_runner, runs_on_gpu
 from eamdeploy.engines.runner import LatencySplit
 from eamdeploy.errors import ConfigError, DeviceError
 from eamdeploy.observer import SILENT, Observer
@@ -33,6 +32,7 @@ from eamdeploy.profiling.timing import (
     summarize,
     time_sittings,
 )
+from eamdeploy.profiling.turns import taking_turns
 from eamdeploy.records.profile import EngineProfile, Profile, summarize_card
 from eamdeploy.vocabulary import ProviderName
 
@@ -95,14 +95,7 @@ def profile(
     if not engines:
         raise ConfigError("there is nothing to profile", expected="at least 1 engine")
     paths = [*([baseline] if baseline is not None else []), *engines]
-
-    opening = [partial(open_runner, path, threads) for path in paths]
-
-    @contextmanager
-    def load(order: Sequence[int]) -> Iterator[list[Call]]:
-        with open_runners(opening, order) as runners:
-            yield [partial(runner.infer, random_images(runner, batch)) for runner in runners]
-
+    load = taking_turns([partial(open_runner, path, threads) for path in paths], batch)
     device = device or find_device(gpu=any(map(runs_on_gpu, paths)))
     with load(range(len(paths))):
         pass  # what can't be loaded, or takes another batch, fails here and not after minutes of work
@@ -185,8 +178,7 @@ def _run_alone(path: Path, threads: int, batch: int, seconds: float, extras: Ext
     throughput = None
     if extras.streams > 1:
         opening = [partial(open_runner, path, threads)] * extras.streams
-        with open_runners(opening, range(extras.streams)) as runners:
-            calls = [partial(runner.infer, random_images(runner, batch)) for runner in runners]
+        with taking_turns(opening, batch)(range(extras.streams)) as calls:
             throughput = measure_throughput(calls, batch=batch, seconds=seconds)
     manifest = read_manifest(path)
     with open_runner(path, threads) as runner:

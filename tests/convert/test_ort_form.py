@@ -9,7 +9,7 @@ import pytest
 from eamdeploy.convert import ort_form
 from eamdeploy.convert.ort_form import AS_EXPORTED, OrtForm, candidates, chosen_form, forms_for
 from eamdeploy.engines.manifest import Manifest, TriedForm, manifest_path
-from eamdeploy.errors import ConfigError
+from eamdeploy.errors import ConfigError, EngineError
 from eamdeploy.vocabulary import ProviderName
 
 
@@ -54,5 +54,21 @@ def test_an_engine_has_the_only_form_or_the_one_that_was_chosen(eam_engine: Path
     tried = candidates(["cpu"], int8=True, calibrated=False)
     assert chosen_form(manifest, tried[2:3]) == tried[2]
     for chosen in tried:
-        told = [TriedForm(form=form.name, chosen=form == chosen) for form in tried]
+        told = [TriedForm(form="reworded", made_of=form.record) for form in tried]
+        told[tried.index(chosen)] = told[0].model_copy(update={"made_of": chosen.record, "chosen": True})
         assert chosen_form(manifest.model_copy(update={"tried": told}), tried) == chosen
+
+
+def test_a_form_that_stands_in_words_only_or_was_not_asked_for_is_refused(eam_engine: Path) -> None:
+    manifest = Manifest.read(manifest_path(eam_engine))
+    tried = candidates(["cpu"], int8=True, calibrated=False)
+    older = TriedForm(form=tried[0].name, chosen=True)
+    assert TriedForm.parse('{"form": "as exported", "chosen": true}', "an older manifest") == older
+    said = r"one of as exported, .*a manifest of an older version.*Build the engine"
+    with pytest.raises(EngineError, match=said):
+        chosen_form(manifest.model_copy(update={"tried": [older]}), tried)
+    other = OrtForm(provider="openvino")
+    told = [TriedForm(form=other.name, made_of=other.record, chosen=True)]
+    said = r"which form of the model the engine .*got as exported on openvino"
+    with pytest.raises(EngineError, match=said):
+        chosen_form(manifest.model_copy(update={"tried": told}), tried)

@@ -166,6 +166,19 @@ def test_an_older_manifest_matters_in_int8_where_products_saturate_alone(
     assert run and "x.int8.reference.npz" in note
 
 
+def test_an_older_manifest_that_names_its_tolerance_in_words_only_is_refused(
+    built: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine = Engine(built, tmp_path, "x.int8.ort.onnx", reference=True)
+    assert engine.parity is not None
+    in_words = {"tolerance": "reduced-engine at 90 %", "min_agreement": None}
+    engine.say(instructions=VNNI, parity=engine.parity.model_copy(update=in_words))
+    said = r"x\.int8\.ort\.onnx was held to is not known.*Build"
+    with pytest.raises(CheckpointError, match=said):
+        prove(engine, monkeypatch, AVX2)
+    assert prove(engine, monkeypatch, AVX2, check=False)[0] is None
+
+
 def test_what_never_was_checked_or_has_no_manifest_stays_so(
     built: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

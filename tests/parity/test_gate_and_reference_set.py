@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import io
+import json
+import math
 import zipfile
 from pathlib import Path
 from typing import Any
@@ -18,9 +20,9 @@ from eamdeploy.parity.gate import (
     ParityReport,
     Tolerance,
     compare,
-    named_tolerance,
     reduced_tolerance,
     require,
+    tolerance_of,
 )
 from eamdeploy.parity.reference_set import ReferenceSet, reference_path
 
@@ -36,10 +38,30 @@ def logits(n: int = 4, classes: int = 6) -> NDArray[np.float32]:
 
 def test_a_report_names_the_tolerance_that_it_was_judged_by() -> None:
     for tolerance in (*TOLERANCES.values(), *map(reduced_tolerance, (0, 75, 99.5, 100))):
-        assert named_tolerance(compare(logits(), logits(), tolerance).tolerance) == tolerance
-    for name in ("", "exact", "reduced-engine at 101 %", "reduced-engine at nan %", "reduced-engine at x"):
-        with pytest.raises(CheckpointError, match="an unknown tolerance; expected one of f32-reassoc"):
-            named_tolerance(name)
+        report = compare(logits(), logits(), tolerance)
+        assert tolerance_of(report, "x") == tolerance
+        read = ParityReport.parse(report.model_dump_json(), "report")
+        assert tolerance_of(read, "x") == tolerance
+
+
+def test_the_name_of_a_tolerance_is_never_taken_apart() -> None:
+    asked = compare(logits(), logits(), reduced_tolerance(75))
+    reworded = asked.model_copy(update={"tolerance": "reworded"})
+    assert tolerance_of(reworded, "x").top1_agreement == 75
+    older = json.loads(asked.model_dump_json(exclude={"min_agreement"}))
+    assert older["tolerance"] == "reduced-engine at 75 %"
+    for name in ("", "exact", older["tolerance"]):
+        report = ParityReport.parse(json.dumps({**older, "tolerance": name}), "older report")
+        said = r"tolerance that x\.plan was held to .* one of f32-reassoc.*Build the engine again"
+        with pytest.raises(CheckpointError, match=said):
+            tolerance_of(report, "x.plan")
+
+
+@pytest.mark.parametrize("percent", [101, -1, math.nan])
+def test_an_agreement_that_is_no_percentage_is_refused(percent: float) -> None:
+    report = compare(logits(), logits(), reduced_tolerance(75))
+    with pytest.raises(CheckpointError, match="tolerance that x was held to is not known"):
+        tolerance_of(report.model_copy(update={"min_agreement": percent}), "x")
 
 
 def test_equal_logits_pass_with_no_difference() -> None:

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import shlex
 from pathlib import Path
+from typing import Any
 
 import pytest
 import typer
@@ -27,14 +28,19 @@ from eamdeploy.artifacts.records import Record
 from eamdeploy.artifacts.run_state import RunState, StageState
 from eamdeploy.cli import app as cli
 from eamdeploy.cli.options import split_model_kwargs
-from eamdeploy.convert.ranges import ActivationRanges
+from eamdeploy.engines.manifest import CalibratedProducts
+from eamdeploy.records.evaluation import EvaluatedImages
 from eamdeploy.remote.profile import RemoteProfiles
 from eamdeploy.reporting.prose.command import Command
 from eamdeploy.reporting.prose.commands import commands
 from eamdeploy.reporting.records.sources import read_sources
 
-_RANGES = ActivationRanges(key="", method="percentile", images=8, source="photos", ranges={})
-CALIBRATED = f"24 products in INT8, ranges: {_RANGES.in_words}"
+CALIBRATED = CalibratedProducts(products=24, method="percentile", images=8, folder="photos")
+
+
+def images(folder: str = "photos", **changes: Any) -> EvaluatedImages:
+    made = EvaluatedImages(folder=folder, split="all", limit=None, exif_transpose=False)
+    return made.model_copy(update=changes)
 
 
 def commands_of(folder: Path, records: dict[str, Record], monkeypatch: pytest.MonkeyPatch) -> list[Command]:
@@ -82,17 +88,27 @@ def commands_of(folder: Path, records: dict[str, Record], monkeypatch: pytest.Mo
             "where the folder of images lies, --class-names, --threads",
         ),
         (
-            evaluation("x.eam.safetensors", "x.eam.safetensors with all attention live", images="a (b) (all)"),
+            evaluation(
+                "x.eam.safetensors",
+                "x.eam.safetensors with all attention live",
+                used=images("a (b)"),
+                reference_is_live=True,
+            ),
             "eamdeploy evaluate x.eam.safetensors --data 'a (b)' -o r.json",
             "where the folder of images lies, --class-names, --threads",
         ),
         (
-            evaluation("x", None, images="photos (even, turned by EXIF)", class_order="natural"),
+            evaluation(
+                "x",
+                None,
+                used=images(split="even", exif_transpose=True),
+                class_order="natural",
+            ),
             "eamdeploy evaluate x --data photos --split even --exif-transpose --class-order natural -o r.json",
             "where the folder of images lies, --class-names, --threads",
         ),
         (
-            evaluation("x", None, images="photos (all, at most 9, turned by EXIF)"),
+            evaluation("x", None, used=images(limit=9, exif_transpose=True)),
             "eamdeploy evaluate x --data photos --images 9 --exif-transpose -o r.json",
             "where the folder of images lies, --class-names, --threads",
         ),
@@ -128,7 +144,18 @@ def commands_of(folder: Path, records: dict[str, Record], monkeypatch: pytest.Mo
             "eamdeploy build-trt MODEL.onnx -o r --fp16 --int8 --workspace 1024 --builder-level 4 "
             "--version-compatible --cuda-graph --layer-profile --baseline base.plan",
             f"the name of the model {digest('x.onnx')}; --keep-fp32, --timing-cache and batch sizes, but for what the "
-            "settings say",
+            "settings say; whether --calib-data was given, and other --calib options",
+        ),
+        (
+            manifest(
+                "x.plan",
+                card(rewrites=["quantize_products"]),
+                backend="trt",
+                settings={"keep_fp32": "none"},
+                device=device_build(int8=True),
+            ),
+            "eamdeploy build-trt MODEL.onnx -o r --fp16 --int8 --keep-fp32 none --layer-profile --baseline base.plan",
+            f"the name of the model {digest('x.onnx')}; --timing-cache and batch sizes, but for what the settings say",
         ),
         (
             manifest("x.plan", card(), backend="trt", settings={"keep_fp32": "none"}, device=device_build()),
@@ -136,7 +163,12 @@ def commands_of(folder: Path, records: dict[str, Record], monkeypatch: pytest.Mo
             f"the name of the model {digest('x.onnx')}; --timing-cache and batch sizes, but for what the settings say",
         ),
         (
-            manifest("x.plan", card(), backend="trt", device=device_build(int8=True, model_changes=[CALIBRATED])),
+            manifest(
+                "x.plan",
+                card(),
+                backend="trt",
+                device=device_build(int8=True, calibration=CALIBRATED),
+            ),
             "eamdeploy build-trt MODEL.onnx -o r --fp16 --int8 --calib-data photos --calib-images 8 --calib-method "
             "percentile --layer-profile --baseline base.plan",
             f"the name of the model {digest('x.onnx')}; --keep-fp32, --timing-cache and batch sizes, but for what the "

@@ -97,13 +97,14 @@ def test_int8_from_calibration_images(
     assert built.code == 0, built.err
     manifest = Manifest.parse(built.out, "stdout")
     assert manifest.device is not None and manifest.device.int8
-    assert any(
-        "products in INT8, ranges: percentile of 8 images of pictures" in c for c in manifest.device.model_changes
-    )
+    used = manifest.device.calibration
+    assert used is not None and used.in_words in manifest.device.model_changes
+    assert (used.method, used.images, used.folder) == ("percentile", 8, "pictures")
     assert manifest.parity is not None and manifest.parity.tolerance == "reduced-engine at 50 %"
     assert len({item.frozen_map for item in manifest.device.engine_layers.frozen_maps}) == 2  # type: ignore[union-attr]
     parsed = onnx.load(given)
     assert sum(node.op_type == "QuantizeLinear" for node in parsed.graph.node) > 10
+    assert used.products > 5
     version = TrtVersion.parse(manifest.device.runtime)
     assert {finding.rule for finding in found(parsed, str(version))} <= {"attention-head-size"}
     again = run_cli("build-trt", model, "-o", engine, *asked)

@@ -23,7 +23,7 @@ from eamdeploy.images.preprocess import normalize
 from eamdeploy.images.source import ImageSource
 from eamdeploy.observer import SILENT
 from eamdeploy.parity.accuracy import mean_kl
-from eamdeploy.records.evaluation import EvaluationReport
+from eamdeploy.records.evaluation import EvaluatedImages, EvaluationReport
 
 WRONG = 6
 
@@ -88,7 +88,7 @@ def test_figures_of_a_checkpoint_are_those_computed_by_hand(
     assert (report.model, report.weights) == (str(eam_checkpoint), "tiny.safetensors")
     assert report.model_digest == report.reference_digest == digest_file(eam_checkpoint)
     assert report.reference == f"{eam_checkpoint} with all attention live"
-    assert report.images == "labelled (all)"
+    assert report.reference_is_live and report.images == "labelled (all)"
     assert EvaluationReport.parse(report.model_dump_json(), "report") == report
 
 
@@ -102,6 +102,7 @@ def test_engine_against_its_twin_gives_the_checkpoints_figures(
         assert getattr(engine, figure) == getattr(checkpoint, figure)
     assert engine.kl == pytest.approx(checkpoint.kl, rel=1e-3)
     assert (engine.reference, engine.reference_digest) == (str(base), digest_file(base))
+    assert engine.reference_is_live is False
 
 
 def test_checkpoint_and_engine_of_it_agree(eam_checkpoint: Path, eam_engine: Path, pictures: Path) -> None:
@@ -133,6 +134,7 @@ def test_engine_alone_has_accuracy_only_and_on_unlabelled_pictures_nothing(
 ) -> None:
     alone = evaluate(eam_engine, ImageSource(labelled), threads=1)
     assert alone.top1 is not None and alone.agreement is alone.kl is alone.reference is None
+    assert alone.reference_is_live is False
     nothing = evaluate(eam_engine, ImageSource(pictures), threads=1)
     assert nothing.top1 is nothing.top5 is nothing.agreement is None
     assert nothing.n_images == 24
@@ -142,6 +144,8 @@ def test_split_and_limit_are_followed_and_told(eam_engine: Path, labelled: Path,
     base = eam_engine.with_name("base.ort.onnx")
     report = evaluate(base, ImageSource(labelled, "odd", 4), threads=1)
     assert (report.n_images, report.images) == (4, "labelled (odd, at most 4)")
+    used = EvaluatedImages(folder="labelled", split="odd", limit=4, exif_transpose=False)
+    assert report.image_source == used
     assert report.top1 == 100 * (4 - sum(index < WRONG for index in (1, 7, 13, 19))) / 4
 
 
@@ -274,6 +278,7 @@ def test_turning_by_exif_is_told_and_files_not_read_are_noted(eam_engine: Path, 
 
     report = evaluate(eam_engine, ImageSource(folder, exif_transpose=True, limit=3), threads=1, observer=Notes())
     assert report.images == "some (all, at most 3, turned by EXIF)"
+    assert report.image_source is not None and report.image_source.exif_transpose
     assert notes == [f"1 file of {folder} was not read because of its ending: .heic 1"]
 
 

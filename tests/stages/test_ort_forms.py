@@ -145,6 +145,8 @@ def test_tuning_keeps_one_form_and_all_times(model: Path) -> None:
     assert first.p50_ms is not None and first.p50_ms > 0 and first.speed_up is None
     assert second.low is not None and second.high is not None and second.low <= second.high
     (chosen,) = [tried for tried in manifest.tried if tried.chosen]
+    made_of = [tried.made_of for tried in manifest.tried]
+    assert made_of == [AS_EXPORTED.record, OrtForm(fused_attention=True).record]
     assert (chosen.form == "fused attention") == ("MultiHeadAttention" in operators(asked.output))
 
 
@@ -156,6 +158,11 @@ def test_a_form_that_fails_the_gate_is_named_and_never_chosen(model: Path, calib
         (True, False),
         (False, True),
         (False, True),
+    ]
+    assert [tried.made_of and tried.made_of.int8 for tried in manifest.tried] == [
+        None,
+        "dynamic",
+        "static",
     ]
     assert all("logits" in str(tried.refused) or "parity" in str(tried.refused) for tried in manifest.tried[1:])
     assert manifest.engine_digest == manifest.model_digest

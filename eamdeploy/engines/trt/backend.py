@@ -148,7 +148,7 @@ def build(
             versions={**package_versions(), "tensorrt": str(version), "cuda": gpu.cuda},
             machine=machine_summary(),
             created=utc_now(),
-            device=_device(request, version, gpu, loaded, layers, twin, log_path),
+            device=_device(model, request, version, gpu, loaded, layers, twin, log_path),
         )
         if cuda is not None:
             manifest = _run(loaded, cuda, manifest, request, reference, gate)
@@ -189,6 +189,7 @@ def _size_of(baseline: Path) -> EngineSize:
 
 
 def _device(
+    model: TrtModel,
     request: BuilderRequest,
     version: TrtVersion,
     gpu: Gpu,
@@ -206,6 +207,7 @@ def _device(
         precision=request.precision,
         int8=request.int8,
         model_changes=request.model_changes,
+        calibration=model.calibration,
         device_memory_bytes=loaded.device_memory_bytes(),
         engine_layers=layers,
         baseline=baseline,

@@ -21,6 +21,7 @@ from typing import Literal
 from eamdeploy.artifacts.card import ModelCard
 from eamdeploy.artifacts.onnx_files import ModelData
 from eamdeploy.artifacts.records import Record
+from eamdeploy.engines.manifest import CalibratedProducts
 from eamdeploy.engines.trt.versions import Capabilities, TrtVersion, capabilities
 from eamdeploy.errors import ConfigError
 from eamdeploy.vocabulary import Precision
@@ -116,6 +117,7 @@ class TrtModel:
         data: what the parser gets, serialized.
         card: of the file; None for a foreign model.
         changes: what was done to it, in words.
+        calibration: what became INT8 by calibration images; None where nothing did.
     """
 
     path: Path
@@ -124,6 +126,7 @@ class TrtModel:
     card: ModelCard | None
     facts: ModelFacts
     changes: tuple[str, ...]
+    calibration: CalibratedProducts | None = None
 
 
 class BatchRange(Record):

@@ -77,9 +77,7 @@ class Capabilities:
         version_compatible: VERSION_COMPATIBLE, hardware_compatibility_level and builder_optimization_level.
 
     The engine:
-        bindings: the API of 8.4 and before, besides execute_async_v3 and named tensors, which all have.
         device_memory: the engine's attribute that tells the bytes it needs on the device.
-        inspector_tensors: the key of inputs and outputs in the inspector's JSON.
     """
 
     max_opset: int
@@ -100,9 +98,7 @@ class Capabilities:
     bf16_flag: bool = False
     layer_precision: bool = True
     version_compatible: bool = False
-    bindings: bool = True
     device_memory: Literal["device_memory_size", "device_memory_size_v2"] = "device_memory_size"
-    inspector_tensors: Literal["Bindings", "I/O Tensors"] = "Bindings"
 
 
 OLDEST = (8, 5)
@@ -125,7 +121,6 @@ _CHANGES: tuple[tuple[tuple[int, ...], dict[str, object]], ...] = (
             "explicit_batch": "ignored",
             "strongly_typed": "optional",
             "bf16_flag": True,
-            "bindings": False,
         },
     ),
     ((10, 1), {"device_memory": "device_memory_size_v2"}),
@@ -140,7 +135,6 @@ _CHANGES: tuple[tuple[tuple[int, ...], dict[str, object]], ...] = (
             "precision_flags": False,
             "bf16_flag": False,
             "layer_precision": False,
-            "inspector_tensors": "I/O Tensors",
         },
     ),
 )

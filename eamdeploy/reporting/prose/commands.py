@@ -6,7 +6,6 @@ command.
 
 from __future__ import annotations
 
-import re
 import shlex
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
@@ -16,7 +15,7 @@ from eamdeploy.artifacts.run_state import RunState
 from eamdeploy.eam.analysis import Analysis
 from eamdeploy.eam.records import CheckpointHeader
 from eamdeploy.engines.manifest import DeviceBuild, Manifest
-from eamdeploy.records.evaluation import EvaluationReport
+from eamdeploy.records.evaluation import EvaluatedImages, EvaluationReport
 from eamdeploy.records.profile import Profile
 from eamdeploy.remote.profile import RemoteProfiles
 from eamdeploy.reporting.prose.command import Command, command_line
@@ -25,10 +24,6 @@ from eamdeploy.reporting.records.sources import Sourced, Sources
 
 if TYPE_CHECKING:
     from eamdeploy.records.export import Export
-
-_IMAGES = re.compile(r"(.*) \((all|even|odd)(?:, at most (\d+))?(, turned by EXIF)?\)", re.DOTALL)
-_CALIBRATED = re.compile(r"\d+ products in INT8, ranges: (\w+) of (\d+) images of (.+)", re.DOTALL)
-_LIVE = " with all attention live"
 
 
 def commands(sources: Sources) -> list[Command]:
@@ -154,8 +149,10 @@ def _build(item: Sourced[Manifest], models: Mapping[str, str]) -> Command:
         unknown.append(
             f"{'' if kept else '--keep-fp32, '}--timing-cache and batch sizes, but for what the settings say"
         )
-        if _calibration(manifest.device):
+        if manifest.device.calibration is not None:
             unknown.append("where the calibration images lie, --calib-split, --calib-cache, --exif-transpose")
+        elif manifest.device.int8 and _may_be_calibrated(manifest):
+            unknown.append("whether --calib-data was given, and other --calib options")
     return Command(item.file, command_line(f"build-{manifest.backend}", options, model), "; ".join(unknown))
 
 
@@ -170,6 +167,15 @@ def _ort_options(manifest: Manifest) -> dict[str, Any]:
 
 def _is_static(manifest: Manifest) -> bool:
     return manifest.backend == "ort" and manifest.card is not None and "quantize_products" in manifest.card.rewrites
+
+
+def _may_be_calibrated(manifest: Manifest) -> bool:
+    """Whether an INT8 engine may have been calibrated though its manifest has no record of it.
+
+    An older manifest has no such record. A model without a card, or one that was quantized before,
+    is never calibrated.
+    """
+    return manifest.card is not None and "quantize_products" not in manifest.card.rewrites
 
 
 def _trt_options(device: DeviceBuild, settings: Mapping[str, str]) -> dict[str, Any]:
@@ -190,34 +196,60 @@ def _trt_options(device: DeviceBuild, settings: Mapping[str, str]) -> dict[str, 
 
 
 def _calibration(device: DeviceBuild) -> dict[str, Any]:
-    """The images that told the ranges of activations; nothing for a model that was quantized already."""
-    for change in device.model_changes:
-        if found := _CALIBRATED.fullmatch(change):
-            method, count, folder = found.groups()
-            return {"--calib-data": folder, "--calib-images": count, "--calib-method": method}
-    return {}
+    """The images that told the ranges of activations, where they are on record."""
+    found = device.calibration
+    if found is None:
+        return {}
+    return {
+        "--calib-data": found.folder,
+        "--calib-images": found.images,
+        "--calib-method": found.method,
+    }
 
 
 def _evaluate(item: Sourced[EvaluationReport]) -> Command:
     record = item.record
-    images = _IMAGES.fullmatch(record.images)
-    folder, split, limit, turned = images.groups() if images else ("IMAGES", None, None, None)
-    reference = record.reference
+    reference_known = _is_reference_known(record)
     options: dict[str, Any] = {
-        "--reference": None if reference is None or reference.endswith(_LIVE) else reference,
-        "--data": folder,
-        "--split": None if split == "all" else split,
-        "--images": limit,
+        "--reference": _reference(record) if reference_known else "REFERENCE",
+        **_evaluated_images(record.image_source),
         "--skip-bad": record.n_skipped > 0,
-        "--exif-transpose": turned is not None,
         "--class-order": record.class_order,
         "-o": item.file,
     }
-    return Command(
-        item.file,
-        command_line("evaluate", options, record.model),
-        "where the folder of images lies, --class-names, --threads",
-    )
+    unknown = [
+        *([] if reference_known else ["what the reference was"]),
+        "where the folder of images lies",
+        *(["--split, --images, --exif-transpose"] if record.image_source is None else []),
+        "--class-names, --threads",
+    ]
+    return Command(item.file, command_line("evaluate", options, record.model), ", ".join(unknown))
+
+
+def _evaluated_images(found: EvaluatedImages | None) -> dict[str, Any]:
+    """The options that name the images; a placeholder where an older report has words only."""
+    if found is None:
+        return {"--data": "IMAGES"}
+    return {
+        "--data": found.folder,
+        "--split": None if found.split == "all" else found.split,
+        "--images": found.limit,
+        "--exif-transpose": found.exif_transpose,
+    }
+
+
+def _is_reference_known(record: EvaluationReport) -> bool:
+    """Whether the report tells if the reference was a file, or the model with all attention live.
+
+    An older report does so where the digests differ: the model with all attention live has the
+    digest of its own checkpoint.
+    """
+    return record.reference_is_live is not None or record.reference_digest != record.model_digest
+
+
+def _reference(record: EvaluationReport) -> str | None:
+    """The file that was named as the reference; None where none was."""
+    return None if record.reference_is_live else record.reference
 
 
 def _preprocessing(how: Preprocessing) -> dict[str, Any]:
