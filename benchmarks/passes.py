@@ -18,8 +18,7 @@ from __future__ import annotations
 import argparse
 import sys
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 
@@ -30,12 +29,10 @@ from rich.console import Console
 from eamdeploy.artifacts.files import require_output, write_bytes
 from eamdeploy.devices.machine import describe_machine
 from eamdeploy.devices.provenance import package_versions, usable_cores
-from eamdeploy.engines.registry import open_runner, open_runners
+from eamdeploy.engines.registry import open_runner
 from eamdeploy.host.model import RANDOM, ModelSpec
 from eamdeploy.passes.order import SWITCHABLE
-from eamdeploy.profiling.inputs import random_images
 from eamdeploy.profiling.timing import (
-    Call,
     Schedule,
     Sittings,
     runs_of,
@@ -43,6 +40,7 @@ from eamdeploy.profiling.timing import (
     summarize,
     time_sittings,
 )
+from eamdeploy.profiling.turns import taking_turns
 
 
 def main() -> None:
@@ -142,13 +140,7 @@ def measure(
 
 def _take_turns(engines: Sequence[Path], threads: int, batch: int, schedule: Schedule) -> Sittings:
     opening = [partial(open_runner, engine, threads) for engine in engines]
-
-    @contextmanager
-    def load(order: Sequence[int]) -> Iterator[list[Call]]:
-        with open_runners(opening, order) as runners:
-            yield [partial(runner.infer, random_images(runner, batch)) for runner in runners]
-
-    return time_sittings(load, len(engines), schedule)
+    return time_sittings(taking_turns(opening, batch), len(engines), schedule)
 
 
 if __name__ == "__main__":

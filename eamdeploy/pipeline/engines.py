@@ -71,7 +71,7 @@ def _conversion_inputs(config: RunConfig, forms: list[OrtForm]) -> dict[str, obj
     calibration = _calibration(config)
     images = None if calibration is None else calibration.images
     return {
-        "forms": [form.name for form in forms],
+        "forms": [form.record.model_dump() for form in forms],
         "min_agreement": config.build.min_agreement,
         "images": None if images is None else [images.skip_bad, folder_digest(images.open())],
         "conversion": versions_of("onnx", "onnx-graphsurgeon"),

@@ -67,7 +67,8 @@ def _state(profile: Profile) -> dict[str, str]:
     }
     found = {name: text for name, text in told.items() if text}
     slowed = _changed(*("; ".join(each.throttling) or "none" for each in (before, after)))
-    return {**found, "throttling": slowed} if found or slowed != "none" else {}
+    throttled = before.throttling or after.throttling
+    return {**found, "throttling": slowed} if found or throttled else {}
 
 
 def _before_after(before: Mapping[str, str], after: Mapping[str, str], unit: str) -> str:
