@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Iterator
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -12,6 +14,19 @@ from command_line import Outcome, RunCli
 # Torch, here and in the processes that tests start. Models this tiny gain nothing from a second thread, and lose a
 # factor of three when it has to share its core with another program.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def stock_exports_made_once() -> Iterator[None]:
+    """Torch exports each model once, see `stock_exports`."""
+    if find_spec("torch") is None:
+        yield
+        return
+    from stock_exports import made_once
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("eamdeploy.stages.export.export_stock", made_once())
+        yield
 
 
 @pytest.fixture(scope="session")

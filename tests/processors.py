@@ -41,7 +41,7 @@ _RUN = """
 import json, sys
 from pathlib import Path
 import numpy as np
-from eamdeploy.engines.ort import OrtRunner
+from eamdeploy.engines.ort.runner import OrtRunner
 from eamdeploy.engines.registry import open_runner
 import onnxruntime
 

@@ -7,13 +7,11 @@ the finished file is compared once more, on ONNX Runtime as a user would run it.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import onnx
 import onnxruntime
 import pytest
 from numpy.typing import NDArray
@@ -23,11 +21,9 @@ from eamdeploy import export, freeze
 from eamdeploy.eam import checkpoint as checkpoints
 from eamdeploy.eam.options import FreezeOptions
 from eamdeploy.errors import ParityError
-from eamdeploy.host import exporting
 from eamdeploy.host.calibrate import predict
 from eamdeploy.host.model import ModelSpec
 from eamdeploy.host.reference import load_reference
-from eamdeploy.host.stock_export import StockExport, export_stock
 from eamdeploy.images.source import ImageSource
 from eamdeploy.vocabulary import Exporter
 
@@ -43,25 +39,6 @@ TARGETS: tuple[tuple[Exporter, int | None], ...] = (
 OTHERS = [kind for kind in SWIN_FAMILY if kind != "swin"]
 VITS = ("distilled", "registers", "average pooling", "deit-3", "pre-norm")
 """Those of which other tokens are read, or embedded otherwise."""
-
-
-@pytest.fixture(scope="module", autouse=True)
-def stock_exports_made_once() -> Iterator[None]:
-    """Torch writes each model once; what differs between the cases below is ours."""
-
-    @cache
-    def stock(kind: str, batch: int | None, opset: int, exporter: Exporter) -> tuple[bytes, str]:
-        made = export_stock(model_of(kind), size_of(kind), batch=batch, opset=opset, exporter=exporter)
-        return made.model.SerializeToString(), made.exporter
-
-    def cached(model: Any, _: object, *, batch: int | None, opset: int, exporter: Exporter) -> StockExport:
-        data, name = stock(kind_of(model), batch, opset, exporter)
-        return StockExport(onnx.load_from_string(data), name)
-
-    patch = pytest.MonkeyPatch()
-    patch.setattr(exporting, "export_stock", cached)
-    yield
-    patch.undo()
 
 
 @cache
