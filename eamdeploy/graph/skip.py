@@ -33,7 +33,10 @@ class Refused(Exception):
         self.skip = Skip(reason, node.name or node.op)
 
 
-def collect(places: Iterable[PlaceT | Skip], match: Callable[[PlaceT], MatchT]) -> list[MatchT | Skip]:
+def collect(
+    places: Iterable[PlaceT | Skip],
+    match: Callable[[PlaceT], MatchT],
+) -> list[MatchT | Skip]:
     """What `match` makes of every place, in their order; a `Skip` for a place that it refuses.
 
     Args:

@@ -20,7 +20,7 @@ class Pass(Protocol[MatchT]):
 
     @property
     def name(self) -> str:
-        """The pass's name in `--rewrites`, in metadata and in errors: its effect."""
+        """The pass's name in `--without`, in metadata and in errors: its effect."""
         ...
 
     def match(self, graph: gs.Graph) -> list[MatchT | Skip]:

@@ -41,9 +41,10 @@ from eamdeploy.parity.gate import TOLERANCES, ParityReport
 from eamdeploy.parity.reference_set import REFERENCE_IMAGES, ReferenceSet, reference_path
 from eamdeploy.passes.base import run_passes
 from eamdeploy.passes.class_token_only import ClassTokenOnly
+from eamdeploy.passes.facts import Parts
 from eamdeploy.passes.fold_preprocess import FoldPreprocess
 from eamdeploy.passes.freeze_heads import AttentionModule, check_accounted
-from eamdeploy.passes.order import Parts, plan_passes, with_dependents
+from eamdeploy.passes.order import plan_passes, with_dependents
 from eamdeploy.passes.requantize_maps import RequantizeMaps
 from eamdeploy.records.export import Export, ExportedModel
 from eamdeploy.vocabulary import Exporter, Quantizer
@@ -228,7 +229,7 @@ def _rewrite(
     model = to_model(graph)
     check_accounted(model, modules)
     if trt is not None:
-        results += [result for result in run_passes(graph, plan_trt(trt)) if result.rewritten]
+        results += [result for result in run_passes(graph, plan_trt(trt, modules)) if result.rewritten]
         model = to_model(graph)
     card = card.model_copy(update={"rewrites": [*card.rewrites, *(result.name for result in results)]})
     return _Rewritten(serialize(with_card(model, card)), card, nodes_stock, len(model.graph.node))

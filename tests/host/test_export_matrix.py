@@ -23,12 +23,12 @@ from eamdeploy import export, freeze
 from eamdeploy.eam import checkpoint as checkpoints
 from eamdeploy.eam.options import FreezeOptions
 from eamdeploy.errors import ParityError
-from eamdeploy.host import exporting
 from eamdeploy.host.calibrate import predict
 from eamdeploy.host.model import ModelSpec
 from eamdeploy.host.reference import load_reference
 from eamdeploy.host.stock_export import StockExport, export_stock
 from eamdeploy.images.source import ImageSource
+from eamdeploy.stages import export as exporting
 from eamdeploy.vocabulary import Exporter
 
 GRANULARITIES, WINDOW_MAPS, SPARSITIES = ("head", "row", "entry"), ("shared", "class", "window"), (0.2, 0.5, 1.0)
