@@ -13,6 +13,8 @@ from eamdeploy.engines.trt.versions import TrtVersion
 from eamdeploy.errors import ExitCode, host_packages
 from eamdeploy.vocabulary import OPTIONAL_PASSES, Backend, Exporter
 
+_PASSES = ", ".join(OPTIONAL_PASSES)
+
 
 def export(
     context: typer.Context,
@@ -42,7 +44,7 @@ def export(
         list[str] | None,
         typer.Option(
             metavar="PASS",
-            help=f"Leave a pass out, and those that need it; repeatable. The passes: {', '.join(OPTIONAL_PASSES)}.",
+            help=f"Leave a pass out, and those that need it; repeatable. The passes: {_PASSES}.",
         ),
     ] = None,
     measure: Annotated[

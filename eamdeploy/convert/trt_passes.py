@@ -14,7 +14,10 @@ from eamdeploy.passes.base import PlannedPass, run_passes
 from eamdeploy.passes.freeze_heads import AttentionModule
 
 
-def plan_trt(version: TrtVersion, modules: Sequence[AttentionModule] | None = None) -> list[PlannedPass[Any]]:
+def plan_trt(
+    version: TrtVersion,
+    modules: Sequence[AttentionModule] | None = None,
+) -> list[PlannedPass[Any]]:
     """The passes that make of an export for ONNX Runtime what `version` takes.
 
     Args:
@@ -25,7 +28,11 @@ def plan_trt(version: TrtVersion, modules: Sequence[AttentionModule] | None = No
         ConfigError: TensorRT before 8.5.
     """
     can = capabilities(version)
-    return order.plan_trt(modules, integer_maps=can.integer_maps, layer_normalization=can.layer_normalization)
+    return order.plan_trt(
+        modules,
+        integer_maps=can.integer_maps,
+        layer_normalization=can.layer_normalization,
+    )
 
 
 def to_trt(model: onnx.ModelProto, version: TrtVersion) -> onnx.ModelProto:

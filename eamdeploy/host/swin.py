@@ -73,7 +73,7 @@ def parts(model: Any) -> Parts:
         scaled_queries=sum(each.scale != 1 for each in attentions),
         biased_keys=len(biased),
         biased_values=sum(each.proj.bias is not None for each in biased),
-        token_moves=len(path) + len(blocks),
+        token_moves=len(path) + len(blocks),  # a block moves them twice, patch merging once
         reordering_blocks=sum(map(_reorders, blocks)),
         reorderings_met=sum(starmap(_is_met, zip_longest(path, path[1:]))),
         masks=sum(block.attn_mask is not None for block in blocks),

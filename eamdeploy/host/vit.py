@@ -92,11 +92,12 @@ def _read_tokens(model: Any, tokens: int) -> tuple[int, ...] | None:
 def parts(model: Any) -> Parts:
     """How often `model` has what passes change; no windows are among it."""
     attentions = [block.attn for block in model.blocks]
+    plain = [each for each in attentions if isinstance(each.q_norm, nn.Identity)]
     biased = [each for each in attentions if each.qkv.bias is not None]
     return Parts(
         embeddings=int(model.num_prefix_tokens > 0 and model.pos_embed is not None),
         layer_scales=sum(isinstance(module, LayerScale) for module in model.modules()),
-        scaled_queries=sum(each.scale != 1 and isinstance(each.q_norm, nn.Identity) for each in attentions),
+        scaled_queries=sum(each.scale != 1 for each in plain),
         biased_keys=sum(isinstance(each.k_norm, nn.Identity) for each in biased),
         biased_values=sum(each.proj.bias is not None for each in biased),
         token_moves=0,

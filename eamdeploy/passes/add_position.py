@@ -66,7 +66,8 @@ class AddPosition:
 
 
 def _joins_fixed_tokens(node: gs.Node) -> bool:
-    return node.op == "Concat" and node.attrs.get("axis") in (1, -2) and any(map(_is_fixed, node.inputs))
+    by_token = node.op == "Concat" and node.attrs.get("axis") in (1, -2)
+    return by_token and any(map(_is_fixed, node.inputs))
 
 
 def _match(concat: gs.Node) -> _Match:

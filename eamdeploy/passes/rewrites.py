@@ -174,7 +174,7 @@ REWRITES: tuple[Row, ...] = (
     ),
     Row(
         StaticShapes,
-        Places("unknown: TorchScript computes shapes of a dynamic batch, dynamo writes most of them"),
+        Places("unknown: TorchScript computes shapes, dynamo writes most of them as constants"),
     ),
     Row(
         GatherTokens,
@@ -232,7 +232,7 @@ REWRITES: tuple[Row, ...] = (
     Row(
         FoldValueBias,
         Places(
-            "every attention module with biased values and a biased output; none of a model with frozen entries",
+            "every attention module with biased values and output, unless entries are frozen",
             lambda facts: facts.parts.biased_values,
         ),
         needs=CanonicalAttention.name,

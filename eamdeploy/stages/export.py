@@ -229,7 +229,8 @@ def _rewrite(
     model = to_model(graph)
     check_accounted(model, modules)
     if trt is not None:
-        results += [result for result in run_passes(graph, plan_trt(trt, modules)) if result.rewritten]
+        plan = plan_trt(trt, modules)
+        results += [result for result in run_passes(graph, plan) if result.rewritten]
         model = to_model(graph)
     card = card.model_copy(update={"rewrites": [*card.rewrites, *(result.name for result in results)]})
     return _Rewritten(serialize(with_card(model, card)), card, nodes_stock, len(model.graph.node))

@@ -77,7 +77,14 @@ PARTS = {
     "qk-rms-norm": replace(VIT, scaled_queries=0, biased_keys=0),
     "swin": replace(SWIN, reordering_blocks=2, reorderings_met=2, masks=1),
     "swin-padded": replace(SWIN, reordering_blocks=0, reorderings_met=0, masks=2),
-    "swin-oblong": replace(SWIN, biased_keys=0, biased_values=0, reordering_blocks=4, reorderings_met=4, masks=2),
+    "swin-oblong": replace(
+        SWIN,
+        biased_keys=0,
+        biased_values=0,
+        reordering_blocks=4,
+        reorderings_met=4,
+        masks=2,
+    ),
     "swin-partitioned": replace(SWIN, reordering_blocks=3, reorderings_met=3, masks=2),
     "swin-many": replace(SWIN, reordering_blocks=2, reorderings_met=2, masks=2),
 }
@@ -108,23 +115,29 @@ def test_every_pass_fires_where_the_model_says(export: Export) -> None:
     [
         ({"window_size": 1}, 0, 0),
         ({"window_size": ((2, 8), (2, 4))}, 2, 2),  # plain and shifted strips
-        ({"window_size": ((2, 8), (2, 4)), "depths": (3, 3)}, 2, 0),  # … and plain ones behind those
+        ({"window_size": ((2, 8), (2, 4)), "depths": (3, 3)}, 2, 0),  # … and a plain one behind
         ({"img_size": 36, "window_size": 3, "num_classes": 3}, 2, 1),  # 9 × 9: merging pads
     ],
     ids=["single tokens", "strips", "strips behind", "odd"],
 )
 @pytest.mark.parametrize("exporter", ["torchscript", "dynamo"])
-def test_windows_that_change_little(changes: dict[str, Any], blocks: int, met: int, exporter: Exporter) -> None:
+def test_windows_that_change_little(
+    changes: dict[str, Any],
+    blocks: int,
+    met: int,
+    exporter: Exporter,
+) -> None:
     model = make_model(SWIN_NAME, changes)
     has = parts(model)
     assert (has.reordering_blocks, has.reorderings_met) == (blocks, met)
     size = model.patch_embed.img_size
     stock = export_stock(model, size, batch=None, opset=18, exporter=exporter)
-    modules = [AttentionModule(site.path, np.zeros((0, 0), np.float32), None) for site in attention_sites(model)]
+    none = np.zeros((0, 0), np.float32)
+    modules = [AttentionModule(site.path, none, None) for site in attention_sites(model)]
     run_passes(to_graph(stock.model), plan_passes(modules, has))
 
 
-# --- a pass that stops firing is an error -----------------------------------------------------------
+# --- a pass that stops firing is an error --------------------------------------------------------
 
 
 FIRES_ON = {
@@ -152,7 +165,10 @@ def fire_less(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     "name",
     [row.name for row in REWRITES if Target.EVERY_EXPORT in row.targets and row.name not in FREE],
 )
-def test_a_pass_that_overlooks_a_place_is_an_error(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_pass_that_overlooks_a_place_is_an_error(
+    name: str,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     variant = FIRES_ON.get(name, "vit")
     maps = random_maps((1,), tokens_of(variant), windows=sites_of(variant)[0].classes or (0,))
     fold = FoldPreprocess((0.5, 0.5, 0.5), (0.5, 0.5, 0.5)) if name == "fold_preprocess" else None
@@ -167,7 +183,8 @@ def test_a_pass_that_overlooks_a_place_is_an_error(name: str, monkeypatch: pytes
 
 
 @pytest.mark.parametrize(
-    ("name", "integer_maps"), [("requantize_maps", True), ("int8_maps", True), ("float_maps", False)]
+    ("name", "integer_maps"),
+    [("requantize_maps", True), ("int8_maps", True), ("float_maps", False)],
 )
 def test_a_frozen_map_that_tensorrt_would_get_as_it_was_is_an_error(
     name: str, integer_maps: bool, monkeypatch: pytest.MonkeyPatch
