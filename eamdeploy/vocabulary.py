@@ -54,6 +54,25 @@ Backend: TypeAlias = Literal["ort", "trt"]
 Exporter: TypeAlias = Literal["auto", "dynamo", "torchscript"]
 """Which of torch's exporters makes the stock graph; `auto` takes the first that can."""
 
+OptionalPass: TypeAlias = Literal[
+    "static_shapes",
+    "gather_tokens",
+    "window_order",
+    "merge_gathers",
+    "merge_reshapes",
+    "add_position",
+    "fold_layer_scale",
+    "zero_mask",
+    "canonical_attention",
+    "scale_into_query",
+    "drop_key_bias",
+    "fold_value_bias",
+    "class_token_only",
+    "fusable_gelu",
+]
+"""The passes that `--without` may leave out, in the order of `passes.rewrites`, which a machine
+that only prints the command line's help cannot import; a test compares."""
+
 Split: TypeAlias = Literal["all", "even", "odd"]
 """Which files of a folder count: all, or those at even or at odd positions when sorted."""
 
@@ -69,4 +88,5 @@ BITS: Final[tuple[Bits, ...]] = get_args(Bits)
 QUANTIZERS: Final[tuple[Quantizer, ...]] = get_args(Quantizer)
 SPACINGS: Final[tuple[Spacing, ...]] = get_args(Spacing)
 PROVIDER_NAMES: Final[tuple[ProviderName, ...]] = get_args(ProviderName)
+OPTIONAL_PASSES: Final[tuple[OptionalPass, ...]] = get_args(OptionalPass)
 CLASS_ORDERS: Final[tuple[ClassOrder, ...]] = get_args(ClassOrder)

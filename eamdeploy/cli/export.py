@@ -11,7 +11,9 @@ from eamdeploy.cli import options, show
 from eamdeploy.cli.console import print_result
 from eamdeploy.engines.trt.versions import TrtVersion
 from eamdeploy.errors import ExitCode, host_packages
-from eamdeploy.vocabulary import Backend, Exporter
+from eamdeploy.vocabulary import OPTIONAL_PASSES, Backend, Exporter
+
+_PASSES = ", ".join(OPTIONAL_PASSES)
 
 
 def export(
@@ -39,7 +41,11 @@ def export(
         bool, typer.Option("--fold-preprocess", help="Take pixels (uint8) as input: the graph normalizes them itself.")
     ] = False,
     without: Annotated[
-        list[str] | None, typer.Option(metavar="PASS", help="Leave a pass out, and those that need it; repeatable.")
+        list[str] | None,
+        typer.Option(
+            metavar="PASS",
+            help=f"Leave a pass out, and those that need it; repeatable. The passes: {_PASSES}.",
+        ),
     ] = None,
     measure: Annotated[
         bool, typer.Option(help="Time the model against its unfrozen twin on ONNX Runtime here (about 3 s).")

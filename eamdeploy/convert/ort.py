@@ -6,7 +6,6 @@ A board that converts needs the packages onnx and onnx-graphsurgeon; one that bu
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
 
 import onnx
 import onnx_graphsurgeon as gs
@@ -20,11 +19,18 @@ from eamdeploy.errors import ConfigError, UnsupportedGraph
 from eamdeploy.graph.model import card_of, fold_constants, parse_model, to_graph, to_model, with_card
 from eamdeploy.graph.weights import serialize
 from eamdeploy.observer import SILENT, Observer
-from eamdeploy.passes.base import Pass, PlannedPass, run_passes
+from eamdeploy.passes.base import run_passes
 from eamdeploy.passes.float_maps import FloatMaps
 from eamdeploy.passes.fused_attention import FusedAttention
-from eamdeploy.passes.integer_map_products import IntegerMapProducts, frozen_values
+from eamdeploy.passes.integer_map_products import frozen_values
+from eamdeploy.passes.order import plan_ort
 from eamdeploy.passes.quantize_products import QuantizeProducts, Range, calibrated_tensors
+
+_REQUIRED = {
+    FusedAttention.name: "no live attention that can be fused",
+    QuantizeProducts.name: "no product that could be INT8",
+}
+"""Passes that make a form what it is, and what a model lacks in which such a pass finds nothing."""
 
 
 def convert(
@@ -79,35 +85,23 @@ def _ranges(
 def _rewrite(graph: gs.Graph, form: OrtForm, ranges: Mapping[str, Range] | None, where: str) -> list[str]:
     """`graph` has fused attention, if the form asks for it, and static INT8, if there are ranges.
 
+    With static INT8, frozen maps are integers in their products and floats elsewhere: what a run
+    would dequantize each time.
+
     Returns:
         names of the passes that changed something.
     """
     done: list[str] = []
-    if ranges is not None:
-        done += _specialise_maps(graph, ranges)
-    if form.fused_attention:
-        done.append(_run_required(graph, FusedAttention(), f"{where} has no live attention that can be fused"))
-    if ranges is not None:
-        rewrite = QuantizeProducts(ranges, unsigned=True, for_pairs=True)
-        done.append(_run_required(graph, rewrite, f"{where} has no product that could be INT8"))
+    for planned in plan_ort(fused_attention=form.fused_attention, ranges=ranges):
+        (result,) = run_passes(graph, [planned])
+        if result.rewritten:
+            done.append(result.name)
+        elif result.name in _REQUIRED:
+            reasons = "; ".join(sorted({skip.reason for skip in result.skipped}))
+            raise UnsupportedGraph(f"{where} has {_REQUIRED[result.name]}", got=reasons or None)
+        if result.name == FloatMaps.name:
+            fold_constants(graph)  # with the reshapes and gathers that floats go through
     return done
-
-
-def _specialise_maps(graph: gs.Graph, ranges: Mapping[str, Range]) -> list[str]:
-    """Frozen maps are integers in their products, others floats, as each run would dequantize those."""
-    plan = [PlannedPass(each, expected=None) for each in (IntegerMapProducts(ranges), FloatMaps())]
-    done = [result.name for result in run_passes(graph, plan) if result.rewritten]
-    fold_constants(graph)  # with the reshapes and gathers that floats go through
-    return done
-
-
-def _run_required(graph: gs.Graph, rewrite: Pass[Any], otherwise: str) -> str:
-    """The pass has changed `graph`; its name. `otherwise` says that it found nothing."""
-    (result,) = run_passes(graph, [PlannedPass(rewrite, expected=None)])
-    if not result.rewritten:
-        reasons = "; ".join(sorted({skip.reason for skip in result.skipped}))
-        raise UnsupportedGraph(otherwise, got=reasons or None)
-    return result.name
 
 
 def _require_unquantized(model: onnx.ModelProto, where: str) -> None:

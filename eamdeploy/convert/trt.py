@@ -24,8 +24,9 @@ from eamdeploy.errors import ConfigError, EngineError, UnsupportedGraph
 from eamdeploy.graph.model import card_of, parse_model, to_graph, to_model, with_card
 from eamdeploy.graph.weights import fits_one_file, serialize
 from eamdeploy.observer import SILENT, Observer
-from eamdeploy.passes.base import PlannedPass, run_passes
-from eamdeploy.passes.quantize_products import QuantizeProducts, calibrated_tensors
+from eamdeploy.passes.base import run_passes
+from eamdeploy.passes.order import plan_trt_int8
+from eamdeploy.passes.quantize_products import calibrated_tensors
 
 _EXPORT = "Export it with `eamdeploy export`."
 _VIEWS = frozenset({"Reshape", "Cast", "Identity", "Transpose", "Unsqueeze", "Expand"})
@@ -99,7 +100,7 @@ def _quantize(
         raise ConfigError(f"{path} is quantized already", hint="Leave the calibration images out.")
     graph = to_graph(model)
     ranges = measure_ranges(to_model(graph), calibrated_tensors(graph), card.preprocessing, calibration, observer)
-    (result,) = run_passes(graph, [PlannedPass(QuantizeProducts(ranges.ranges), expected=None)])
+    (result,) = run_passes(graph, plan_trt_int8(ranges.ranges))
     card = card.model_copy(update={"rewrites": [*card.rewrites, result.name]})
     calibrated = CalibratedProducts(
         products=result.rewritten, method=ranges.method, images=ranges.images, folder=ranges.source

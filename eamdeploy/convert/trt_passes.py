@@ -2,29 +2,37 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import onnx
 
 from eamdeploy.engines.trt.versions import TrtVersion, capabilities
 from eamdeploy.graph.model import card_of, to_graph, to_model, with_card
+from eamdeploy.passes import order
 from eamdeploy.passes.base import PlannedPass, run_passes
-from eamdeploy.passes.decompose_layer_norm import DecomposeLayerNorm
-from eamdeploy.passes.float_maps import FloatMaps
-from eamdeploy.passes.int8_maps import Int8Maps
-from eamdeploy.passes.requantize_maps import RequantizeMaps
+from eamdeploy.passes.freeze_heads import AttentionModule
 
 
-def plan_trt(version: TrtVersion) -> list[PlannedPass[Any]]:
-    """The passes that make of an export for ONNX Runtime what `version` takes, behind those of `plan_passes`.
+def plan_trt(
+    version: TrtVersion,
+    modules: Sequence[AttentionModule] | None = None,
+) -> list[PlannedPass[Any]]:
+    """The passes that make of an export for ONNX Runtime what `version` takes.
+
+    Args:
+        modules: the attention modules whose frozen maps the graph holds; None where only a file is
+            known, and so no number of places.
 
     Raises:
         ConfigError: TensorRT before 8.5.
     """
     can = capabilities(version)
-    maps = [RequantizeMaps(), Int8Maps()] if can.integer_maps else [FloatMaps()]
-    norms = [] if can.layer_normalization else [DecomposeLayerNorm()]
-    return [PlannedPass(each, expected=None) for each in (*maps, *norms)]
+    return order.plan_trt(
+        modules,
+        integer_maps=can.integer_maps,
+        layer_normalization=can.layer_normalization,
+    )
 
 
 def to_trt(model: onnx.ModelProto, version: TrtVersion) -> onnx.ModelProto:

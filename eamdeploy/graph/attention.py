@@ -15,6 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import onnx_graphsurgeon as gs
@@ -31,7 +32,7 @@ from eamdeploy.graph.operand import (
     only_consumer,
 )
 from eamdeploy.graph.running import PROBE_BATCH, images_of
-from eamdeploy.graph.skip import Refused, Skip
+from eamdeploy.graph.skip import Refused, Skip, collect
 from eamdeploy.graph.tokens import token_gather
 
 
@@ -141,27 +142,13 @@ def find_attention(graph: gs.Graph) -> list[Attention | Skip]:
     Raises:
         UnsupportedGraph: the layouts can't be probed.
     """
-    found: list[_Candidate | Skip] = []
-    for node in graph.nodes:
-        if node.op == "Softmax":
-            try:
-                found.append(_candidate(node))
-            except Refused as refused:
-                found.append(refused.skip)
+    found = collect([node for node in graph.nodes if node.op == "Softmax"], _candidate)
     candidates = [c for c in found if isinstance(c, _Candidate)]
     if not candidates:
         return [skip for skip in found if isinstance(skip, Skip)]
     origins = _probe_all(graph, candidates)
-    result: list[Attention | Skip] = []
-    for item in found:
-        if isinstance(item, Skip):
-            result.append(item)
-            continue
-        try:
-            result.append(_attention(item, origins, images_of(graph) or PROBE_BATCH))
-        except Refused as refused:
-            result.append(refused.skip)
-    return result
+    images = images_of(graph) or PROBE_BATCH
+    return collect(found, partial(_attention, origins=origins, images=images))
 
 
 def _candidate(softmax: gs.Node) -> _Candidate:

@@ -18,7 +18,7 @@ from torch import nn
 from eamdeploy.errors import UnsupportedGraph
 from eamdeploy.host import swin, vit
 from eamdeploy.host.sites import AttentionSite, refuse_unless
-from eamdeploy.passes.order import Parts
+from eamdeploy.passes.facts import Parts
 
 _FAMILIES: tuple[ModuleType, ...] = (vit, swin)
 _BY_MODEL = {model: family for family in _FAMILIES for model in family.MODELS}
@@ -118,7 +118,7 @@ def steps(model: Any) -> list[tuple[str, nn.Module]]:
 
 
 def parts(model: Any) -> Parts:
-    """What `model` has besides attention that passes change."""
+    """How often `model` has what passes change."""
     found: Parts = _BY_MODEL[type(model)].parts(model)
     return found
 

@@ -27,8 +27,9 @@ from eamdeploy.graph.frozen import IntegerMaps
 from eamdeploy.host.attention import parts
 from eamdeploy.host.reference import LoadedModel, load_reference
 from eamdeploy.passes.class_token_only import ClassTokenOnly
+from eamdeploy.passes.facts import Parts
 from eamdeploy.passes.freeze_heads import AttentionModule
-from eamdeploy.passes.order import Parts, with_dependents
+from eamdeploy.passes.order import with_dependents
 from eamdeploy.passes.requantize_maps import RequantizeMaps
 from eamdeploy.vocabulary import Exporter, Quantizer
 

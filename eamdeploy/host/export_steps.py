@@ -73,7 +73,8 @@ def rewrite(plan: ExportPlan, stock: StockExport, variant: Variant) -> Rewritten
     model = to_model(graph)
     check_accounted(model, variant.modules)
     if plan.options.trt is not None:
-        results += [result for result in run_passes(graph, plan_trt(plan.options.trt)) if result.rewritten]
+        for_trt = run_passes(graph, plan_trt(plan.options.trt, variant.modules))
+        results += [result for result in for_trt if result.rewritten]
         model = to_model(graph)
     card = card.model_copy(update={"rewrites": [*card.rewrites, *(result.name for result in results)]})
     return Rewritten(serialize(with_card(model, card)), card, nodes_stock, len(model.graph.node))

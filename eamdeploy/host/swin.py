@@ -3,14 +3,21 @@
 from __future__ import annotations
 
 import math
+from itertools import starmap, zip_longest
 from typing import Any
 
 import torch
-from timm.models.swin_transformer import SwinTransformer, SwinTransformerBlock, WindowAttention
+from timm.models.swin_transformer import (
+    PatchMerging,
+    SwinTransformer,
+    SwinTransformerBlock,
+    WindowAttention,
+    window_partition,
+)
 from torch import nn
 
 from eamdeploy.host.sites import AttentionSite, refuse_other_modules, refuse_unless
-from eamdeploy.passes.order import Parts
+from eamdeploy.passes.facts import Parts
 
 MODELS = (SwinTransformer,)
 ATTENTION = WindowAttention
@@ -55,8 +62,46 @@ def sites(model: Any) -> list[AttentionSite]:
 
 
 def parts(model: Any) -> Parts:
-    """What `model` has besides attention that passes change: nothing; its tokens are patches, its positions biases."""
-    return Parts(embeddings=0, layer_scales=0)
+    """How often `model` has what passes change; its tokens are patches, its positions biases."""
+    path = [module for _, module in steps(model)]
+    blocks = [block for _, block in _blocks(model)]
+    attentions = [block.attn for block in blocks]
+    biased = [each for each in attentions if each.qkv.bias is not None]
+    return Parts(
+        embeddings=0,
+        layer_scales=0,
+        scaled_queries=sum(each.scale != 1 for each in attentions),
+        biased_keys=len(biased),
+        biased_values=sum(each.proj.bias is not None for each in biased),
+        token_moves=len(path) + len(blocks),  # a block moves them twice, patch merging once
+        reordering_blocks=sum(map(_reorders, blocks)),
+        reorderings_met=sum(starmap(_is_met, zip_longest(path, path[1:]))),
+        masks=sum(block.attn_mask is not None for block in blocks),
+    )
+
+
+def _reorders(block: Any) -> bool:
+    """Whether the windows of `block` divide the image and hold its tokens in another order."""
+    (height, width), window = block.input_resolution, block.window_size
+    if height % window[0] or width % window[1]:
+        return False
+    tokens = torch.arange(height * width).view(1, height, width, 1)
+    shifted = torch.roll(tokens, shifts=[-shift for shift in block.shift_size], dims=(1, 2))
+    return not torch.equal(window_partition(shifted, window).flatten(), tokens.flatten())
+
+
+def _is_met(step: Any, following: Any) -> bool:
+    """Whether the gather behind `step`, a block that reorders, meets one of `following`.
+
+    Args:
+        following: the next block, or patch merging; None in front of the pooling, which meets any
+            order of tokens.
+    """
+    if not (isinstance(step, SwinTransformerBlock) and _reorders(step)):
+        return False
+    if isinstance(following, PatchMerging):  # it pads an odd image
+        return not any(side % 2 for side in step.input_resolution)
+    return following is None or _reorders(following)
 
 
 def attend(attention: Any, x: torch.Tensor, mask: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:

@@ -11,7 +11,7 @@ from timm.models.vision_transformer import Attention, Block, LayerScale, VisionT
 from torch import nn
 
 from eamdeploy.host.sites import AttentionSite, refuse_other_modules, refuse_unless
-from eamdeploy.passes.order import Parts
+from eamdeploy.passes.facts import Parts
 
 MODELS = (VisionTransformer, VisionTransformerDistilled)
 ATTENTION = Attention
@@ -90,10 +90,20 @@ def _read_tokens(model: Any, tokens: int) -> tuple[int, ...] | None:
 
 
 def parts(model: Any) -> Parts:
-    """What `model` has besides attention that passes change."""
+    """How often `model` has what passes change; no windows are among it."""
+    attentions = [block.attn for block in model.blocks]
+    plain = [each for each in attentions if isinstance(each.q_norm, nn.Identity)]
+    biased = [each for each in attentions if each.qkv.bias is not None]
     return Parts(
         embeddings=int(model.num_prefix_tokens > 0 and model.pos_embed is not None),
         layer_scales=sum(isinstance(module, LayerScale) for module in model.modules()),
+        scaled_queries=sum(each.scale != 1 for each in plain),
+        biased_keys=sum(isinstance(each.k_norm, nn.Identity) for each in biased),
+        biased_values=sum(each.proj.bias is not None for each in biased),
+        token_moves=0,
+        reordering_blocks=0,
+        reorderings_met=0,
+        masks=0,
     )
 
 

@@ -21,7 +21,7 @@ import onnx_graphsurgeon as gs
 from numpy.typing import NDArray
 
 from eamdeploy.graph.nodes import redirect
-from eamdeploy.graph.skip import Refused, Skip
+from eamdeploy.graph.skip import Refused, Skip, collect
 from eamdeploy.graph.writer import GraphWriter
 
 
@@ -52,14 +52,7 @@ class AddPosition:
 
     def match(self, graph: gs.Graph) -> list[_Match | Skip]:
         """Every Concat that puts tokens of constants beside others."""
-        found: list[_Match | Skip] = []
-        for node in graph.nodes:
-            if node.op == "Concat" and node.attrs.get("axis") in (1, -2) and any(map(_is_fixed, node.inputs)):
-                try:
-                    found.append(_match(node))
-                except Refused as refused:
-                    found.append(refused.skip)
-        return found
+        return collect(filter(_joins_fixed_tokens, graph.nodes), _match)
 
     def rewrite(self, graph: gs.Graph, match: _Match) -> None:
         """The readers of x read the sum of padded patches and the embedding."""
@@ -71,6 +64,11 @@ class AddPosition:
         redirect(match.result, writer.node("embedded", "Add", [padded, embedding], shape))
         if match.convolution is not None:
             match.convolution.inputs = match.convolution.inputs[:2]
+
+
+def _joins_fixed_tokens(node: gs.Node) -> bool:
+    by_token = node.op == "Concat" and node.attrs.get("axis") in (1, -2)
+    return by_token and any(map(_is_fixed, node.inputs))
 
 
 def _match(concat: gs.Node) -> _Match:

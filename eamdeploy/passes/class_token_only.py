@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from eamdeploy.graph.attention import Attention, find_attention
 from eamdeploy.graph.emit import rewrite_attention
 from eamdeploy.graph.nodes import bypass, redirect
-from eamdeploy.graph.skip import Refused, Skip
+from eamdeploy.graph.skip import Refused, Skip, collect
 from eamdeploy.graph.tokens import is_tokenwise
 from eamdeploy.graph.writer import GraphWriter
 
@@ -58,16 +58,7 @@ class ClassTokenOnly:
 
     def match(self, graph: gs.Graph) -> list[_Match | Skip]:
         """Every attention behind which few tokens are read; a `Skip` for the others, which are most."""
-        found: list[_Match | Skip] = []
-        for item in find_attention(graph):
-            if isinstance(item, Skip):
-                found.append(item)
-                continue
-            try:
-                found.append(_match(item))
-            except Refused as refused:
-                found.append(refused.skip)
-        return found
+        return collect(find_attention(graph), _match)
 
     def rewrite(self, graph: gs.Graph, match: _Match) -> None:
         """Tokens are chosen in front of queries and where something joins them, no longer behind the last norm."""

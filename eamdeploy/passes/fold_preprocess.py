@@ -13,12 +13,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import onnx
 import onnx_graphsurgeon as gs
 
-from eamdeploy.graph.skip import Refused, Skip
+from eamdeploy.graph.skip import Refused, Skip, collect
 from eamdeploy.graph.writer import GraphWriter
 
 _LARGEST_PIXEL = 255
@@ -43,10 +44,7 @@ class FoldPreprocess:
 
     def match(self, graph: gs.Graph) -> list[_Match | Skip]:
         """The convolution that reads the image."""
-        try:
-            return [_match(graph.inputs[0], len(self._mean))]
-        except Refused as refused:
-            return [refused.skip]
+        return collect(graph.inputs[:1], partial(_match, channels=len(self._mean)))
 
     def rewrite(self, graph: gs.Graph, match: _Match) -> None:
         """The input is uint8; the convolution reads it cast to float32 and has weights of its own."""

@@ -138,8 +138,7 @@ def check_accounted(model: onnx.ModelProto, modules: Sequence[AttentionModule]) 
     dequantized = {node.input[0] for node in model.graph.node if node.op_type == "DequantizeLinear"}
     stored = [onnx.numpy_helper.to_array(constants[name]) for name in dequantized if name in constants]
     for module in modules:
-        frozen = None if module.frozen is None else module.frozen.of_rows(module.read_tokens)
-        for heads, wanted in _wanted(frozen) if frozen is not None else ():
+        for heads, wanted in stored_maps(module):
             if not any(item.dtype == wanted.dtype and np.array_equal(item, wanted) for item in stored):
                 raise UnsupportedGraph(
                     f"frozen heads of {module.path} are not in the exported graph",
@@ -148,8 +147,16 @@ def check_accounted(model: onnx.ModelProto, modules: Sequence[AttentionModule]) 
                 )
 
 
-def _wanted(frozen: IntegerMaps) -> Iterator[tuple[tuple[int, ...], NDArray[np.unsignedinteger]]]:
-    """Heads, and the integers `[rows, N]` that one constant must hold for them, in this order."""
+def stored_maps(
+    module: AttentionModule,
+) -> Iterator[tuple[tuple[int, ...], NDArray[np.unsignedinteger]]]:
+    """Heads, and the integers `[rows, N]` that one constant must hold for them, in this order.
+
+    Of maps of which only some rows are read, the integers are those of these rows.
+    """
+    frozen = None if module.frozen is None else module.frozen.of_rows(module.read_tokens)
+    if frozen is None:
+        return
     groups = head_groups(max(frozen.heads) + 1, frozen)
     for heads in filter(None, (groups.partial, groups.whole)):
         chosen = frozen.take(heads)

@@ -16,13 +16,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import onnx
 import onnx_graphsurgeon as gs
 
 from eamdeploy.graph.operand import only_consumer, producer
 from eamdeploy.graph.running import images_of
-from eamdeploy.graph.skip import Refused, Skip
+from eamdeploy.graph.skip import Refused, Skip, collect
 from eamdeploy.graph.writer import GraphWriter
 
 DOMAIN, OPERATOR = "com.microsoft", "MultiHeadAttention"
@@ -62,14 +63,8 @@ class FusedAttention:
 
     def match(self, graph: gs.Graph) -> list[LiveAttention | Skip]:
         """Every softmax of `graph`."""
-        found: list[LiveAttention | Skip] = []
-        for node in graph.nodes:
-            if node.op == "Softmax":
-                try:
-                    found.append(_live_attention(graph, node))
-                except Refused as refused:
-                    found.append(refused.skip)
-        return found
+        softmaxes = [node for node in graph.nodes if node.op == "Softmax"]
+        return collect(softmaxes, partial(_live_attention, graph))
 
     def rewrite(self, graph: gs.Graph, match: LiveAttention) -> None:
         """The merged heads are the operator's output, beside the heads of other groups."""

@@ -18,7 +18,7 @@ import numpy as np
 import onnx_graphsurgeon as gs
 
 from eamdeploy.graph.nodes import bypass, reduced_axes
-from eamdeploy.graph.skip import Refused, Skip
+from eamdeploy.graph.skip import Refused, Skip, collect
 from eamdeploy.graph.tokens import TokenGather, is_tokenwise, token_gather
 
 _REDUCTIONS = frozenset({"ReduceMax", "ReduceMean", "ReduceSum", "ReduceMin"})
@@ -37,15 +37,9 @@ class MergeGathers:
 
     def match(self, graph: gs.Graph) -> list[_Match | Skip]:
         """Every permutation that something but attention stands behind."""
-        found: list[_Match | Skip] = []
-        for node in graph.nodes:
-            gather = token_gather(node)
-            if gather is not None and gather.is_permutation:
-                try:
-                    found.append(_Match(gather, _gathers_behind(gather)))
-                except Refused as refused:
-                    found.append(refused.skip)
-        return found
+        gathers = filter(None, map(token_gather, graph.nodes))
+        permutations = [gather for gather in gathers if gather.is_permutation]
+        return collect(permutations, lambda gather: _Match(gather, _gathers_behind(gather)))
 
     def rewrite(self, graph: gs.Graph, match: _Match) -> None:
         """The first gather is gone; the later ones gather from its input, and those that then move nothing are gone."""

@@ -1,112 +1,37 @@
-"""The passes, in the order in which they run, and how many places each must change.
-
-| pass                | depends on          | places                                     |
-|---------------------|---------------------|--------------------------------------------|
-| static_shapes       | -                   | wherever the exporter computed a shape     |
-| fold_preprocess     | -                   | the patch embedding, if asked for          |
-| gather_tokens       | -                   | wherever the exporter spelled it so        |
-| window_order        | gather_tokens       | every block whose windows divide the image |
-| merge_gathers       | window_order        | most of those                              |
-| merge_reshapes      | -                   | wherever a pass left some                  |
-| add_position        | -                   | one, where tokens stand beside the patches |
-| fold_layer_scale    | -                   | every LayerScale                           |
-| zero_mask           | -                   | every block with shifted windows           |
-| canonical_attention | -                   | every attention module                     |
-| scale_into_query    | canonical_attention | every one without a norm of its queries    |
-| drop_key_bias       | canonical_attention | every one with biased keys and no norm     |
-| fold_value_bias     | canonical_attention | every one with biased values, but not      |
-|                     |                     | where entries are frozen                   |
-| class_token_only    | canonical_attention | the last module, where the classifier      |
-|                     |                     | reads at most half of the tokens           |
-| freeze_heads        | -                   | every attention module with frozen maps    |
-| fusable_gelu        | -                   | wherever the exporter spelled it so        |
-
-The last two columns of a model without windows are empty for the four about windows.
-
-All that always run may be left out but freeze_heads, and take along those that depend on them: without them these would
-find nothing, or do their work, as every pass that changes attention writes it in canonical form. freeze_heads does so
-too, with the modules that have frozen maps. The order matters beyond that: static_shapes shows gather_tokens longer
-chains, and a mask must be found before canonical_attention makes it one constant with the position bias.
-"""
+"""The plans of passes, each a view of the one list `passes.rewrites.REWRITES`."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 from eamdeploy.errors import ConfigError
-from eamdeploy.passes.add_position import AddPosition
 from eamdeploy.passes.base import PlannedPass
-from eamdeploy.passes.canonical_attention import CanonicalAttention
-from eamdeploy.passes.class_token_only import ClassTokenOnly
-from eamdeploy.passes.drop_key_bias import DropKeyBias
-from eamdeploy.passes.fold_layer_scale import FoldLayerScale
+from eamdeploy.passes.facts import NOTHING_KNOWN, UNKNOWN, Facts, Parts, facts_of, facts_of_maps
 from eamdeploy.passes.fold_preprocess import FoldPreprocess
-from eamdeploy.passes.fold_value_bias import FoldValueBias
-from eamdeploy.passes.freeze_heads import AttentionModule, FreezeHeads
-from eamdeploy.passes.fusable_gelu import FusableGelu
-from eamdeploy.passes.gather_tokens import GatherTokens
-from eamdeploy.passes.merge_gathers import MergeGathers
-from eamdeploy.passes.merge_reshapes import MergeReshapes
-from eamdeploy.passes.scale_into_query import ScaleIntoQuery
-from eamdeploy.passes.static_shapes import StaticShapes
-from eamdeploy.passes.window_order import WindowOrder
-from eamdeploy.passes.zero_mask import ZeroMask
+from eamdeploy.passes.freeze_heads import AttentionModule
+from eamdeploy.passes.quantize_products import Range
+from eamdeploy.passes.rewrites import REWRITES, Given, Target
 
-
-@dataclass(frozen=True)
-class Parts:
-    """How often a model has what some passes change, attention aside; None where that is not known.
-
-    Attributes:
-        embeddings: places where tokens of weights are put beside the patches and positions are added.
-        layer_scales: learned factors of channels behind attention or MLP.
-    """
-
-    embeddings: int | None = None
-    layer_scales: int | None = None
-
-
-UNKNOWN = Parts()
-
-SWITCHABLE: Mapping[str, str | None] = {
-    StaticShapes.name: None,
-    GatherTokens.name: None,
-    WindowOrder.name: GatherTokens.name,
-    MergeGathers.name: WindowOrder.name,
-    MergeReshapes.name: None,
-    AddPosition.name: None,
-    FoldLayerScale.name: None,
-    ZeroMask.name: None,
-    CanonicalAttention.name: None,
-    ScaleIntoQuery.name: CanonicalAttention.name,
-    DropKeyBias.name: CanonicalAttention.name,
-    FoldValueBias.name: CanonicalAttention.name,
-    ClassTokenOnly.name: CanonicalAttention.name,
-    FusableGelu.name: None,
-}
-"""The passes that run unless they are left out, in order, and what each depends on."""
-_NOT_SWITCHABLE = {
-    FreezeHeads.name: "The unfrozen twin is what --baseline writes.",
-    FoldPreprocess.name: "It only runs with --fold-preprocess.",
-}
+SWITCHABLE: Mapping[str, str | None] = {row.name: row.needs for row in REWRITES if not row.kept}
+"""The passes that run unless they are left out, in order, and what each needs."""
 
 
 def with_dependents(names: Iterable[str]) -> frozenset[str]:
-    """`names` and the passes that depend on them, directly or through another.
+    """`names` and the passes that need them, directly or through another.
 
     Raises:
         ConfigError: a name is not that of a pass that can be left out.
     """
     wanted = frozenset(names)
+    kept = {row.name: row.kept for row in REWRITES if row.kept}
     for name in sorted(wanted - SWITCHABLE.keys()):
         raise ConfigError(
-            f"the pass {name} can't be left out" if name in _NOT_SWITCHABLE else f"there is no pass {name}",
+            f"the pass {name} can't be left out" if name in kept else f"there is no pass {name}",
             expected=f"some of {', '.join(SWITCHABLE)}",
-            hint=_NOT_SWITCHABLE.get(name),
+            hint=kept.get(name),
         )
-    for name, needed in SWITCHABLE.items():  # in order, so that what depends on a dependent comes behind it
+    for name, needed in SWITCHABLE.items():  # what a pass needs stands in front of the pass
         if needed in wanted:
             wanted |= {name}
     return wanted
@@ -118,29 +43,69 @@ def plan_passes(
     fold: FoldPreprocess | None = None,
     without: frozenset[str] = frozenset(),
 ) -> list[PlannedPass[Any]]:
-    """The passes for a model with these attention modules and parts; without frozen maps, for its unfrozen twin.
+    """The passes of every export, for a model with these attention modules and parts.
 
     Args:
-        fold: for a model whose input becomes pixels; None where it stays normalized.
+        modules: without frozen maps, the plan is that of the unfrozen twin.
+        fold: for a model whose input becomes pixels; None where the input stays normalized.
         without: passes that are left out, see `with_dependents`.
     """
-    frozen = sum(module.frozen is not None for module in modules)
-    plan: list[PlannedPass[Any]] = [
-        *([] if fold is None else [PlannedPass(fold, expected=1)]),
-        *(PlannedPass(p, expected=None) for p in (StaticShapes(), GatherTokens(), WindowOrder(), MergeGathers())),
-        PlannedPass(MergeReshapes(), expected=None),
-        PlannedPass(AddPosition(), expected=parts.embeddings),
-        PlannedPass(FoldLayerScale(), expected=parts.layer_scales),
-        PlannedPass(ZeroMask(), expected=None),
-        PlannedPass(CanonicalAttention(), expected=len(modules)),
-        PlannedPass(ScaleIntoQuery(), expected=None),
-        PlannedPass(DropKeyBias(), expected=None),
-    ]
-    if not any(module.frozen and module.frozen.mixes_rows for module in modules):
-        plan.append(PlannedPass(FoldValueBias(), expected=None))
-    few = sum(module.read_tokens is not None for module in modules)
-    plan.append(PlannedPass(ClassTokenOnly(), expected=few))
-    if frozen:
-        plan.append(PlannedPass(FreezeHeads(modules), expected=frozen))
-    plan.append(PlannedPass(FusableGelu(), expected=None))
-    return [planned for planned in plan if planned.rewrite_pass.name not in without]
+    given = Given(modules=tuple(modules), fold=fold)
+    return _plan((Target.EVERY_EXPORT,), given, facts_of(modules, parts), without)
+
+
+def plan_trt(
+    modules: Sequence[AttentionModule] | None = None,
+    *,
+    integer_maps: bool,
+    layer_normalization: bool,
+) -> list[PlannedPass[Any]]:
+    """The passes behind those of `plan_passes`, for a TensorRT.
+
+    Args:
+        modules: the attention modules whose frozen maps the graph holds; None where only a file is
+            known.
+        integer_maps: that TensorRT builds integer constants as frozen maps.
+        layer_normalization: that TensorRT knows the operator LayerNormalization.
+    """
+    targets = [Target.TRT_INTEGER_MAPS if integer_maps else Target.TRT_FLOAT_MAPS]
+    targets += [] if layer_normalization else [Target.TRT_SPELLED_NORMS]
+    return _plan(targets, Given(), NOTHING_KNOWN if modules is None else facts_of_maps(modules))
+
+
+def plan_trt_int8(ranges: Mapping[str, Range]) -> list[PlannedPass[Any]]:
+    """The passes behind those of `plan_trt`, for a TensorRT that computes in INT8.
+
+    Args:
+        ranges: smallest and largest value of computed tensors, by name, from calibration.
+    """
+    return _plan((Target.TRT_INT8,), Given(ranges=ranges))
+
+
+def plan_ort(
+    *,
+    fused_attention: bool,
+    ranges: Mapping[str, Range] | None,
+) -> list[PlannedPass[Any]]:
+    """The passes behind those of `plan_passes`, for a form that ONNX Runtime alone takes.
+
+    Args:
+        fused_attention: live attention becomes ONNX Runtime's own operator.
+        ranges: smallest and largest value of computed tensors, by name, from calibration, for
+            static INT8; None for a form without static INT8.
+    """
+    targets = [Target.ORT_FUSED] if fused_attention else []
+    targets += [] if ranges is None else [Target.ORT_INT8]
+    return _plan(targets, Given(ranges=ranges, unsigned=True))
+
+
+def _plan(
+    targets: Collection[Target],
+    given: Given,
+    facts: Facts = NOTHING_KNOWN,
+    without: frozenset[str] = frozenset(),
+) -> list[PlannedPass[Any]]:
+    rows = [row for row in REWRITES if row.name not in without]
+    chosen = [row for row in rows if not set(row.targets).isdisjoint(targets)]
+    planned = (row.plan(given, facts, without) for row in chosen)
+    return [each for each in planned if each is not None]

@@ -27,6 +27,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -37,7 +38,7 @@ from eamdeploy.graph.int8_weights import LARGEST, integers_of, pair_limits
 from eamdeploy.graph.layout import LAYOUT_OPS
 from eamdeploy.graph.linear import is_classifier
 from eamdeploy.graph.nodes import redirect
-from eamdeploy.graph.skip import Refused, Skip
+from eamdeploy.graph.skip import Refused, Skip, collect
 from eamdeploy.graph.writer import GraphWriter
 
 Range = tuple[float, float]
@@ -79,14 +80,8 @@ class QuantizeProducts:
 
     def match(self, graph: gs.Graph) -> list[Product | Skip]:
         """Every MatMul."""
-        found: list[Product | Skip] = []
-        for node in graph.nodes:
-            if node.op == "MatMul":
-                try:
-                    found.append(self._product(graph, node))
-                except Refused as refused:
-                    found.append(refused.skip)
-        return found
+        products = [node for node in graph.nodes if node.op == "MatMul"]
+        return collect(products, partial(self._product, graph))
 
     def rewrite(self, graph: gs.Graph, match: Product) -> None:
         """The product reads dequantized integers."""

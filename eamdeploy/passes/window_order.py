@@ -17,7 +17,7 @@ import numpy as np
 import onnx_graphsurgeon as gs
 
 from eamdeploy.graph.nodes import bypass, redirect
-from eamdeploy.graph.skip import Refused, Skip
+from eamdeploy.graph.skip import Refused, Skip, collect
 from eamdeploy.graph.tokens import TokenGather, behind_views, is_tokenwise, is_view, token_gather
 from eamdeploy.graph.writer import GraphWriter
 
@@ -41,18 +41,14 @@ class WindowOrder:
 
     def match(self, graph: gs.Graph) -> list[_Match | Skip]:
         """Every residual sum whose one side comes from a gather of tokens."""
-        found: list[_Match | Skip] = []
-        for node in graph.nodes:
-            if node.op != "Add":
-                continue
-            for branch in (0, 1):
-                reverse = _gather_behind(node.inputs[branch])
-                if reverse is not None:
-                    try:
-                        found.append(_match(graph, node, branch, reverse))
-                    except Refused as refused:
-                        found.append(refused.skip)
-        return found
+        places = [
+            (node, branch, reverse)
+            for node in graph.nodes
+            if node.op == "Add"
+            for branch in (0, 1)
+            if (reverse := _gather_behind(node.inputs[branch])) is not None
+        ]
+        return collect(places, lambda place: _match(graph, *place))
 
     def rewrite(self, graph: gs.Graph, match: _Match) -> None:
         """x is gathered once, in front of the norm and the sum; the sum's readers read it gathered back."""

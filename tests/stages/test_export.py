@@ -33,8 +33,9 @@ from eamdeploy.images.source import ImageSource
 from eamdeploy.observer import SILENT, Silent
 from eamdeploy.parity.reference_set import ReferenceSet, reference_path
 from eamdeploy.passes.base import PlannedPass
+from eamdeploy.passes.facts import Parts
 from eamdeploy.passes.freeze_heads import AttentionModule
-from eamdeploy.passes.order import SWITCHABLE, Parts, plan_passes, with_dependents
+from eamdeploy.passes.order import SWITCHABLE, plan_passes, with_dependents
 from eamdeploy.stages import export as exporting
 from eamdeploy.vocabulary import GRANULARITIES, Granularity
 
