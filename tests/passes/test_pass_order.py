@@ -95,13 +95,23 @@ def test_families_state_what_their_models_have() -> None:
     assert PARTS.keys() == {*VARIANTS, *SWIN_VARIANTS}
 
 
+def test_moves_of_tokens_are_not_counted_among_computed_shapes() -> None:
+    plan = plan_passes(planned_modules("swin"), SWIN, without=frozenset({"static_shapes"}))
+    places = expected_places(plan)
+    assert places["gather_tokens"] is places["window_order"] is places["merge_gathers"] is None
+    assert places["canonical_attention"] == places["scale_into_query"] == 4
+
+
 def test_places_of_a_model_of_which_nothing_is_stated_are_not_known() -> None:
     plan = plan_passes(planned_modules("vit"))
     known = {name for name, number in expected_places(plan).items() if number is not None}
     assert known == {"canonical_attention", "class_token_only"}
 
 
-@pytest.mark.parametrize("export", [*EXPORTS, *SWIN_EXPORTS], ids=str)
+ONE_OF_EACH = {(each.variant, each.exporter): each for each in (*EXPORTS, *SWIN_EXPORTS)}
+
+
+@pytest.mark.parametrize("export", ONE_OF_EACH.values(), ids=str)
 def test_every_pass_fires_where_the_model_says(export: Export) -> None:
     """Another number would be an error; what has no number here is the exporter's choice."""
     plan = plan_passes(planned_modules(export.variant), parts(timm_model(export.variant)))
