@@ -129,17 +129,20 @@ def test_name_that_is_too_long(run_cli: RunCli, eam_model: Path, tmp_path: Path,
     assert "aaaaaaaa" in line and not list(tmp_path.iterdir())
 
 
-def test_model_whose_data_file_has_a_name_that_is_too_long(run_cli: RunCli, eam_model: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", [LONG, "a" * 100_000, "../" + "a" * 100_000], ids=["300", "100,000", "elsewhere"])
+def test_model_whose_data_file_has_a_name_that_is_too_long(
+    run_cli: RunCli, eam_model: Path, tmp_path: Path, name: str
+) -> None:
     model = onnx.load(eam_model)
     onnx.save_model(model, tmp_path / "x.onnx", save_as_external_data=True, location="x.onnx.data", size_threshold=0)
     hurt = onnx.load(tmp_path / "x.onnx", load_external_data=False)
     for tensor in hurt.graph.initializer:
         for entry in tensor.external_data:
             if entry.key == "location":
-                entry.value = LONG
+                entry.value = name
     (tmp_path / "x.onnx").write_bytes(hurt.SerializeToString())
     line = only_error(run_cli("inspect", tmp_path / "x.onnx"), 2)
-    assert "keeps its weights in aaaaaaa" in line and "not beside it" in line
+    assert "keeps its weights" in line and "aaaaaaa" in line and len(line) < 2000
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf])

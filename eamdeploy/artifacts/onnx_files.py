@@ -36,6 +36,7 @@ OUTSIDE_BYTES = 1024
 _OTHERS = (".safetensors", ".plan", ".engine", ".npz", ".json", ".html", ".png")  # what else we write
 _ALIGNMENT = 4096  # so that a tensor can be mapped into memory
 _CHUNK_BYTES = 1 << 20
+_LONGEST_NAME = 255
 
 
 @dataclass(frozen=True)
@@ -193,19 +194,24 @@ def _data_file(path: Path, tensor: OutsideTensor) -> Path:
     posix, windows = PurePosixPath(location), PureWindowsPath(location)
     absolute = posix.is_absolute() or windows.drive or windows.root
     if absolute or ".." in (*posix.parts, *windows.parts) or posix.name == "" or "\0" in location:
-        raise _elsewhere(path, repr(location))
+        raise _elsewhere(path, repr(_shown(location)))
     file = path.parent / location
     if not is_there(file):
         raise ConfigError(
-            f"{path} keeps its weights in {location}, which is not beside it",
-            expected=f"a file {file}",
-            hint=f"Copy {location} together with {path.name}.",
+            f"{path} keeps its weights in {_shown(location)}, which is not beside it",
+            expected=f"a file of that name in {path.parent}",
+            hint=f"Copy {_shown(location)} together with {path.name}.",
         )
     if not is_file(file):
-        raise ConfigError(f"{path} keeps its weights in {location}, which is no file")
+        raise ConfigError(f"{path} keeps its weights in {_shown(location)}, which is no file")
     if not Path(os.path.realpath(file)).is_relative_to(os.path.realpath(path.parent)):
-        raise _elsewhere(path, f"{location}, a link to {os.path.realpath(file)}")
+        raise _elsewhere(path, f"{_shown(location)}, a link to {os.path.realpath(file)}")
     return file
+
+
+def _shown(location: str) -> str:
+    """A name out of a foreign file, no longer than a message can bear."""
+    return location if len(location) <= _LONGEST_NAME else f"{location[:_LONGEST_NAME]}…"
 
 
 def _elsewhere(path: Path, got: str) -> CheckpointError:
