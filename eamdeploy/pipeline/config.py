@@ -16,6 +16,7 @@ from eamdeploy.convert.ort_form import OrtForm, forms_for
 from eamdeploy.eam.options import DEFAULT_OPTIONS, FreezeOptions
 from eamdeploy.errors import ConfigError
 from eamdeploy.images.options import TIMM_PREPROCESSING, ImageOptions, PreprocessingOverrides
+from eamdeploy.images.source import ImageSource, read_class_names
 from eamdeploy.profiling.timing import Schedule
 from eamdeploy.vocabulary import ClassOrder, Exporter, ProviderName
 
@@ -42,6 +43,15 @@ class EvaluateOptions(ImageOptions):
 
     class_order: ClassOrder | None = None
     class_names: Path | None = None
+
+    @property
+    def source(self) -> ImageSource:
+        """These images, with their labels read as the section says.
+
+        Raises:
+            ConfigError: the file of class names can't be read.
+        """
+        return replace(super().source, class_order=self.class_order, class_names=read_class_names(self.class_names))
 
 
 class ExportConfig(Record):

@@ -14,7 +14,7 @@ from eamdeploy.images.folder import folder_digest
 from eamdeploy.observer import Observer
 from eamdeploy.parity.reference_set import reference_path
 from eamdeploy.pipeline.config import RunConfig
-from eamdeploy.pipeline.stage import Stage, engine_inputs, engines, image_source, models, runtime_versions, versions_of
+from eamdeploy.pipeline.stage import Stage, engine_inputs, engines, models, runtime_versions, versions_of
 from eamdeploy.profiling.timing import Schedule
 from eamdeploy.stages.build_ort import build_ort
 from eamdeploy.stages.evaluate import evaluate
@@ -62,7 +62,7 @@ def build_stage(config: RunConfig, observer: Observer) -> Stage:
 def _calibration(config: RunConfig) -> Calibration | None:
     if not config.build.calibrate:
         return None
-    images = image_source(config.calibrate)
+    images = config.calibrate.source
     return Calibration(replace(images, limit=min(images.limit or CALIBRATION_IMAGES, CALIBRATION_IMAGES)))
 
 
@@ -82,7 +82,7 @@ def evaluate_stage(config: RunConfig, observer: Observer) -> Stage | None:
     """None where there are no images to evaluate on."""
     if config.evaluate is None:
         return None
-    output, images = config.output / "evaluation.json", image_source(config.evaluate)
+    output, images = config.output / "evaluation.json", config.evaluate.source
     engine, baseline = engines(config)
 
     def action() -> None:

@@ -12,13 +12,13 @@ from eamdeploy.images.source import read_class_names
 from eamdeploy.observer import Observer
 from eamdeploy.parity.reference_set import REFERENCE_IMAGES, reference_path
 from eamdeploy.pipeline.config import RunConfig
-from eamdeploy.pipeline.stage import Stage, image_source, models, versions_of
+from eamdeploy.pipeline.stage import Stage, models, versions_of
 
 
 def freeze_stage(config: RunConfig, observer: Observer) -> Stage:
     output, model = config.output / "model.eam.safetensors", config.model
     heatmap = config.output / "heatmap.png"
-    images = image_source(config.calibrate)
+    images = config.calibrate.source
 
     def action() -> None:
         with host_packages("freezing"):
@@ -57,7 +57,7 @@ def freeze_stage(config: RunConfig, observer: Observer) -> Stage:
 def export_stage(config: RunConfig, observer: Observer) -> Stage:
     checkpoint = config.output / "model.eam.safetensors"
     model, baseline = models(config)
-    images = replace(image_source(config.calibrate), limit=REFERENCE_IMAGES)
+    images = replace(config.calibrate.source, limit=REFERENCE_IMAGES)
 
     def action() -> None:
         with host_packages("exporting"):

@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 from eamdeploy.artifacts.onnx_files import digest_model
 from eamdeploy.devices.provenance import package_versions
 from eamdeploy.engines.manifest import Manifest, manifest_path
 from eamdeploy.engines.registry import load_backend
-from eamdeploy.images.options import ImageOptions
-from eamdeploy.images.source import ImageSource, read_class_names
-from eamdeploy.pipeline.config import EvaluateOptions, RunConfig
+from eamdeploy.pipeline.config import RunConfig
 from eamdeploy.vocabulary import ProviderName
 
 _OF_OTHER_PROVIDERS = ("onnxruntime-openvino", "onnxruntime-gpu", "tensorrt")
@@ -31,18 +29,6 @@ class Stage:
     inputs: Mapping[str, object]
     outputs: list[Path]
     action: Callable[[], object]
-
-
-def image_source(config: ImageOptions) -> ImageSource:
-    """The images of a section.
-
-    Raises:
-        ConfigError: its file of class names can't be read.
-    """
-    source = config.source
-    if not isinstance(config, EvaluateOptions):
-        return source
-    return replace(source, class_order=config.class_order, class_names=read_class_names(config.class_names))
 
 
 def models(config: RunConfig) -> list[Path]:

@@ -25,6 +25,16 @@ def with_cache(calibration: Calibration | None, output: Path) -> Calibration | N
 
 
 def read_reference(model: Path, reference: Path | None, *, verify: bool) -> ReferenceSet:
+    """The reference set that an engine of this model is checked with.
+
+    Args:
+        reference: its file; None for the file beside the model.
+        verify: the set must be as it was written, and the model the one that it was written with.
+
+    Raises:
+        ConfigError: there is no such file.
+        CheckpointError: the file is damaged, was altered, or belongs to another model.
+    """
     path = reference_path(model) if reference is None else reference
     if not is_file(path):
         raise ConfigError(
@@ -38,5 +48,10 @@ def read_reference(model: Path, reference: Path | None, *, verify: bool) -> Refe
 
 
 def reference_file(path: Path) -> ReferenceFile:
+    """What a manifest says of the reference set at `path`, so that the engine can be proved anew.
+
+    Raises:
+        ConfigError: the file can't be read.
+    """
     name = printable(path.name).replace("\\", "_")  # of a name that is no text, one that is never found again
     return ReferenceFile(name=name, digest=digest_file(path))
