@@ -1,4 +1,4 @@
-# eamdeploy for a board: no torch, no compiler, not root. How to build and run it: docs/container.md.
+# eamdeploy for a board: no torch, no compiler, not root. How to build and run it: docs/guides/containers.md.
 # Any base with glibc, libstdc++ and Python 3.10 to 3.13 with its venv module; on a Jetson one that has TensorRT.
 ARG BASE_IMAGE=python:3.12-slim-bookworm
 

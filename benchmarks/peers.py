@@ -10,7 +10,8 @@ is that of the odd images, one at a time; even images calibrate.
 DeiT-Tiny has the weights given, any other model random ones: how far an engine agrees with its own unfrozen model is
 all that its accuracy can tell. Without `--weights` and `--data` all weights are random and the images noise. Peers that
 are not installed are named with the reason; `pip install 'eamdeploy[bench]'` brings them. Our rows on OpenVINO need the
-package onnxruntime-openvino in the place of onnxruntime, which then runs all rows of ONNX Runtime (docs/usage.md).
+package onnxruntime-openvino in the place of onnxruntime, which then runs all rows of ONNX Runtime
+(docs/guides/onnx-runtime.md).
 """
 
 from __future__ import annotations

@@ -13,7 +13,7 @@ from eamdeploy.cli.console import print_result
 
 def run(
     context: typer.Context,
-    config: Annotated[Path, typer.Argument(help="TOML configuration, see docs/usage.md.")],
+    config: Annotated[Path, typer.Argument(help="TOML configuration, see docs/reference/configuration.md.")],
     force: Annotated[bool, typer.Option("--force", help="Run every stage again.")] = False,
     as_json: options.AsJson = False,
 ) -> None:

@@ -245,7 +245,7 @@ def inspection(found: Inspection) -> RenderableType:
 
 
 def doctor(found: Diagnosis) -> RenderableType:
-    """What the machine has, and for everything that eamdeploy does what it lacks."""
+    """What the machine has, and for each command what is missing here."""
     machine = found.machine
     clock = "" if machine.frequency_mhz is None else f", {machine.frequency_mhz:.0f} MHz now"
     most = "" if machine.max_frequency_mhz is None else f", {machine.max_frequency_mhz:.0f} MHz at most"

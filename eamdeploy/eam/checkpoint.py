@@ -15,7 +15,7 @@ The file's metadata has one entry, `eam`: a `CheckpointHeader` as JSON. Its key 
 (`eamdeploy.seal`) of the JSON's other keys and of all tensors, so that no bit of either can change unnoticed; format 1
 has none. Only modules with frozen heads have tensors under `eam.`. Nothing is unpickled, and what is loaded has passed
 `validate`.
-Source: docs/design.md, Checkpoint; docs/formats.md.
+Source: docs/design.md, Checkpoint; docs/reference/formats.md.
 """
 
 from __future__ import annotations

@@ -34,7 +34,10 @@ from eamdeploy.eam.records import FrozenMaps, spread_mask
 from eamdeploy.errors import CheckpointError, ConfigError
 from eamdeploy.vocabulary import Bits, Quantizer
 
-_HINT = "Write the maps again, with numpy.savez or safetensors.numpy.save_file; docs/formats.md says which arrays."
+_HINT = (
+    "Write the maps again, with numpy.savez or safetensors.numpy.save_file; "
+    "docs/reference/formats.md says which arrays."
+)
 _KINDS = ("heads", "maps", "codes", "mask", "scales")
 
 

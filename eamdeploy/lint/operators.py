@@ -1,6 +1,6 @@
 """Rules about operators, operator sets and the types that nodes compute in.
 
-Source: docs/tensorrt.md, The ONNX parser; onnx-tensorrt's list of operators (docs/operators.md of its releases).
+Source: docs/tensorrt.md, The ONNX parser; onnx-tensorrt's list of operators (operators.md of its releases).
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """The one list of rewrites: what each needs, at how many places it must fire, and who gets it.
 
 The plans for torch's exports, for TensorRT and for ONNX Runtime (`passes.order`), what `--without`
-may leave out, and the table in the documentation are views of `REWRITES`.
+may leave out, and the list in the documentation are views of `REWRITES`.
 
 The order of the rows is the order in which passes run. Beyond what the rows say of needs,
 static_shapes shows longer chains to gather_tokens, and zero_mask must find a mask before
@@ -14,6 +14,7 @@ they would do the work of canonical_attention if it were left out alone.
 from __future__ import annotations
 
 import sys
+import textwrap
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from enum import Enum
@@ -164,6 +165,8 @@ def _quantize_products(given: Given) -> QuantizeProducts:
 _ATTENTION_MODULES = Places("every attention module", lambda facts: facts.attentions)
 _SHAPES_KNOWN = (StaticShapes.name,)
 """Computed shapes cut chains of moves in two: a Swin with 9 moves of tokens showed 12."""
+_COLUMNS = 100
+"""Of a line in the documentation."""
 _OF_TARGET = "The target does not take the graph without it."
 _OF_FORM = "The form that is asked for consists of it."
 
@@ -305,18 +308,17 @@ REWRITES: tuple[Row, ...] = (
 )
 
 
-def table() -> str:
-    """All rewrites in Markdown, as the documentation has them."""
-    rows = [
-        (
-            f"`{row.name}`",
-            f"`{row.needs}`" if row.needs else "",
-            row.places.text,
-            "; ".join(target.value for target in row.targets),
-            row.effect,
-        )
-        for row in REWRITES
+def listing() -> str:
+    """All rewrites as a list in Markdown, as the documentation has them."""
+    return "\n".join(map(_item, REWRITES)) + "\n"
+
+
+def _item(row: Row) -> str:
+    """A rewrite: what it does, who gets it, what it needs, how many places it must change."""
+    facts = [
+        f"For: {'; '.join(target.value for target in row.targets)}.",
+        *([f"Needs: `{row.needs}`."] if row.needs else []),
+        f"Places: {row.places.text}.",
     ]
-    head = ("pass", "needs", "places", "for", "effect")
-    lines = [head, ("---",) * len(head), *rows]
-    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines) + "\n"
+    lines = (f"- **`{row.name}`**: {row.effect}", f"  {' '.join(facts)}")
+    return "\n".join(textwrap.fill(each, _COLUMNS, subsequent_indent="  ") for each in lines)

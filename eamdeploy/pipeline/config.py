@@ -25,6 +25,7 @@ if sys.version_info >= (3, 11):
 else:
     import tomli as tomllib
 
+_EVERY_KEY = "See docs/reference/configuration.md for every key."
 _Batch = Annotated[int | None, Field(ge=1), BeforeValidator(lambda value: None if value == "dynamic" else value)]
 
 
@@ -159,11 +160,11 @@ def load_config(path: Path) -> RunConfig:
         reason = first["msg"].removeprefix("Value error, ").rstrip(".")
         if first["type"] == "unexpected_keyword_argument":  # of a section that is a dataclass
             reason = "Extra inputs are not permitted"
-        raise ConfigError(f"{path}: {key}: {reason}", hint="See docs/usage.md for every key.") from err
+        raise ConfigError(f"{path}: {key}: {reason}", hint=_EVERY_KEY) from err
     except (OSError, ValueError, RecursionError) as err:
         raise ConfigError(
             f"cannot read the configuration {path}: {text_in_words(path, err)}",
-            hint=None if isinstance(err, OSError) else "It must be TOML in UTF-8; see docs/usage.md for every key.",
+            hint=None if isinstance(err, OSError) else f"It must be TOML in UTF-8. {_EVERY_KEY}",
         ) from err
     return _anchored(config, path.parent)
 

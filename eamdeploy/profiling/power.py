@@ -135,9 +135,9 @@ def measure_power(
     """
     if not calls or batch < 1 or not (0 < seconds < float("inf") and 0 <= idle_seconds < float("inf")):
         raise ConfigError(
-            "power can't be measured so",
+            "power can't be measured with these numbers",
             expected="at least 1 engine, batch of 1 or more, seconds above 0, idle_seconds of 0 or more",
-            got=f"{len(calls)}, {batch}, {seconds}, {idle_seconds}",
+            got=f"{len(calls)} engines, batch {batch}, seconds {seconds}, idle_seconds {idle_seconds}",
         )
     blocks: list[list[_Block]] = [[] for _ in calls]
     with ExitStack() as stack:

@@ -42,7 +42,8 @@ QUICK = Schedule(warmup_ms=0, min_seconds=0, min_runs=2, sittings=1)
 PLANS = [*PEERS, *(plan for plan in our_engines.plans() if plan.name != "eamdeploy FP32, sparsity 0.2")]
 OPENVINO = ("OpenVINO FP32", "OpenVINO INT8 (NNCF)")
 INSTALLED = all(importlib.util.find_spec(name) for name in ("openvino", "nncf"))
-PROVIDED = "OpenVINOExecutionProvider" in onnxruntime.get_available_providers()  # another package: see docs/usage.md
+# the provider comes with another package, see docs/guides/onnx-runtime.md
+PROVIDED = "OpenVINOExecutionProvider" in onnxruntime.get_available_providers()
 OUR_OPENVINO = [plan.name for plan in PLANS if plan.family == "ours" and plan.runtime == "openvino"]
 
 

@@ -39,7 +39,7 @@ from eamdeploy.passes.facts import Parts
 from eamdeploy.passes.fold_preprocess import FoldPreprocess
 from eamdeploy.passes.freeze_heads import AttentionModule
 from eamdeploy.passes.order import SWITCHABLE, plan_passes, with_dependents
-from eamdeploy.passes.rewrites import REWRITES, Target, table
+from eamdeploy.passes.rewrites import REWRITES, Target, listing
 from eamdeploy.vocabulary import OPTIONAL_PASSES, Exporter
 
 DOCUMENT = Path(order.__file__).parents[2] / "docs" / "architecture.md"
@@ -257,10 +257,10 @@ def test_the_command_line_knows_what_can_be_left_out() -> None:
     assert f": {', '.join(SWITCHABLE)}." in without.__metadata__[0].help
 
 
-def test_the_documentation_has_the_table_of_the_list() -> None:
+def test_the_documentation_has_the_list_of_rewrites() -> None:
     text = DOCUMENT.read_text(encoding="utf-8")
     _, rest = text.split("<!-- rewrites: printed from eamdeploy/passes/rewrites.py -->\n")
-    assert rest.split("<!-- end of rewrites -->")[0].strip() == table().strip()
+    assert rest.split("<!-- end of rewrites -->")[0].strip() == listing().strip()
 
 
 def test_every_pass_stands_in_the_list_once_and_behind_what_it_needs() -> None:

@@ -325,7 +325,7 @@ def test_failure_of_a_call_gets_out_and_closes_the_sensor() -> None:
 )
 def test_times_that_cannot_be_used_are_refused(batch: int, seconds: float, idle_seconds: float) -> None:
     bench = Bench({})
-    with pytest.raises(ConfigError, match="power can't be measured so"):
+    with pytest.raises(ConfigError, match="power can't be measured with these numbers"):
         bench.measure(lambda: None, batch=batch, seconds=seconds, idle_seconds=idle_seconds)
     with pytest.raises(ConfigError, match=r"at least 1 engine.*got 0"):
         bench.measure()
