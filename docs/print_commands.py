@@ -24,8 +24,22 @@ WIDTH = 100  # of a line that is not in a table
 KINDS = {Path: "path", str: "text", int: "whole number", float: "number"}
 UNITS = {"ms": "milliseconds", "seconds": "seconds"}
 """What the last word of a name says of the number."""
-GUIDES: dict[str, str] = {}
-"""The page that explains a command, as seen from docs/reference/."""
+GUIDES = {
+    "analyze": "[Choosing what is frozen](../guides/sparsity.md)",
+    "freeze": "[Choosing what is frozen](../guides/sparsity.md), [Images](../guides/images.md)",
+    "pack": "[Pack your own frozen maps](../guides/own-maps.md)",
+    "export": "[ONNX Runtime](../guides/onnx-runtime.md), [TensorRT](../guides/tensorrt.md)",
+    "lint": "[TensorRT](../guides/tensorrt.md)",
+    "build-ort": "[ONNX Runtime](../guides/onnx-runtime.md), [INT8](../guides/int8.md)",
+    "build-trt": "[TensorRT](../guides/tensorrt.md), [INT8](../guides/int8.md)",
+    "evaluate": "[Measure and report](../guides/measuring.md), [Images](../guides/images.md)",
+    "profile": "[Measure and report](../guides/measuring.md), [Other machines](../guides/ssh.md)",
+    "report": "[Measure and report](../guides/measuring.md)",
+    "run": "[The configuration file](configuration.md)",
+    "inspect": "[Files](files.md)",
+    "doctor": "[Getting started](../getting-started.md)",
+}
+"""Where each command is explained, as seen from docs/reference/."""
 
 HEAD = """\
 # Commands
@@ -118,10 +132,10 @@ def section(name: str, command: Callable[..., Any]) -> str:
     arguments = [each.spelling() for each in every if isinstance(each.info, ArgumentInfo)]
     asked = [each.name for each in every if each.required and isinstance(each.info, OptionInfo)]
     needed = [f"--{each} {each.upper()}" for each in asked]
-    usage = f"`{' '.join(['eamdeploy', name, *needed, '[OPTIONS]', *arguments])}`"
-    guide = [f"Guide: [{Path(GUIDES[name]).name}]({GUIDES[name]}).\n"] if name in GUIDES else []
+    usage = " ".join(["eamdeploy", name, *needed, "[OPTIONS]", *arguments])
     title = fill(as_markdown(getdoc(command)), WIDTH)
-    return "\n".join([f"## {name}\n", f"{title}\n", *guide, f"{usage}\n", table(command)])
+    head = [f"## {name}", title, f"`{usage}`", f"Explained in {GUIDES[name]}.", table(command)]
+    return "\n\n".join(head)
 
 
 def page() -> str:
