@@ -5,8 +5,8 @@ BIN    := $(VENV)/bin
 READY  := $(VENV)/.ready
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-fast lint format bench bench-sparsity bench-passes trt-attributes gpu-check
-.PHONY: campaign campaign-kill image-models image-lint image-check image-check-arm64 clean
+.PHONY: help install demo test test-fast lint format docs bench bench-sparsity bench-passes
+.PHONY: trt-attributes gpu-check campaign campaign-kill image-models image-lint image-check image-check-arm64 clean
 
 help: ## What can be made
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / {printf "%-18s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -41,6 +41,9 @@ lint: $(READY) ## Linter and type checker
 format: $(READY) ## The code in the form that the linter wants
 	$(BIN)/ruff check --fix-only .
 	$(BIN)/ruff format .
+
+docs: $(READY) ## docs/reference/commands.md, after a command's options changed
+	$(BIN)/python docs/print_commands.py
 
 # Files of every kind, hurt on purpose; CAMPAIGN="--seed 2 --count 1000 -o campaign.json" for others; ten minutes or so
 campaign: $(READY) ## 10,000 files that are hurt on purpose
