@@ -18,7 +18,7 @@ from eamdeploy.devices.provenance import usable_cores
 from eamdeploy.engines.trt.versions import TrtVersion
 from eamdeploy.errors import ConfigError
 from eamdeploy.host.export_plan import ExportOptions, ExportPlan, make_plan
-from eamdeploy.host.export_steps import prove, rewrite, write
+from eamdeploy.host.export_steps import editable, prove, rewrite, write
 from eamdeploy.host.gain import measure_gain
 from eamdeploy.host.model import RANDOM
 from eamdeploy.host.reference_images import reference_pixels
@@ -67,8 +67,14 @@ def export(
     plan = make_plan(checkpoint, options, verify=verify)
     pixels, source = reference_pixels(plan.header.preprocessing, images, observer)
     _tell(plan, observer)
-    stock = export_stock(
-        plan.twin.reference.model, plan.header.preprocessing.size, batch=batch, opset=plan.opset, exporter=exporter
+    stock = editable(
+        export_stock(
+            plan.twin.reference.model,
+            plan.header.preprocessing.size,
+            batch=batch,
+            opset=plan.opset,
+            exporter=exporter,
+        )
     )
     with staging(output) as stage:
         frozen = rewrite(plan, stock, plan.frozen)
