@@ -80,6 +80,13 @@ def editable(stock: StockExport) -> StockGraph:
     return StockGraph(to_graph(stock.model), stock.exporter)
 
 
+def as_torch_wrote_it(stock: StockExport, twin: Variant) -> Rewritten:
+    """The stock export with a card and nothing else changed."""
+    card = twin.card.model_copy(update={"exporter": stock.exporter, "takes_pixels": False})
+    nodes = len(stock.model.graph.node)
+    return Rewritten(serialize(with_card(stock.model, card)), card, nodes, nodes)
+
+
 def rewrite(plan: ExportPlan, stock: StockGraph, variant: Variant) -> Rewritten:
     """The stock graph after all passes, with the variant's frozen maps and card.
 
