@@ -19,9 +19,8 @@ $(READY): pyproject.toml
 	$(BIN)/pip install --quiet --editable '.[host,dev]'
 	touch $@
 
-demo: $(READY) ## The whole job on two embedded models; reports in demo_output/
-	$(BIN)/eamdeploy run --force models/digits_deit.toml
-	$(BIN)/eamdeploy run --force models/digits_swin.toml
+demo: $(READY) ## The whole job on an embedded model; the report is demo_output/digits_fine/report.html
+	$(BIN)/eamdeploy run --force models/digits_fine.toml
 
 # A worker for each core, one thread each: a test file stays with one worker, and shares what it has made
 test: lint ## Linter, type checker and all tests

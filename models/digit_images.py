@@ -52,8 +52,17 @@ def load_digits() -> Digits:
     bunch = sklearn_digits()
     levels = np.rint(bunch.images * (255 / 16)).astype(np.uint8)
     height, width = PREPROCESSING.size
-    resized = [Image.fromarray(image).resize((width, height), Image.Resampling.BICUBIC) for image in levels]
-    return Digits(np.stack([np.asarray(image) for image in resized]), bunch.target.astype(np.int64))
+    enlarged = [Image.fromarray(image).resize((width, height), Image.Resampling.BICUBIC) for image in levels]
+    return Digits(np.stack([np.asarray(image) for image in enlarged]), bunch.target.astype(np.int64))
+
+
+def resized(digits: Digits, size: tuple[int, int]) -> Digits:
+    """The digits at H × W pixels, resized as eamdeploy resizes them (bicubic)."""
+    if size == digits.pixels.shape[1:]:
+        return digits
+    height, width = size
+    images = [Image.fromarray(image).resize((width, height), Image.Resampling.BICUBIC) for image in digits.pixels]
+    return Digits(np.stack([np.asarray(image) for image in images]), digits.labels)
 
 
 def split_digits(labels: NDArray[np.int64]) -> Split:

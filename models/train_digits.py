@@ -20,6 +20,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -32,11 +33,14 @@ from digit_images import (
     Digits,
     Split,
     load_digits,
+    resized,
     split_digits,
     write_all,
 )
+from mean_maps import mean_maps
 from numpy.typing import NDArray
 
+from eamdeploy.artifacts.card import Preprocessing
 from eamdeploy.artifacts.files import digest_file, write_bytes
 
 PACKAGES = ("torch", "timm", "numpy", "pillow", "scikit-learn")
@@ -44,7 +48,13 @@ PACKAGES = ("torch", "timm", "numpy", "pillow", "scikit-learn")
 
 @dataclass(frozen=True)
 class Recipe:
-    """A model of the table and how it is trained; `kwargs` are timm's, beside `num_classes`."""
+    """A model of the table and how it is trained; `kwargs` are timm's, beside `num_classes`.
+
+    Attributes:
+        freezable: so many of the first layers learn to work with their mean maps too, see `mean_maps`.
+        threads: CPU threads; the weights depend on it.
+        sparsity: of the EAM checkpoint beside the weights; None where there is none.
+    """
 
     name: str
     timm_model: str
@@ -56,6 +66,15 @@ class Recipe:
     weight_decay: float = 0.05
     label_smoothing: float = 0.1
     seed: int = 0
+    freezable: int = 0
+    threads: int = 1
+    sparsity: float | None = 0.2
+
+    @property
+    def preprocessing(self) -> Preprocessing:
+        """How an image becomes the model's input."""
+        size = int(self.kwargs["img_size"])  # type: ignore[arg-type]
+        return PREPROCESSING.model_copy(update={"size": (size, size)})
 
     @property
     def weights(self) -> Path:
@@ -84,6 +103,16 @@ MODELS = (
             "mlp_ratio": 2,
         },
         epochs=120,
+    ),
+    # 14 × 14 patches of 2 pixels: so many tokens that attention takes most of the time
+    Recipe(
+        name="digits_fine",
+        timm_model="deit_tiny_patch16_224",
+        kwargs={"img_size": 28, "patch_size": 2, "embed_dim": 64, "depth": 4, "num_heads": 4, "mlp_ratio": 2},
+        epochs=70,
+        freezable=3,
+        threads=2,
+        sparsity=None,
     ),
 )
 
@@ -130,6 +159,7 @@ def train(recipe: Recipe, digits: Digits, split: Split) -> tuple[torch.nn.Module
     """The model after its last epoch on `split.train`, and what it reaches on the held-out digits, used only here."""
     import timm
 
+    torch.set_num_threads(recipe.threads)
     torch.manual_seed(recipe.seed)
     torch.use_deterministic_algorithms(True)
     generator = torch.Generator().manual_seed(recipe.seed)
@@ -141,23 +171,29 @@ def train(recipe: Recipe, digits: Digits, split: Split) -> tuple[torch.nn.Module
     unit, labels = torch.from_numpy(digits.pixels).float() / 255, torch.from_numpy(digits.labels)
     losses: list[float] = []
     start = time.monotonic()
-    for epoch in range(recipe.epochs):
-        model.train()
-        order = torch.from_numpy(split.train)[torch.randperm(len(split.train), generator=generator)]
-        total = 0.0
-        for chosen in torch.split(order, recipe.batch_size):
-            loss = criterion(model(to_input(augment(unit[chosen], generator))), labels[chosen])
-            optimizer.zero_grad()
-            loss.backward()
-            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-            optimizer.step()
-            schedule.step()
-            total += loss.item() * len(chosen)
-        losses.append(total / len(order))
-        print(f"{recipe.name} epoch {epoch + 1}/{recipe.epochs} loss {losses[-1]:.4f}", flush=True)
+    with mean_maps([block.attn for block in _blocks(model)[: recipe.freezable]], generator):
+        for epoch in range(recipe.epochs):
+            model.train()
+            order = torch.from_numpy(split.train)[torch.randperm(len(split.train), generator=generator)]
+            total = 0.0
+            for chosen in torch.split(order, recipe.batch_size):
+                loss = criterion(model(to_input(augment(unit[chosen], generator))), labels[chosen])
+                optimizer.zero_grad()
+                loss.backward()
+                torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+                optimizer.step()
+                schedule.step()
+                total += loss.item() * len(chosen)
+            losses.append(total / len(order))
+            print(f"{recipe.name} epoch {epoch + 1}/{recipe.epochs} loss {losses[-1]:.4f}", flush=True)
     duration = time.monotonic() - start
     measured = Training(tuple(losses), top1(model, digits, split.heldout), top1(model, digits, split.train), duration)
     return model, measured
+
+
+def _blocks(model: Any) -> list[Any]:
+    """The blocks of a ViT; none of a Swin, which has stages."""
+    return list(getattr(model, "blocks", ()))
 
 
 def _learning_rate_factor(epoch: float, recipe: Recipe) -> float:
@@ -179,7 +215,7 @@ def save_weights(recipe: Recipe, model: torch.nn.Module, training: Training, spl
         "timm_model": recipe.timm_model,
         "timm_kwargs": dict(recipe.kwargs),
         "num_classes": CLASSES,
-        "preprocessing": PREPROCESSING.model_dump(mode="json"),
+        "preprocessing": recipe.preprocessing.model_dump(mode="json"),
         "heldout_top1": round(training.heldout_top1, 3),
         "heldout_images": len(split.heldout),
         "epochs": recipe.epochs,
@@ -224,13 +260,14 @@ def insert_log(readme: str, name: str, log: str) -> str:
 
 def freeze_command(recipe: Recipe) -> list[str]:
     """The command, run in the repository, that makes the EAM checkpoint beside the weights."""
-    how = PREPROCESSING
+    how = recipe.preprocessing
     return [
         *(sys.executable, "-m", "eamdeploy.cli", "freeze", "--model", recipe.timm_model),
         *("--weights", str(recipe.weights)),
         *("--model-kwargs", f"num_classes={CLASSES}", *(f"{name}={value}" for name, value in recipe.kwargs.items())),
         *("--mean", *map(str, how.mean), "--std", *map(str, how.std), "--crop-pct", str(how.crop_pct)),
-        *("--data", str(CALIBRATE), "--images", str(CALIBRATION_IMAGES), "--sparsity", "0.2", "--granularity", "head"),
+        *("--data", str(CALIBRATE), "--images", str(CALIBRATION_IMAGES)),
+        *("--sparsity", str(recipe.sparsity), "--granularity", "head"),
         *("--score", "sensitivity", "--bits", "4", "--quantizer", "squared"),
         *("-o", str(recipe.weights.with_suffix(".eam.safetensors"))),
     ]
@@ -241,21 +278,19 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--model", choices=[recipe.name for recipe in MODELS], help="train only this one")
     parser.add_argument("--freeze", action="store_true", help="afterwards make the EAM checkpoints")
-    parser.add_argument("--threads", type=int, default=1, help="CPU threads; the weights depend on it (default 1)")
     options = parser.parse_args()
-    torch.set_num_threads(options.threads)
     digits = load_digits()
     split = split_digits(digits.labels)
     write_all(digits, split)
     readme = REPOSITORY / "models/README.md"
     for recipe in MODELS:
         if options.model in (None, recipe.name):
-            model, training = train(recipe, digits, split)
+            model, training = train(recipe, resized(digits, recipe.preprocessing.size), split)
             save_weights(recipe, model, training, split, REPOSITORY / recipe.weights)
             log = describe(recipe, training, split, REPOSITORY / recipe.weights)
             write_bytes(readme, insert_log(readme.read_text(), recipe.name, log).encode())
             print(f"{recipe.name}: {training.heldout_top1:.2f} % of the held-out digits right")
-            if options.freeze:
+            if options.freeze and recipe.sparsity is not None:
                 subprocess.run(freeze_command(recipe), cwd=REPOSITORY, check=True)
 
 

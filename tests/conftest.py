@@ -17,7 +17,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 
 @pytest.fixture(scope="session", autouse=True)
-def stock_exports_made_once() -> Iterator[None]:
+def stock_exports_made_once(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     """Torch exports each model once, see `stock_exports`."""
     if find_spec("torch") is None:
         yield
@@ -25,7 +25,9 @@ def stock_exports_made_once() -> Iterator[None]:
     from stock_exports import made_once
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("eamdeploy.stages.export.export_stock", made_once())
+        base = tmp_path_factory.getbasetemp()
+        shared = base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
+        patch.setattr("eamdeploy.stages.export.export_stock", made_once(shared / "stock-exports"))
         yield
 
 

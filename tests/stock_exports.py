@@ -1,13 +1,17 @@
-"""Torch writes each model once in a test process: what differs between most exports of the suite is ours.
+"""Torch writes each model once in a run of the suite: what differs between most of its exports is ours.
 
-`export` calls torch's exporters, which take most of its time. Here the graph of a model that was exported before, with
-the same options, is taken from memory. Tests of the exporters themselves call `export_stock`, which is not changed.
+`export` calls torch's exporters, which take most of its time. Here the graph of a model that was
+exported before, with the same options, is taken from a folder that all workers share. Tests of the
+exporters themselves call `export_stock`, which is not changed.
 """
 
 from __future__ import annotations
 
 import hashlib
+import os
+import pickle
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import onnx
@@ -29,16 +33,19 @@ def fingerprint(model: Any) -> str:
     return sha.hexdigest()
 
 
-def made_once() -> Callable[..., StockExport]:
-    """`export_stock`, which exports a model with the same options once."""
-    made: dict[tuple[object, ...], tuple[bytes, str]] = {}
+def made_once(folder: Path) -> Callable[..., StockExport]:
+    """`export_stock`, which exports a model with the same options once; `folder` keeps what it made."""
+    folder.mkdir(exist_ok=True)
 
     def export(model: Any, *options: Any, **named: Any) -> StockExport:
-        key = (fingerprint(model), options, *sorted(named.items()))
-        if key not in made:
+        key = repr((fingerprint(model), options, sorted(named.items())))
+        kept = folder / hashlib.sha256(key.encode()).hexdigest()
+        if not kept.exists():
             stock = export_stock(model, *options, **named)
-            made[key] = (stock.model.SerializeToString(), stock.exporter)
-        data, exporter = made[key]
+            partial = kept.with_suffix(f".{os.getpid()}")
+            partial.write_bytes(pickle.dumps((stock.model.SerializeToString(), stock.exporter)))
+            partial.rename(kept)
+        data, exporter = pickle.loads(kept.read_bytes())
         return StockExport(onnx.load_from_string(data), exporter)
 
     return export

@@ -7,6 +7,7 @@ import hashlib
 import importlib
 import json
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,9 @@ from eamdeploy.pipeline.config import load_config
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 README = REPOSITORY / "models/README.md"
-NAMES = ("digits_deit", "digits_swin")
+FROZEN = ("digits_deit", "digits_swin")
+"""Models with an EAM checkpoint beside their weights."""
+NAMES = (*FROZEN, "digits_fine")
 CALIBRATE = REPOSITORY / "calib_data/digits/calibrate"
 HELDOUT = REPOSITORY / "calib_data/digits/heldout"
 
@@ -39,15 +42,16 @@ def weights_of(name: str) -> Path:
     return REPOSITORY / f"models/{name}.safetensors"
 
 
-def heldout_pixels() -> np.ndarray[Any, np.dtype[np.uint8]]:
-    """Grey, uint8 [B,32,32], in the order of `labels.csv`."""
-    return np.stack([read_pixels(HELDOUT / name) for name in read_labels(HELDOUT)])
+def heldout_pixels(size: int) -> np.ndarray[Any, np.dtype[np.uint8]]:
+    """Grey, uint8 [B,size,size], in the order of `labels.csv`."""
+    images = [Image.fromarray(read_pixels(HELDOUT / name)) for name in read_labels(HELDOUT)]
+    return np.stack([np.asarray(image.resize((size, size), Image.Resampling.BICUBIC)) for image in images])
 
 
 def heldout_top1(model: Any) -> float:
     """Percent of the held-out digits that the torch model gets right; preprocessed here, independently of eamdeploy."""
     torch = pytest.importorskip("torch", reason="the timm model needs the extra 'host'")
-    pixels = (heldout_pixels().astype(np.float32) / 255 - 0.5) / 0.5
+    pixels = (heldout_pixels(model.patch_embed.img_size[0]).astype(np.float32) / 255 - 0.5) / 0.5
     with torch.inference_mode():
         found = model(torch.from_numpy(np.repeat(pixels[:, None], 3, axis=1))).argmax(-1).numpy()
     return 100 * float(np.mean(found == np.array(list(read_labels(HELDOUT).values()))))
@@ -91,7 +95,7 @@ def test_weights_reach_the_stated_heldout_accuracy(model: Any, facts: dict[str, 
     reached = heldout_top1(model)
     assert facts["preprocessing"]["mean"] == facts["preprocessing"]["std"] == [0.5, 0.5, 0.5]
     assert reached == pytest.approx(facts["heldout_top1"], abs=0.5)
-    assert reached > 95
+    assert reached > 94
 
 
 def test_readme_logs_this_very_file(name: str, facts: dict[str, Any]) -> None:
@@ -107,7 +111,8 @@ def test_readme_logs_this_very_file(name: str, facts: dict[str, Any]) -> None:
 
 def test_model_is_small_with_enough_heads(name: str, model: Any) -> None:
     assert weights_of(name).stat().st_size < 2_000_000
-    assert sum(module.num_heads for module in model.modules() if hasattr(module, "qkv")) >= 24
+    heads = sum(module.num_heads for module in model.modules() if hasattr(module, "qkv"))
+    assert heads >= (24 if name in FROZEN else 16)
 
 
 @pytest.mark.parametrize("name", ["digits_swin"], indirect=True)
@@ -134,10 +139,30 @@ def test_run_config_is_the_trained_model_on_the_embedded_images(name: str, facts
     assert config.output.resolve() == REPOSITORY / "demo_output" / name
 
 
-def test_demo_runs_every_model() -> None:
+def test_demo_freezes_three_layers_of_four_and_compares_with_torchs_export() -> None:
     makefile = (REPOSITORY / "Makefile").read_text()
     recipe = makefile.partition("\ndemo:")[2].partition("\n\n")[0]
-    assert re.findall(r"eamdeploy run --force models/(\w+)\.toml$", recipe, re.MULTILINE) == list(NAMES)
+    (name,) = re.findall(r"eamdeploy run --force models/(\w+)\.toml$", recipe, re.MULTILINE)
+    config = load_config(REPOSITORY / f"models/{name}.toml")
+    assert config.freeze.sparsity == 0.75 and config.export.stock
+
+
+@pytest.mark.parametrize("name", ["digits_fine"], indirect=True)
+def test_layers_that_worked_with_their_mean_maps_can_be_frozen_whole(
+    name: str, model: Any, facts: dict[str, Any], tmp_path: Path
+) -> None:
+    """What `make demo` shows: the choice falls on these layers, and accuracy stays within half a point."""
+    host = pytest.importorskip("eamdeploy.host.model", reason="freezing needs the extra 'host'")
+    from eamdeploy import freeze
+    from eamdeploy.host.reference import load_reference
+
+    config, output = load_config(REPOSITORY / f"models/{name}.toml"), tmp_path / "x.eam.safetensors"
+    spec = host.ModelSpec(config.model.name, config.model.weights, config.model.kwargs)
+    options = replace(config.freeze, score="row-entropy")  # the fastest that can tell them
+    header = freeze(spec, config.calibrate.source, output, options, overrides=config.preprocessing)
+    assert header.freezing.heads.keys() <= {f"blocks.{index}.attn" for index in range(4)}
+    frozen = load_reference(checkpoints.load(output), frozen=True, where=output.name).model
+    assert heldout_top1(frozen) >= facts["heldout_top1"] - 0.5
 
 
 def test_freeze_command_spells_the_recipe(name: str, facts: dict[str, Any], scripts: None) -> None:
@@ -160,6 +185,7 @@ def test_log_replaces_its_own_place_only_even_an_empty_one(scripts: None) -> Non
         insert_log(empty, "c", "new")
 
 
+@pytest.mark.parametrize("name", FROZEN, indirect=True)
 def test_checkpoint_holds_the_trained_weights(name: str, facts: dict[str, Any]) -> None:
     load_file = pytest.importorskip("safetensors.numpy", reason="reading weights needs the extra 'host'").load_file
     checkpoint = checkpoints.load(weights_of(name).with_suffix(".eam.safetensors"))
@@ -171,6 +197,7 @@ def test_checkpoint_holds_the_trained_weights(name: str, facts: dict[str, Any]) 
     assert header.freezing.granularity == "head" and 0.15 < header.freezing.sparsity <= 0.2
 
 
+@pytest.mark.parametrize("name", FROZEN, indirect=True)
 def test_frozen_model_keeps_its_accuracy(name: str, facts: dict[str, Any]) -> None:
     reference = pytest.importorskip("eamdeploy.host.reference", reason="the reference forward needs the extra 'host'")
     path = weights_of(name).with_suffix(".eam.safetensors")

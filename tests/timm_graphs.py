@@ -13,12 +13,14 @@ from unittest.mock import patch
 
 import numpy as np
 import onnx
+import onnx_graphsurgeon as gs
 import torch
 from attention_graphs import Floats
 from numpy.typing import NDArray
 from tiny_models import FAMILY, KWARGS, NAME, SWIN_FAMILY, SWIN_NAME, images, make_model
 
 from eamdeploy.graph.frozen import IntegerMaps
+from eamdeploy.graph.model import copy_of, to_graph
 from eamdeploy.host.attention import Constants, attention_sites, freeze_attention
 from eamdeploy.host.sites import AttentionSite
 from eamdeploy.host.stock_export import export_stock
@@ -88,6 +90,10 @@ class Export:
         """As torch writes it; a copy of what is made once."""
         return onnx.load_from_string(_stock_bytes(self))
 
+    def graph(self) -> gs.Graph:
+        """Its graph, to be rewritten; a copy of what is parsed and measured once."""
+        return copy_of(_graph(self))
+
 
 EXPORTS = (
     *(Export(variant, "dynamo", None, 18) for variant in VARIANTS),
@@ -123,6 +129,11 @@ def _stock_bytes(export: Export) -> bytes:
             exporter=export.exporter,
         )
     return stock.model.SerializeToString()
+
+
+@cache
+def _graph(export: Export) -> gs.Graph:
+    return to_graph(export.model())
 
 
 def _left_as_it_is(model: Any) -> AbstractContextManager[None]:

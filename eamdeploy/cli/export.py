@@ -24,6 +24,9 @@ def export(
     baseline: Annotated[
         Path | None, typer.Option(help="Also write the unfrozen twin, through the same passes.")
     ] = None,
+    stock: Annotated[
+        Path | None, typer.Option(help="Also write the unfrozen model as torch exports it, without any pass.")
+    ] = None,
     batch: Annotated[str, typer.Option(help="'dynamic', or one fixed batch size.")] = "dynamic",
     opset: Annotated[
         int | None,
@@ -61,6 +64,7 @@ def export(
             checkpoint,
             output,
             baseline=baseline,
+            stock=stock,
             batch=options.parse_batch(batch),
             opset=opset,
             exporter=exporter,

@@ -92,13 +92,13 @@ def _mark(share: float, whole: bool) -> str:
 def export(result: Export) -> RenderableType:
     """What was written, how the graph changed, and how well it agrees with the reference forward."""
     rows: dict[str, object] = {}
-    for name, written in (("model", result.frozen), ("baseline", result.baseline)):
+    for name, written in (("model", result.frozen), ("baseline", result.baseline), ("stock", result.stock)):
         if written is None:
             continue
         rows[name] = [
             f"{written.file} ({written.bytes:,} bytes)",
-            f"{written.nodes_stock} nodes by torch's {written.exporter} exporter, {written.nodes} after "
-            + ", ".join(written.rewrites),
+            f"{written.nodes_stock} nodes by torch's {written.exporter} exporter, "
+            + (f"{written.nodes} after {', '.join(written.rewrites)}" if written.rewrites else "without any pass"),
             f"max |Δ logit| {written.parity.max_abs:.1e} to the reference forward, every top-1 equal "
             f"({written.parity.n} images in {written.reference})",
         ]

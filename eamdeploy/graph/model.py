@@ -66,6 +66,16 @@ def to_graph(model: onnx.ModelProto) -> gs.Graph:
     return graph
 
 
+def copy_of(graph: gs.Graph) -> gs.Graph:
+    """A graph to be rewritten on its own; weights are shared, so none may be written into.
+
+    onnx-graphsurgeon 0.6's own copy forgets which program made the model.
+    """
+    copy = graph.copy()
+    copy.producer_name, copy.producer_version = graph.producer_name, graph.producer_version
+    return copy
+
+
 def fold_constants(graph: gs.Graph) -> None:
     """`graph` computes nothing from constants alone, but for what it dequantizes; dead nodes are gone, the others in
     topological order.

@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
+import onnx_graphsurgeon as gs
 from numpy.typing import NDArray
 
 from eamdeploy.artifacts.card import ModelCard
@@ -18,7 +19,7 @@ from eamdeploy.convert.trt_passes import plan_trt
 from eamdeploy.devices.provenance import usable_cores
 from eamdeploy.engines.gate import check_against_reference
 from eamdeploy.engines.ort.runner import UNOPTIMIZED, OrtRunner
-from eamdeploy.graph.model import to_graph, to_model, with_card
+from eamdeploy.graph.model import copy_of, to_graph, to_model, with_card
 from eamdeploy.graph.weights import serialize
 from eamdeploy.host.calibrate import predict
 from eamdeploy.host.export_plan import ExportPlan, Variant
@@ -31,6 +32,18 @@ from eamdeploy.passes.fold_preprocess import FoldPreprocess
 from eamdeploy.passes.freeze_heads import check_accounted
 from eamdeploy.passes.order import plan_passes
 from eamdeploy.records.export import ExportedModel
+
+
+@dataclass(frozen=True)
+class StockGraph:
+    """A stock export, ready to be rewritten; read, never changed.
+
+    Attributes:
+        exporter: which of torch's exporters wrote it.
+    """
+
+    graph: gs.Graph
+    exporter: str
 
 
 @dataclass(frozen=True)
@@ -58,14 +71,30 @@ class Proved:
     reference: ReferenceSet
 
 
-def rewrite(plan: ExportPlan, stock: StockExport, variant: Variant) -> Rewritten:
+def editable(stock: StockExport) -> StockGraph:
+    """The stock export as the graph that every variant starts from: parsing and measuring it is done once.
+
+    Raises:
+        UnsupportedGraph: it can't be run.
+    """
+    return StockGraph(to_graph(stock.model), stock.exporter)
+
+
+def as_torch_wrote_it(stock: StockExport, twin: Variant) -> Rewritten:
+    """The stock export with a card and nothing else changed."""
+    card = twin.card.model_copy(update={"exporter": stock.exporter, "takes_pixels": False})
+    nodes = len(stock.model.graph.node)
+    return Rewritten(serialize(with_card(stock.model, card)), card, nodes, nodes)
+
+
+def rewrite(plan: ExportPlan, stock: StockGraph, variant: Variant) -> Rewritten:
     """The stock graph after all passes, with the variant's frozen maps and card.
 
     Raises:
         UnsupportedGraph: a pass found another structure than the model has, or a frozen head is not accounted for.
     """
     card = variant.card.model_copy(update={"exporter": stock.exporter})
-    graph = to_graph(stock.model)
+    graph = copy_of(stock.graph)
     nodes_stock = len(graph.nodes)
     how = card.preprocessing
     fold = FoldPreprocess(how.mean, how.std) if card.takes_pixels else None

@@ -56,13 +56,18 @@ class EvaluateOptions(ImageOptions):
 
 
 class ExportConfig(Record):
-    """`[export]`: the options of `eamdeploy export`; `batch` is a number or "dynamic"."""
+    """`[export]`: the options of `eamdeploy export`; `batch` is a number or "dynamic".
+
+    Attributes:
+        stock: the model as torch exports it is written, built and profiled too, and is what speed-ups are against.
+    """
 
     batch: _Batch = None
     opset: int = 17
     exporter: Exporter = "auto"
     fold_preprocess: bool = False
     without: tuple[str, ...] = ()
+    stock: bool = False
 
 
 class BuildConfig(Record):

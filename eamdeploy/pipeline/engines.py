@@ -22,8 +22,12 @@ from eamdeploy.stages.profile import profile
 
 
 def build_stage(config: RunConfig, observer: Observer) -> Stage:
-    """Both engines in one form: that of the frozen model, so that they differ in nothing but the freezing."""
-    (model, twin), (engine, twin_engine) = models(config), engines(config)
+    """Engines of the frozen model and its twin in one form, so that they differ in nothing but the freezing.
+
+    The stock export, where it is asked for, stays as torch wrote it, on ONNX Runtime's CPU.
+    """
+    files = models(config)
+    (model, twin, *stock), (engine, twin_engine, *stock_engine) = files, engines(config)
     forms = config.build.forms()
 
     def action() -> None:
@@ -48,14 +52,16 @@ def build_stage(config: RunConfig, observer: Observer) -> Stage:
             min_agreement=config.build.min_agreement if form.int8 else None,
             observer=observer,
         )
+        for path, output in zip(stock, stock_engine, strict=True):
+            build_ort(path, output, threads=config.profile.threads, observer=observer)
 
     inputs = {
-        "models": [digest_model(file) for path in (model, twin) for file in (path, reference_path(path))],
+        "models": [digest_model(file) for path in files for file in (path, reference_path(path))],
         "threads": config.profile.threads,
         "versions": runtime_versions(form.provider for form in forms),
         **({} if forms == [AS_EXPORTED] else _conversion_inputs(config, forms)),
     }
-    outputs = [engine, twin_engine, manifest_path(engine), manifest_path(twin_engine)]
+    outputs = [*engines(config), *map(manifest_path, engines(config))]
     return Stage(inputs, outputs, action)
 
 
@@ -83,7 +89,7 @@ def evaluate_stage(config: RunConfig, observer: Observer) -> Stage | None:
     if config.evaluate is None:
         return None
     output, images = config.output / "evaluation.json", config.evaluate.source
-    engine, baseline = engines(config)
+    engine, baseline, *_ = engines(config)
 
     def action() -> None:
         evaluate(engine, images, reference=baseline, observer=observer).write(output)
@@ -97,13 +103,13 @@ def evaluate_stage(config: RunConfig, observer: Observer) -> Stage | None:
 
 def profile_stage(config: RunConfig, observer: Observer) -> Stage:
     output, options = config.output / "profile.json", config.profile
-    engine, baseline = engines(config)
+    engine, twin, *stock = engines(config)
 
     def action() -> None:
         observer.note("profiling; keep the machine otherwise idle")
         profile(
-            [engine],
-            baseline,
+            [engine, *([twin] if stock else [])],
+            stock[0] if stock else twin,
             threads=options.threads or usable_cores(),
             batch=options.batch,
             schedule=Schedule(options.warmup_ms, options.min_seconds, options.min_runs, options.sittings),

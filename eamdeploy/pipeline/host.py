@@ -56,7 +56,8 @@ def freeze_stage(config: RunConfig, observer: Observer) -> Stage:
 
 def export_stage(config: RunConfig, observer: Observer) -> Stage:
     checkpoint = config.output / "model.eam.safetensors"
-    model, baseline = models(config)
+    files = models(config)
+    model, baseline, *stock = files
     images = replace(config.calibrate.source, limit=REFERENCE_IMAGES)
 
     def action() -> None:
@@ -66,6 +67,7 @@ def export_stage(config: RunConfig, observer: Observer) -> Stage:
             checkpoint,
             model,
             baseline=baseline,
+            stock=stock[0] if stock else None,
             batch=config.export.batch,
             opset=config.export.opset,
             exporter=config.export.exporter,
@@ -75,11 +77,12 @@ def export_stage(config: RunConfig, observer: Observer) -> Stage:
             observer=observer,
         )
 
+    unset = {"stock"} if not config.export.stock else None  # a run of before, which did not know it, stays done
     inputs = {
-        "config": config.export.model_dump(mode="json"),
+        "config": config.export.model_dump(mode="json", exclude=unset),
         "checkpoint": digest_file(checkpoint),
         "images": folder_digest(images.open()),
         "versions": versions_of("eamdeploy", "torch", "onnx", "onnxscript"),
     }
-    outputs = [model, baseline, reference_path(model), reference_path(baseline)]
+    outputs = [*files, *map(reference_path, files)]
     return Stage(inputs, outputs, action)

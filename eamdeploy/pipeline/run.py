@@ -20,12 +20,13 @@ from eamdeploy.artifacts.records import Record
 from eamdeploy.artifacts.run_state import RUN_STATE, RunState, StageState
 from eamdeploy.eam import checkpoint as checkpoints
 from eamdeploy.eam.checkpoint import CheckpointHeader
+from eamdeploy.engines.manifest import manifest_path
 from eamdeploy.errors import CheckpointError, ConfigError, EamDeployError
 from eamdeploy.observer import SILENT, Observer
 from eamdeploy.pipeline.config import RunConfig
 from eamdeploy.pipeline.engines import build_stage, evaluate_stage, profile_stage
 from eamdeploy.pipeline.host import export_stage, freeze_stage
-from eamdeploy.pipeline.stage import Stage, versions_of
+from eamdeploy.pipeline.stage import Stage, engines, versions_of
 from eamdeploy.records.evaluation import EvaluationReport
 from eamdeploy.records.profile import Profile
 from eamdeploy.stages.report import report
@@ -94,7 +95,8 @@ def run(config: RunConfig, *, force: bool = False, observer: Observer = SILENT) 
 
 def _report_stage(config: RunConfig, observer: Observer) -> Stage:
     output, state = config.output / "report.html", config.output / RUN_STATE
-    shown = ["model.eam.safetensors", "model.ort.onnx.json", "baseline.ort.onnx.json", "profile.json"]
+    manifests = [manifest_path(engine).name for engine in engines(config)]
+    shown = ["model.eam.safetensors", *manifests, "profile.json"]
     shown += [] if config.evaluate is None else ["evaluation.json"]
 
     def action() -> None:

@@ -32,8 +32,9 @@ class Stage:
 
 
 def models(config: RunConfig) -> list[Path]:
-    """The exported model and its unfrozen twin."""
-    return [config.output / "model.onnx", config.output / "baseline.onnx"]
+    """The exported model, its unfrozen twin and, where it is asked for, the model as torch exports it."""
+    names = ["model", "baseline", *(["stock"] if config.export.stock else [])]
+    return [config.output / f"{name}.onnx" for name in names]
 
 
 def engines(config: RunConfig) -> list[Path]:

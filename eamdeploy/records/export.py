@@ -33,9 +33,11 @@ class Export(Record):
 
     Attributes:
         baseline: the unfrozen twin, if asked for.
+        stock: the unfrozen model as torch exported it, if asked for.
         gain: the frozen model against its twin on this machine, if asked for.
     """
 
     frozen: ExportedModel
     baseline: ExportedModel | None
     gain: Gain | None = None
+    stock: ExportedModel | None = None

@@ -18,7 +18,7 @@ from eamdeploy.devices.provenance import usable_cores
 from eamdeploy.engines.trt.versions import TrtVersion
 from eamdeploy.errors import ConfigError
 from eamdeploy.host.export_plan import ExportOptions, ExportPlan, make_plan
-from eamdeploy.host.export_steps import prove, rewrite, write
+from eamdeploy.host.export_steps import as_torch_wrote_it, editable, prove, rewrite, write
 from eamdeploy.host.gain import measure_gain
 from eamdeploy.host.model import RANDOM
 from eamdeploy.host.reference_images import reference_pixels
@@ -34,6 +34,7 @@ def export(
     output: Path,
     *,
     baseline: Path | None = None,
+    stock: Path | None = None,
     batch: int | None = None,
     opset: int | None = None,
     exporter: Exporter = "auto",
@@ -52,6 +53,7 @@ def export(
 
     Args:
         baseline: write the unfrozen twin here, through the same passes but the freezing.
+        stock: write the unfrozen model here as torch exports it, without any pass.
         batch, opset, exporter, fold_preprocess, without, trt: see `ExportOptions`.
         images: where the reference images come from; seeded synthetic ones if None.
         measure: also time the model against its unfrozen twin on ONNX Runtime CPU, about 3 seconds.
@@ -62,37 +64,52 @@ def export(
         UnsupportedGraph: the model can't be exported, or a frozen head could not be accounted for.
         ParityError: the graph does not compute what the checkpoint means; nothing is written.
     """
-    _require_outputs(checkpoint, output, baseline)
+    _require_outputs(checkpoint, output, baseline, stock)
     options = ExportOptions(batch, opset, exporter, fold_preprocess, tuple(without), trt)
     plan = make_plan(checkpoint, options, verify=verify)
     pixels, source = reference_pixels(plan.header.preprocessing, images, observer)
     _tell(plan, observer)
-    stock = export_stock(
+    exported = export_stock(
         plan.twin.reference.model, plan.header.preprocessing.size, batch=batch, opset=plan.opset, exporter=exporter
     )
+    graph = editable(exported)
     with staging(output) as stage:
-        frozen = rewrite(plan, stock, plan.frozen)
+        frozen = rewrite(plan, graph, plan.frozen)
         frozen_file = stage.source(frozen.data)
         proved = {output: prove(frozen, frozen_file, plan.frozen, pixels, source)}
         gain = None
         if baseline is not None or measure:
-            twin = rewrite(plan, stock, plan.twin)
+            twin = rewrite(plan, graph, plan.twin)
             twin_file = stage.source(twin.data)
             if baseline is not None:  # a twin that is only timed needs no proof
                 proved[baseline] = prove(twin, twin_file, plan.twin, pixels, source)
             gain = measure_gain(frozen_file, twin_file, usable_cores()) if measure else None
+        if stock is not None:
+            plain = as_torch_wrote_it(exported, plan.twin)
+            proved[stock] = prove(plain, stage.source(plain.data), plan.twin, pixels, source)
     if plan.requantized:
         observer.note(f"{plan.requantized} rows of frozen maps do not fit INT8 and are quantized anew")
     with ExitStack() as files:
         written = {path: write(model, path, files) for path, model in proved.items()}
-    return Export(frozen=written[output], baseline=written[baseline] if baseline is not None else None, gain=gain)
+    return Export(
+        frozen=written[output],
+        baseline=None if baseline is None else written[baseline],
+        gain=gain,
+        stock=None if stock is None else written[stock],
+    )
 
 
-def _require_outputs(checkpoint: Path, output: Path, baseline: Path | None) -> None:
-    """Both models can be written, and neither replaces the checkpoint or the other."""
-    if baseline is not None and baseline.resolve() == output.resolve():
-        raise ConfigError(f"the baseline would replace the model {output}", hint="Give --baseline another file name.")
-    for path in (output, *([] if baseline is None else [baseline])):
+def _require_outputs(checkpoint: Path, output: Path, baseline: Path | None, stock: Path | None) -> None:
+    """All models can be written, and none replaces the checkpoint or another."""
+    asked = {"model": output, "baseline": baseline, "stock export": stock}
+    names: dict[Path, str] = {}
+    for name, path in asked.items():
+        if path is None:
+            continue
+        other = names.setdefault(path.resolve(), name)
+        if other != name:
+            option = f"--{name.split()[0]}"
+            raise ConfigError(f"the {name} would replace the {other} {path}", hint=f"Give {option} another file name.")
         for file in (path, data_path(path)):
             require_output(file, checkpoint)
 

@@ -7,7 +7,6 @@ from attention_graphs import Floats
 from timm_graphs import DEPTH, EXPORTS, HEAD_DIM, D, Export, H, timm_model, tokens_of
 
 from eamdeploy.graph.attention import Attention, find_attention
-from eamdeploy.graph.model import to_graph
 from eamdeploy.graph.operand import Norm
 
 
@@ -19,7 +18,7 @@ def by_head(rows: Floats) -> Floats:
 @pytest.mark.parametrize("export", EXPORTS, ids=str)
 def test_every_attention_of_an_export_is_found_with_the_models_weights(export: Export) -> None:
     model = timm_model(export.variant)
-    found = find_attention(to_graph(export.model()))
+    found = find_attention(export.graph())
     assert len(found) == DEPTH
     for block, item in zip(model.blocks, found, strict=True):
         assert isinstance(item, Attention), item

@@ -54,7 +54,7 @@ def test_folding_keeps_dequantize_nodes() -> None:
 
 def test_nothing_is_printed(capfd: pytest.CaptureFixture[str]) -> None:
     """onnxruntime warned about the folded Unsqueezes of this export, graphsurgeon about large folded constants."""
-    to_model(to_graph(Export("vit", "torchscript", None, 17).model()))
+    to_model(Export("vit", "torchscript", None, 17).graph())
     g = GraphBuilder()
     large = g.op("Transpose", np.ones((601, 602), np.float32))
     to_graph(g.model({g.op("MatMul", g.op("Reshape", g.x, ints(-1, 1)), g.op("Reshape", large, ints(1, -1))): [1, 1]}))

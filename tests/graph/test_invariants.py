@@ -27,7 +27,7 @@ def chain() -> gs.Graph:
 
 @pytest.mark.parametrize("export", [Export("vit", "dynamo", None, 18), Export("vit", "torchscript", 2, 17)], ids=str)
 def test_exports_are_whole(export: Export) -> None:
-    check_invariants(to_graph(export.model()))
+    check_invariants(export.graph())
 
 
 def test_hand_built_graphs_are_whole() -> None:

@@ -140,7 +140,7 @@ def test_perturbed_mask_fails_the_parity() -> None:
 
 @pytest.mark.parametrize("export", EXPORTS[:3], ids=str)
 def test_second_run_changes_nothing(export: Export) -> None:
-    graph = to_graph(export.model())
+    graph = export.graph()
     rewrite(graph, DEPTH)
     before = to_model(graph).SerializeToString(deterministic=True)
     result = rewrite(graph, 0)
@@ -159,7 +159,7 @@ def test_nodes_without_names_do_not_clash() -> None:
 
 
 def test_no_tensor_around_attention_has_five_axes() -> None:
-    graph = to_graph(Export("vit", "torchscript", 2, 17).model())
+    graph = Export("vit", "torchscript", 2, 17).graph()
     assert any(len(tensor.shape or ()) == 5 for tensor in graph.tensors().values())
     rewrite(graph, DEPTH)
     assert all(len(tensor.shape or ()) <= 4 for tensor in graph.tensors().values())

@@ -322,7 +322,7 @@ def frozen_maps(variant: str, granularity: Granularity) -> dict[int, IntegerMaps
 
 @pytest.mark.parametrize("export", EXPORTS, ids=str)
 def test_all_passes_on_an_export_compute_what_torch_does(export: Export) -> None:
-    graph = to_graph(export.model())
+    graph = export.graph()
     modules = planned_modules(export.variant)
     results = {result.name: result for result in run_passes(graph, plan_passes(modules))}
     read = sites_of(export.variant)[-1].read_tokens
@@ -341,7 +341,7 @@ def test_frozen_parts_of_a_map_that_nothing_reads_leave_the_file(
 ) -> None:
     maps = frozen_maps(variant, granularity)
     modules = planned_modules(variant, maps)
-    graph = to_graph(Export(variant, "torchscript", batch, 17).model())
+    graph = Export(variant, "torchscript", batch, 17).graph()
     run_passes(graph, plan_passes(modules))
     model = to_model(graph)
     check_accounted(model, modules)
@@ -369,7 +369,7 @@ def test_module_whose_frozen_rows_nothing_reads_is_live() -> None:
     mask[0, 0] = False
     maps = {1: random_maps((1,), 17, mask=mask)}
     modules = planned_modules("vit", maps)
-    graph = to_graph(Export("vit", "torchscript", 2, 17).model())
+    graph = Export("vit", "torchscript", 2, 17).graph()
     run_passes(graph, plan_passes(modules))
     model = to_model(graph)
     check_accounted(model, modules)
@@ -381,7 +381,7 @@ def test_module_whose_frozen_rows_nothing_reads_is_live() -> None:
 def test_another_row_of_the_map_is_noticed() -> None:
     maps = frozen_maps("vit", "head")
     modules = planned_modules("vit", maps)
-    graph = to_graph(Export("vit", "torchscript", 2, 17).model())
+    graph = Export("vit", "torchscript", 2, 17).graph()
     run_passes(graph, plan_passes(modules))
     other = maps[1].integers[:, 0, 1]  # row 1 of both heads
     wrong = changed(to_model(graph), "blocks.1.attn/map_integers", lambda _: other)

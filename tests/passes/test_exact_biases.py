@@ -54,7 +54,7 @@ def test_second_run_changes_nothing(make_pass: Any) -> None:
 
 
 def test_all_three_together_leave_queries_with_a_bias_and_nothing_else() -> None:
-    graph = to_graph(PLAIN.model())
+    graph = PLAIN.graph()
     run_passes(graph, [PlannedPass(p, DEPTH) for p in (CanonicalAttention(), *(make() for make in PASSES))])
     for attention in find_attention(graph):
         assert isinstance(attention, Attention)

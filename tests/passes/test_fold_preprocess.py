@@ -25,7 +25,7 @@ from eamdeploy.engines.ort.runner import OrtRunner
 from eamdeploy.engines.trt.request import TrtOptions
 from eamdeploy.engines.trt.versions import TrtVersion
 from eamdeploy.errors import ConfigError, EngineError, ParityError
-from eamdeploy.graph.model import card_of, to_graph, to_model
+from eamdeploy.graph.model import card_of, to_model
 from eamdeploy.images.preprocess import normalize
 from eamdeploy.images.source import ImageSource
 from eamdeploy.parity.gate import TOLERANCES, compare
@@ -155,7 +155,7 @@ def test_graph_of_pixels_is_left_alone() -> None:
 )
 def test_all_passes_behind_it_find_their_places(export_of: Export) -> None:
     modules = planned_modules(export_of.variant)
-    plain, folded = (to_graph(export_of.model()) for _ in range(2))
+    plain, folded = (export_of.graph() for _ in range(2))
     run_passes(plain, plan_passes(modules))
     run_passes(folded, plan_passes(modules, fold=FOLD))
     assert len(folded.nodes) == len(plain.nodes) + 1

@@ -271,7 +271,7 @@ def frozen_module(maps: IntegerMaps | None = None) -> AttentionModule:
 
 def refused(module: AttentionModule) -> str:
     """Why the ViT's first module can't be frozen like this; nothing of the graph is changed."""
-    graph = to_graph(VIT.model())
+    graph = VIT.graph()
     before = to_model(graph).SerializeToString(deterministic=True)
     with pytest.raises(UnsupportedGraph, match="pass freeze_heads failed") as caught:
         run_passes(graph, [PlannedPass(FreezeHeads([module, *modules_of("vit")[1:]]), 1)])

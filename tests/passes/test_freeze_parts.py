@@ -77,7 +77,7 @@ def plan(variant: str, granularity: Granularity, mode: WindowMaps) -> dict[int, 
 @cache
 def canonical(variant: str) -> onnx.ModelProto:
     """The export after the passes in front of freezing that keep every bias."""
-    graph = to_graph(EXPORTS[variant].model())
+    graph = EXPORTS[variant].graph()
     passes = plan_passes(modules_of(variant))
     names = [each.rewrite_pass.name for each in passes]
     run_passes(graph, passes[: names.index("canonical_attention") + 1])
@@ -122,7 +122,7 @@ def test_all_passes_together_compute_the_same_at_a_fixed_batch(
 ) -> None:
     maps = plan(variant, granularity, "class")
     modules = planned_modules(variant, maps)
-    graph = to_graph(Export(variant, "torchscript", batch, 17).model())
+    graph = Export(variant, "torchscript", batch, 17).graph()
     results = {result.name: result.rewritten for result in run_passes(graph, plan_passes(modules))}
     assert results["freeze_heads"] == len(maps)
     model = to_model(graph)

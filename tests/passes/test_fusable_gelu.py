@@ -115,7 +115,7 @@ def test_near_miss_is_left_alone_with_the_reason(draw: Callable[[GraphBuilder], 
 
 
 def test_onnxruntime_fuses_dynamos_gelu_only_after_the_rewrite(tmp_path: Path) -> None:
-    graph = to_graph(Export("vit", "dynamo", None, 18).model())
+    graph = Export("vit", "dynamo", None, 18).graph()
     assert fused_gelus(to_model(graph), tmp_path) == 0
     rewrite(graph, DEPTH)
     assert fused_gelus(to_model(graph), tmp_path) == DEPTH

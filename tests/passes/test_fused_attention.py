@@ -33,7 +33,7 @@ from timm_graphs import (
 )
 
 from eamdeploy.graph.frozen import IntegerMaps
-from eamdeploy.graph.model import to_graph, to_model
+from eamdeploy.graph.model import to_model
 from eamdeploy.parity.gate import TOLERANCES, compare
 from eamdeploy.passes.base import run_passes
 from eamdeploy.passes.fused_attention import DOMAIN, OPERATOR, FusedAttention
@@ -64,7 +64,7 @@ def mixed(g: GraphBuilder, maps: str) -> onnx.ModelProto:
 
 def exported(export: Export, frozen: dict[int, IntegerMaps]) -> onnx.ModelProto:
     """The export after all other passes."""
-    graph = to_graph(export.model())
+    graph = export.graph()
     run_passes(graph, plan_passes(planned_modules(export.variant, frozen)))
     return to_model(graph)
 

@@ -115,7 +115,7 @@ ONE_OF_EACH = {(each.variant, each.exporter): each for each in (*EXPORTS, *SWIN_
 def test_every_pass_fires_where_the_model_says(export: Export) -> None:
     """Another number would be an error; what has no number here is the exporter's choice."""
     plan = plan_passes(planned_modules(export.variant), parts(timm_model(export.variant)))
-    run_passes(to_graph(export.model()), plan)
+    run_passes(export.graph(), plan)
     unknown = {name for name, number in expected_places(plan).items() if number is None}
     assert unknown == {"static_shapes", "merge_reshapes", "fusable_gelu"}
 
@@ -186,7 +186,7 @@ def test_a_pass_that_overlooks_a_place_is_an_error(
     number = expected_places(plan)[name]
     assert number
     fire_less(monkeypatch, name)
-    graph = to_graph(Export(variant, "torchscript", None, 17).model())
+    graph = Export(variant, "torchscript", None, 17).graph()
     message = rf"pass {name} failed.*expected {number} places; got {number - 1} "
     with pytest.raises(UnsupportedGraph, match=message):
         run_passes(graph, plan)
@@ -203,7 +203,7 @@ def test_a_frozen_map_that_tensorrt_would_get_as_it_was_is_an_error(
     plan = order.plan_trt(modules, integer_maps=integer_maps, layer_normalization=True)
     assert expected_places(plan)[name] == 1
     fire_less(monkeypatch, name)
-    graph = to_graph(Export("vit", "torchscript", None, 17).model())
+    graph = Export("vit", "torchscript", None, 17).graph()
     run_passes(graph, plan_passes(modules, VIT))
     with pytest.raises(UnsupportedGraph, match=rf"pass {name} failed.*expected 1 places; got 0 "):
         run_passes(graph, plan)
@@ -216,7 +216,7 @@ def test_maps_frozen_in_part_are_counted_as_they_are_stored(integer_maps: bool, 
     mask = np.zeros((2, tokens) if rows else (2, tokens, tokens), np.bool_)
     mask[0, : tokens // 2] = mask[1] = True  # head 1 wholly, and a constant of its own
     modules = planned_modules("vit", {0: random_maps((0, 1), tokens, mask=mask)})
-    graph = to_graph(Export("vit", "torchscript", None, 17).model())
+    graph = Export("vit", "torchscript", None, 17).graph()
     run_passes(graph, plan_passes(modules, VIT))
     plan = order.plan_trt(modules, integer_maps=integer_maps, layer_normalization=True)
     assert expected_places(plan)["int8_maps" if integer_maps else "float_maps"] == 2
@@ -224,7 +224,7 @@ def test_maps_frozen_in_part_are_counted_as_they_are_stored(integer_maps: bool, 
 
 
 def test_another_number_of_places_is_an_error() -> None:
-    graph = to_graph(Export("vit", "torchscript", None, 17).model())
+    graph = Export("vit", "torchscript", None, 17).graph()
     with pytest.raises(UnsupportedGraph, match=r"pass fold_layer_scale failed.*expected 4 places; got 0"):
         run_passes(graph, plan_passes(planned_modules("vit"), Parts(layer_scales=4)))
 
@@ -233,7 +233,7 @@ def test_another_number_of_places_is_an_error() -> None:
 def test_the_plan_fits_what_torch_exports(exporter: str) -> None:
     export = Export("vit", "dynamo", None, 18) if exporter == "dynamo" else Export("vit", "torchscript", None, 17)
     maps = random_maps((0, 2), tokens_of("vit"))
-    results = run_passes(to_graph(export.model()), plan_passes(planned_modules("vit", {0: maps})))
+    results = run_passes(export.graph(), plan_passes(planned_modules("vit", {0: maps})))
     rewritten = {result.name: result.rewritten for result in results}
     assert (rewritten["canonical_attention"], rewritten["class_token_only"], rewritten["freeze_heads"]) == (2, 1, 1)
     assert rewritten["fusable_gelu"] == (2 if exporter == "dynamo" else 0)
@@ -335,7 +335,7 @@ def test_every_pass_is_exact_and_its_absence_too(export: Export) -> None:
 
 
 def _rewritten(export: Export, without: frozenset[str]) -> tuple[onnx.ModelProto, dict[str, int]]:
-    graph = to_graph(export.model())
+    graph = export.graph()
     plan = plan_passes(planned_modules(export.variant), parts(timm_model(export.variant)), without=without)
     places = {result.name: result.rewritten for result in run_passes(graph, plan)}
     return to_model(graph), places

@@ -42,7 +42,7 @@ def logits(variant: str) -> Floats:
 @cache
 def rewritten(export: Export) -> tuple[onnx.ModelProto, dict[str, int]]:
     """The export after all passes, and how many places each changed."""
-    graph = to_graph(export.model())
+    graph = export.graph()
     results = run_passes(graph, plan_passes(planned_modules(export.variant)))
     return to_model(graph), {result.name: result.rewritten for result in results}
 

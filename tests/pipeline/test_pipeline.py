@@ -8,6 +8,7 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
+import onnx
 import pytest
 from tiny_models import KWARGS, NAME, draw_pictures, make_model, save_weights
 
@@ -21,6 +22,7 @@ from eamdeploy.convert.ranges import ActivationRanges
 from eamdeploy.eam import checkpoint as checkpoints
 from eamdeploy.engines.manifest import Manifest
 from eamdeploy.errors import ConfigError
+from eamdeploy.graph.model import card_of
 from eamdeploy.observer import SILENT
 from eamdeploy.parity.reference_set import ReferenceSet
 from eamdeploy.pipeline import engines as engine_stages
@@ -192,6 +194,24 @@ def test_where_the_run_lies_and_where_it_is_started_does_not_matter(
     assert run(load_config(Path("run.toml"))).ran == []
     monkeypatch.chdir(project.parent)
     assert run(load_config(Path("project") / "run.toml")).ran == []
+
+
+def test_the_stock_export_is_built_and_measured_too_and_is_what_speed_ups_are_against(
+    project: Path,
+) -> None:
+    report = run_again(project, {"export": {"stock": True}})
+    assert report.ran == ["export", "build", "evaluate", "profile", "report"]
+    out = project / "out"
+    stock = onnx.load(out / "stock.onnx")
+    card = card_of(stock, "stock")
+    assert card is not None and card.rewrites == [] and card.freezing is None
+    assert Manifest.read(out / "stock.ort.onnx.json").parity is not None
+    measured = Profile.read(out / "profile.json")
+    assert measured.baseline is not None
+    assert measured.baseline.digest == digest_file(out / "stock.ort.onnx")
+    names = ["model.ort.onnx", "baseline.ort.onnx"]
+    assert [each.digest for each in measured.engines] == [digest_file(out / name) for name in names]
+    assert run_again(project, {"export": {"stock": True}}).ran == []
 
 
 def test_force_runs_everything(project: Path) -> None:

@@ -31,7 +31,7 @@ def test_the_headline_comes_first(tmp_path: Path) -> None:
     assert title == f"# {MODEL.replace('_', chr(92) + '_')}"
     assert what.startswith("- **Frozen**: **14 of 72 heads** frozen; sparsity 19.4 %")
     assert cost.startswith("- **Cost**: **72.2 → 71.9 %** top-1 of 500 images; −0.30 points; agreement")
-    assert gain.startswith("- **Gain**: **1.071×** (faster) speed of the baseline; 95 % interval 1.061× – 1.081×")
+    assert gain.startswith("- **Gain**: **1.071×** (faster) speed of b.ort.onnx; 95 % interval 1.061× – 1.081×")
 
 
 def test_every_table_has_as_many_cells_in_each_row(tmp_path: Path) -> None:

@@ -324,7 +324,7 @@ def test_an_unfrozen_model_is_not_said_to_be_unknown(tmp_path: Path) -> None:
 
 def test_an_export_that_was_timed_is_a_gain(tmp_path: Path) -> None:
     page = page_of(tmp_path, {"x.json": rich_records()["export.json"]})
-    assert shown(page, "Gain 1.070× faster speed of the baseline at export on Made-up CPU, 4 cores")
+    assert shown(page, "Gain 1.070× faster speed of the unfrozen twin at export on Made-up CPU, 4 cores")
     assert shown(page, "1234 nodes by torch's dynamo exporter, 432 after freeze_heads")
 
 

@@ -22,6 +22,7 @@ from report_records import (
 from eamdeploy.artifacts.records import Record
 from eamdeploy.reporting.records.exports import exported
 from eamdeploy.reporting.records.figures import measurements
+from eamdeploy.reporting.records.headline import headline
 from eamdeploy.reporting.records.names import engine_names, short_names
 from eamdeploy.reporting.records.sources import read_sources
 from eamdeploy.reporting.records.subjects import Subject, subjects
@@ -61,7 +62,27 @@ def test_a_checkpoint_belongs_to_the_engines_that_name_it(
     (subject,) = subjects(sources, [], [], {})
     assert subject.frozen is not None and (subject.frozen.heads, subject.frozen.all_heads) == (3, 6)
     assert subject.heat is not None and [name for name, _ in subject.heat.layers] == ["blocks.0", "blocks.1"]
-    assert len(subject.digests) == 2  # ONNX Runtime runs the model as it is
+    # ONNX Runtime runs models as they are, and the unfrozen twin belongs to the same checkpoint
+    assert len(subject.digests) == 3
+
+
+def test_an_unfrozen_twin_that_was_measured_beside_its_model_stands_with_the_model(tmp_path: Path) -> None:
+    stock = engine("stock.ort.onnx", TWIN, 4.0)
+    engines = [engine("model.ort.onnx", FROZEN, 2.0, 2.0), engine("twin.ort.onnx", TWIN, 3.0, 1.3)]
+    manifests = {"m.json": manifest("model.ort.onnx", FROZEN), "t.json": manifest("twin.ort.onnx", TWIN)}
+    for files in (manifests, dict(reversed(manifests.items()))):
+        (subject,) = subjects_of(tmp_path, {**files, "p.json": profile(engines, stock)})
+        assert subject.frozen is not None and subject.heat is not None
+        assert [measured.name for _, measured in subject.measured] == ["model.ort.onnx", "twin.ort.onnx"]
+        gains = headline(subject, {}).panels[2].figures
+        assert [(gain.value, gain.label) for gain in gains] == [
+            ("2.000×", "speed of stock.ort.onnx"),
+            ("1.300×", "speed of stock.ort.onnx"),
+        ]
+
+
+def test_the_manifest_of_an_unfrozen_twin_alone_is_no_model_to_report_on(tmp_path: Path) -> None:
+    assert subjects_of(tmp_path, {"t.json": manifest("twin.ort.onnx", TWIN)}) == []
 
 
 def test_a_frozen_engine_is_known_by_its_summary_if_only_one_model_fits(tmp_path: Path) -> None:

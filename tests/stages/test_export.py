@@ -455,3 +455,38 @@ def test_bad_reference_picture_is_an_error_or_left_out(eam_checkpoint: Path, pic
     assert not output.exists()
     export(eam_checkpoint, output, images=ImageSource(some, skip_bad=True), exporter="torchscript")
     assert ReferenceSet.load(reference_path(output)).source == "3 images of some"
+
+
+# --- the stock export --------------------------------------------------------------------------------
+
+
+def test_the_stock_export_is_what_torch_wrote_with_a_card(eam_checkpoint: Path, tmp_path: Path) -> None:
+    file = tmp_path / "stock.onnx"
+    result = export(eam_checkpoint, tmp_path / "x.onnx", stock=file, exporter="torchscript")
+    live = load_reference(checkpoints.load(eam_checkpoint), frozen=False, where="x")
+    wrote = export_stock(live.model, (32, 32), batch=None, opset=17, exporter="torchscript").model
+    assert onnx.load(file).graph == wrote.graph
+    card = card_of(file)
+    assert (card.rewrites, card.freezing, card.exporter) == ([], None, "torchscript")
+    assert result.stock is not None and result.stock.digest == digest_file(file)
+    assert result.stock.nodes == result.stock.nodes_stock == len(wrote.graph.node)
+    assert result.stock.parity.passed and result.baseline is None
+    np.testing.assert_allclose(run(file), reference_logits(eam_checkpoint, frozen=False), atol=5e-5)
+
+
+def test_the_stock_export_takes_normalized_images_even_where_the_model_takes_pixels(
+    eam_checkpoint: Path, tmp_path: Path
+) -> None:
+    file = tmp_path / "stock.onnx"
+    options = {"stock": file, "exporter": "torchscript", "fold_preprocess": True}
+    export(eam_checkpoint, tmp_path / "x.onnx", **options)
+    assert card_of(tmp_path / "x.onnx").takes_pixels and not card_of(file).takes_pixels
+    np.testing.assert_allclose(run(file), reference_logits(eam_checkpoint, frozen=False), atol=5e-5)
+
+
+def test_the_stock_export_replaces_neither_model(eam_checkpoint: Path, tmp_path: Path) -> None:
+    model, twin = tmp_path / "x.onnx", tmp_path / "base.onnx"
+    for stock, other in ((model, "model"), (twin, "baseline")):
+        with pytest.raises(ConfigError, match=rf"the stock export would replace the {other}.*--stock"):
+            export(eam_checkpoint, model, baseline=twin, stock=stock)
+    assert list(tmp_path.iterdir()) == []

@@ -54,7 +54,7 @@ def _models(sources: Sources) -> dict[str, str]:
             outputs = run.record.stages["export"].outputs.items()
             found |= {digest: f"{folder}/{name}".lstrip("/") for name, digest in outputs}
     for item in sources.of(Export):
-        for model in (item.record.frozen, item.record.baseline):
+        for model in (item.record.frozen, item.record.baseline, item.record.stock):
             found |= {} if model is None else {model.digest: model.file}
     return found
 
@@ -121,6 +121,7 @@ def _export(item: Sourced[Export], sources: Sources) -> Command:
     options: dict[str, Any] = {
         "-o": record.frozen.file,
         "--baseline": None if record.baseline is None else record.baseline.file,
+        "--stock": None if record.stock is None else record.stock.file,
         "--no-measure": record.gain is None,
         "--json": True,
     }

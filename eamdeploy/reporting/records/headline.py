@@ -122,18 +122,19 @@ def _gain(measurement: Measurement, engine: Engine, *, named: bool) -> Figure:
     if engine.speed_up is None or baseline is None:
         return Figure(p50, "p50 of one inference, without a baseline", (*where, *_needs(engine, None)))
     details = (_interval(engine.speed_up), f"p50 {numbers.milliseconds(baseline.times.p50_ms)} → {p50}")
-    return _speed(engine.speed_up, (*where, *details, *_needs(engine, baseline)))
+    return _speed(engine.speed_up, baseline.name, (*where, *details, *_needs(engine, baseline)))
 
 
 def _gain_at_export(exported: Exported) -> Figure:
     sizes = (f"model {_before_after(exported.twin_bytes, exported.bytes, numbers.size)}",)
     if exported.gain is None:
         return Figure(numbers.size(exported.bytes), "ONNX model; speed was not measured", sizes)
-    return _speed(exported.gain, (f"at export on {exported.gain_place}", _interval(exported.gain), *sizes))
+    twin = "the unfrozen twin"
+    return _speed(exported.gain, twin, (f"at export on {exported.gain_place}", _interval(exported.gain), *sizes))
 
 
-def _speed(ratio: SpeedUp, details: tuple[str, ...]) -> Figure:
-    return Figure(numbers.ratio(ratio.median), "speed of the baseline", details, ratio.verdict)
+def _speed(ratio: SpeedUp, baseline: str, details: tuple[str, ...]) -> Figure:
+    return Figure(numbers.ratio(ratio.median), f"speed of {baseline}", details, ratio.verdict)
 
 
 def _interval(ratio: SpeedUp) -> str:

@@ -92,6 +92,7 @@ def subjects(
             found.append(part)
         else:
             found[index] = _joined(found[index], part)
+    found = [each for each in found if each.frozen or each.evaluations or each.measured or each.exports]
     models = {subject.model for subject in found}
     found += [_planned(item.record) for item in sources.of(Analysis) if item.record.timm_model not in models]
     return _told_apart(found)
@@ -147,6 +148,8 @@ def _joined(subject: Subject, part: Subject) -> Subject:
     return replace(
         subject,
         digests=subject.digests | part.digests,
+        frozen=subject.frozen or part.frozen,
+        heat=subject.heat or part.heat,
         evaluations=subject.evaluations + part.evaluations,
         measured=subject.measured + part.measured,
         exports=subject.exports + part.exports,
@@ -165,12 +168,15 @@ def _of_checkpoint(item: CheckpointFile) -> Subject:
 
 
 def _of_manifest(manifest: Manifest) -> Iterator[Subject]:
-    """Nothing of an unfrozen twin: its card names the same checkpoint."""
+    """What a manifest ties together; of an unfrozen twin that it belongs to the model of its checkpoint."""
     card = manifest.card
-    if card is None or card.freezing is None:
+    if card is None:
+        return
+    digests = (manifest.engine_digest, manifest.model_digest, card.checkpoint_digest)
+    if card.freezing is None:
+        yield Subject(card.timm_model, digests=frozenset(filter(None, digests)))
         return
     heads = {path: len(values) for path, values in card.freezing.scores.items()}
-    digests = (manifest.engine_digest, manifest.model_digest, card.checkpoint_digest)
     picture = heat.of_freezing(card.timm_model, card.freezing, heads, None) if heads else None
     yield Subject(
         card.timm_model,
