@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import TypeAlias
 
 import onnx
 import onnx_graphsurgeon as gs
@@ -20,6 +21,9 @@ from eamdeploy.errors import EngineError, UnsupportedGraph
 from eamdeploy.graph.running import fill_in_shapes
 from eamdeploy.graph.texts import has_only_text
 from eamdeploy.graph.weights import check_model, deserialize, has_data_elsewhere, infer_shapes
+
+Graph: TypeAlias = gs.Graph
+"""An editable graph, for rooms that only pass it on."""
 
 _ORT_FATAL, _ORT_WARNING = 4, 2
 

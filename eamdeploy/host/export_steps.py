@@ -8,7 +8,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
-import onnx_graphsurgeon as gs
 from numpy.typing import NDArray
 
 from eamdeploy.artifacts.card import ModelCard
@@ -19,7 +18,7 @@ from eamdeploy.convert.trt_passes import plan_trt
 from eamdeploy.devices.provenance import usable_cores
 from eamdeploy.engines.gate import check_against_reference
 from eamdeploy.engines.ort.runner import UNOPTIMIZED, OrtRunner
-from eamdeploy.graph.model import copy_of, to_graph, to_model, with_card
+from eamdeploy.graph.model import Graph, copy_of, to_graph, to_model, with_card
 from eamdeploy.graph.weights import serialize
 from eamdeploy.host.calibrate import predict
 from eamdeploy.host.export_plan import ExportPlan, Variant
@@ -42,7 +41,7 @@ class StockGraph:
         exporter: which of torch's exporters wrote it.
     """
 
-    graph: gs.Graph
+    graph: Graph
     exporter: str
 
 
