@@ -30,7 +30,8 @@ from eamdeploy.pipeline.stage import engine_inputs
 from eamdeploy.profiling.timing import Schedule
 from eamdeploy.records.evaluation import EvaluationReport
 from eamdeploy.records.profile import Profile
-from eamdeploy.reporting.draw import heatmap
+from eamdeploy.reporting.draw import heat_file
+from eamdeploy.reporting.records.heat import HeatMap
 from eamdeploy.stages import ort_forms
 from eamdeploy.stages.profile import Extras, profile
 
@@ -77,11 +78,11 @@ sittings = 1
 def make_cheap(patch: pytest.MonkeyPatch) -> None:
     """Leave out what takes most of such a small run's time: processes to measure memory in, and matplotlib."""
 
-    def draw(scores: object, *, score_name: str, frozen: object, shares: object, title: str, path: Path) -> None:
-        path.write_text(f"{title}, {score_name}: {frozen}, {shares}")
+    def write(drawn: HeatMap, path: Path) -> None:
+        path.write_text(repr(drawn))
 
     patch.setattr(engine_stages, "profile", partial(profile, extras=Extras(fresh=False, power=False)))
-    patch.setattr(heatmap, "draw_heatmap", draw)
+    patch.setattr(heat_file, "write_heat_map", write)
 
 
 @pytest.fixture(autouse=True)

@@ -155,12 +155,11 @@ def _joined(subject: Subject, part: Subject) -> Subject:
 
 def _of_checkpoint(item: CheckpointFile) -> Subject:
     header = item.record
-    heads = {path: shape.heads for path, shape in header.attention.items()}
     return Subject(
         header.timm_model,
         digests=frozenset({item.digest}),
-        frozen=_frozen(header.freezing, sum(heads.values())),
-        heat=heat.of_freezing(header.timm_model, header.freezing, heads, item.shares),
+        frozen=_frozen(header.freezing, sum(shape.heads for shape in header.attention.values())),
+        heat=heat.of_checkpoint(header, item.shares),
     )
 
 

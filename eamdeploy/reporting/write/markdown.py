@@ -98,18 +98,16 @@ def _headline(headline: Headline) -> str:
 
 
 def _heads(drawn: HeatMap) -> str:
-    most = max(len(heads) for _, heads in drawn.layers)
-    rows = [(name, *map(_head, heads), *[""] * (most - len(heads))) for name, heads in drawn.layers]
+    rows = [(name, *map(_head, heads), *[""] * (drawn.columns - len(heads))) for name, heads in drawn.layers]
     frozen = "would be frozen" if drawn.planned else "is frozen"
     caption = f"{_plain(drawn.title)}: {drawn.score} of every head; ❄ {frozen}, with the share where it is not all."
-    return f"{caption}\n\n{_table(Table(('layer', *map(str, range(most))), tuple(rows)))}"
+    return f"{caption}\n\n{_table(Table(('layer', *map(str, range(drawn.columns))), tuple(rows)))}"
 
 
 def _head(head: Head) -> str:
     score = "–" if head.score is None else f"{head.score:.3g}"
-    if head.frozen == "nothing":
-        return score
-    return f"{score} ❄" if head.frozen == "whole" or head.share is None else f"{score} ❄ {head.share:.0%}"
+    share = f" {head.share:.0%}" if head.mark == "bar" else ""
+    return score if head.mark == "nothing" else f"{score} ❄{share}"
 
 
 def _table(shown: Table) -> str:
