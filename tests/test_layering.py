@@ -55,8 +55,8 @@ ROOMS: dict[str, set[str]] = {
         *("artifacts", "devices", "eam", "engines", "parity", "profiling", "records", "remote"),
     },
     "stages": {
-        *("artifacts", "convert", "devices", "eam", "engines", "host", "images", "parity", "profiling", "records"),
-        *("remote", "reporting"),
+        *("artifacts", "convert", "devices", "eam", "engines", "graph", "host", "images", "parity", "profiling"),
+        *("records", "remote", "reporting"),
     },
     "pipeline": {
         *("artifacts", "convert", "devices", "eam", "engines", "host", "images", "parity"),

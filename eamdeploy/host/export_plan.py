@@ -31,10 +31,8 @@ from eamdeploy.passes.facts import Parts
 from eamdeploy.passes.freeze_heads import AttentionModule
 from eamdeploy.passes.order import with_dependents
 from eamdeploy.passes.requantize_maps import RequantizeMaps
-from eamdeploy.vocabulary import Exporter, Quantizer
+from eamdeploy.vocabulary import DEFAULT_OPSET, OPSET_WITHOUT_LAYER_NORMALIZATION, Exporter, Quantizer
 
-DEFAULT_OPSET = 17
-_OPSET_WITHOUT_LAYER_NORMALIZATION = 16
 _UINT16_OPSET = 21
 
 
@@ -44,7 +42,7 @@ class ExportOptions:
 
     Attributes:
         batch: fixed batch size, or None for a dynamic one.
-        opset: None for 17, or for 16 where TensorRT does not know LayerNormalization.
+        opset: None for the default, which depends on whether TensorRT knows LayerNormalization.
         fold_preprocess: the input is pixels, uint8, and the patch embedding normalizes them; not for TensorRT.
         without: passes of `passes.order` that are left out, and with them those that depend on them.
         trt: the TensorRT that must take the graph; None for ONNX Runtime.
@@ -157,7 +155,7 @@ def _choose_opset(opset: int | None, trt: TrtVersion | None) -> int:
     """
     can = None if trt is None else capabilities(trt)
     if opset is None:
-        return DEFAULT_OPSET if can is None or can.layer_normalization else _OPSET_WITHOUT_LAYER_NORMALIZATION
+        return DEFAULT_OPSET if can is None or can.layer_normalization else OPSET_WITHOUT_LAYER_NORMALIZATION
     if can is not None and opset > can.max_opset:
         raise ConfigError(f"TensorRT {trt} does not know that opset", expected=f"at most {can.max_opset}", got=opset)
     return opset
