@@ -26,9 +26,11 @@ from eamdeploy.errors import ConfigError
 from eamdeploy.graph.frozen import IntegerMaps
 from eamdeploy.host.attention import parts
 from eamdeploy.host.reference import LoadedModel, load_reference
+from eamdeploy.host.sites import AttentionSite
 from eamdeploy.passes.class_token_only import ClassTokenOnly
 from eamdeploy.passes.facts import Parts
 from eamdeploy.passes.freeze_heads import AttentionModule
+from eamdeploy.passes.gather_tokens import GatherTokens
 from eamdeploy.passes.order import with_dependents
 from eamdeploy.passes.requantize_maps import RequantizeMaps
 from eamdeploy.vocabulary import DEFAULT_OPSET, OPSET_WITHOUT_LAYER_NORMALIZATION, Exporter, Quantizer
@@ -108,9 +110,7 @@ def make_plan(checkpoint: Path, options: ExportOptions, *, verify: bool) -> Expo
     if options.trt is not None and capabilities(options.trt).integer_maps:
         loaded, requantized = int8_checkpoint(loaded)
     live = load_reference(loaded, frozen=False, where=str(checkpoint))
-    modules = _attention_modules(loaded, live, opset)
-    if ClassTokenOnly.name in left_out:  # every row is computed then, so every row of a frozen map must be there
-        modules = tuple(replace(module, read_tokens=None) for module in modules)
+    modules = _attention_modules(loaded, live, opset, left_out)
     card = ModelCard(
         timm_model=header.timm_model,
         weights=header.weights,
@@ -161,7 +161,9 @@ def _choose_opset(opset: int | None, trt: TrtVersion | None) -> int:
     return opset
 
 
-def _attention_modules(checkpoint: Checkpoint, live: LoadedModel, opset: int) -> tuple[AttentionModule, ...]:
+def _attention_modules(
+    checkpoint: Checkpoint, live: LoadedModel, opset: int, left_out: frozenset[str]
+) -> tuple[AttentionModule, ...]:
     """Every attention module with its value weights and, where it has some, its frozen maps as ONNX stores them."""
     modules = []
     for site in live.sites:
@@ -169,8 +171,17 @@ def _attention_modules(checkpoint: Checkpoint, live: LoadedModel, opset: int) ->
         frozen = checkpoint.frozen.get(site.path)
         shape = checkpoint.header.attention[site.path]
         maps = None if frozen is None else _integer_maps(frozen, shape, checkpoint.header.freezing.quantizer, opset)
-        modules.append(AttentionModule(site.path, weight[2 * len(weight) // 3 :], maps, site.read_tokens))
+        read = None if _computes_all_rows(site, left_out) else site.read_tokens
+        modules.append(AttentionModule(site.path, weight[2 * len(weight) // 3 :], maps, read))
     return tuple(modules)
+
+
+def _computes_all_rows(site: AttentionSite, left_out: frozenset[str]) -> bool:
+    """Whether every row of the maps is computed, so that every row of a frozen map must be there.
+
+    In windows the choice of tokens is one node only where `gather_tokens` wrote it.
+    """
+    return ClassTokenOnly.name in left_out or (site.classes is not None and GatherTokens.name in left_out)
 
 
 def _integer_maps(frozen: FrozenMaps, shape: AttentionShape, quantizer: Quantizer, opset: int) -> IntegerMaps:

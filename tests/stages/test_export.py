@@ -13,7 +13,7 @@ import onnxruntime
 import pytest
 import torch
 from numpy.typing import NDArray
-from tiny_models import FAMILY, KWARGS, NAME, images, make_member, make_model, save_weights
+from tiny_models import FAMILY, KWARGS, NAME, SWIN_FAMILY, SWIN_KWARGS, images, make_member, make_model, save_weights
 
 from eamdeploy import export, freeze
 from eamdeploy.artifacts.card import CARD_KEY, ModelCard
@@ -393,6 +393,21 @@ def test_a_frozen_model_is_exact_without_its_passes(
     assert set(result.frozen.rewrites) == {*SWITCHABLE, "freeze_heads"} - missing - not_exact
     assert set(card_of(base).rewrites) == SWITCHABLE.keys() - missing
     assert f"left out of the passes: {', '.join(sorted(missing))}" in notes.texts
+    np.testing.assert_allclose(run(model), reference_logits(checkpoint, frozen=True), atol=5e-5)
+    np.testing.assert_allclose(run(base), reference_logits(checkpoint, frozen=False), atol=5e-5)
+
+
+@pytest.mark.parametrize("left_out", [(), ("class_token_only",), ("gather_tokens",)], ids=str)
+def test_a_swin_with_a_window_larger_than_its_image_is_exported(
+    tmp_path: Path, pictures: Path, left_out: tuple[str, ...]
+) -> None:
+    checkpoint, model, base = tmp_path / "x.eam.safetensors", tmp_path / "x.onnx", tmp_path / "base.onnx"
+    name, changes = SWIN_FAMILY["swin, a window larger than the image"]
+    weights = save_weights(make_model(name, changes), tmp_path / "swin.safetensors")
+    spec = ModelSpec(name, str(weights), {**SWIN_KWARGS, **changes})
+    freeze(spec, ImageSource(pictures, limit=4), checkpoint, replace(HALF, granularity="row"))
+    result = export(checkpoint, model, baseline=base, without=left_out)
+    assert set(left_out).isdisjoint(result.frozen.rewrites)
     np.testing.assert_allclose(run(model), reference_logits(checkpoint, frozen=True), atol=5e-5)
     np.testing.assert_allclose(run(base), reference_logits(checkpoint, frozen=False), atol=5e-5)
 
