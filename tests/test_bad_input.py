@@ -506,7 +506,8 @@ def writers(
 ) -> dict[str, list[object]]:
     """A command of each kind that writes a file, without the `-o` at its end."""
     maps = tmp_path / "maps.npz"
-    np.savez(maps, **{"blocks.0.attn.heads": np.array([1]), "blocks.0.attn.codes": np.ones((1, 17, 17), np.uint8)})
+    arrays: dict[str, Any] = {"heads": np.array([1]), "codes": np.ones((1, 17, 17), np.uint8)}
+    np.savez(maps, **{f"blocks.0.attn.{name}": array for name, array in arrays.items()})
     weights = [*MODEL, "--weights", tiny_weights]
     quick = ["--warmup-ms", 0, "--min-seconds", 0, "--min-runs", 2, "--threads", 1, "--no-memory"]
     return {

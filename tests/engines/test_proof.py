@@ -18,6 +18,7 @@ from eamdeploy.devices.instructions import instruction_sets
 from eamdeploy.engines import proof
 from eamdeploy.engines.manifest import Manifest, ReferenceFile, manifest_path
 from eamdeploy.engines.proof import prove_here
+from eamdeploy.engines.registry import open_runner
 from eamdeploy.errors import CheckpointError, ParityError
 from eamdeploy.images.source import ImageSource
 from eamdeploy.observer import Silent
@@ -63,10 +64,15 @@ class Engine:
 
 def prove(engine: Engine, monkeypatch: pytest.MonkeyPatch, here: str, *, check: bool = True) -> Any:
     """What `prove_here` returns on such a processor, its notes, and whether the engine was run."""
-    runs, notes = [], []
-    opening = proof.open_runner
+    runs: list[object] = []
+    notes: list[str] = []
+
+    def opened(*given: Any) -> Any:
+        runs.append(given)
+        return open_runner(*given)
+
     monkeypatch.setattr(proof, "instruction_sets", lambda: here)
-    monkeypatch.setattr(proof, "open_runner", lambda *given: runs.append(given) or opening(*given))
+    monkeypatch.setattr(proof, "open_runner", opened)
     return prove_here(engine.path, 1, check=check, note=notes.append), notes, bool(runs)
 
 

@@ -395,8 +395,9 @@ def test_to_numpy_gives_the_state_dict_bit_for_bit(tiny_weights: Path, state: di
 
 def test_numbers_stay_numbers() -> None:
     """A batch norm counts its batches in a tensor without axes."""
-    module = nn.Sequential(nn.Conv2d(3, 4, 2), nn.BatchNorm2d(4))
-    module[0].weight.data = module[0].weight.data.transpose(2, 3)
+    convolution = nn.Conv2d(3, 4, 2)
+    convolution.weight.data = convolution.weight.data.transpose(2, 3)
+    module = nn.Sequential(convolution, nn.BatchNorm2d(4))
     arrays = to_numpy(module)
     assert arrays["1.num_batches_tracked"].shape == ()
     assert {key: array.shape for key, array in arrays.items()} == {

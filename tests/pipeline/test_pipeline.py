@@ -4,7 +4,7 @@ import json
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 
@@ -116,7 +116,7 @@ def project(finished: Path, tmp_path: Path) -> Path:
     return tmp_path / "project"
 
 
-def run_again(project: Path, changes: dict[str, dict[str, object]] | None = None) -> RunReport:
+def run_again(project: Path, changes: Mapping[str, Mapping[str, object]] | None = None) -> RunReport:
     """Runs the project's configuration with `changes` to its sections."""
     config = load_config(project / "run.toml")
     document = config.model_dump()
@@ -125,7 +125,7 @@ def run_again(project: Path, changes: dict[str, dict[str, object]] | None = None
     return run(RunConfig.model_validate(document))
 
 
-def ran_before_the_report(project: Path, changes: dict[str, dict[str, object]] | None = None) -> list[str]:
+def ran_before_the_report(project: Path, changes: Mapping[str, Mapping[str, object]] | None = None) -> list[str]:
     """What runs again, but for the report, which must run exactly if a file that it shows is another than before."""
 
     def shown() -> list[str]:
@@ -403,7 +403,7 @@ def rewrites(manifest: Manifest) -> list[str]:
 
 
 def test_model_and_twin_are_built_evaluated_and_profiled_in_the_form_asked_for(project: Path) -> None:
-    asked = {"build": {"fused_attention": True, "int8": True, "min_agreement": 0}}
+    asked: dict[str, dict[str, object]] = {"build": {"fused_attention": True, "int8": True, "min_agreement": 0}}
     report = run_again(project, asked)
     built = manifests(project)
     assert [rewrites(manifest) for manifest in built] == [["fused_attention", "dynamic_int8"]] * 2
@@ -423,7 +423,10 @@ def test_static_int8_is_calibrated_with_the_pictures_to_calibrate_on(
     project: Path, monkeypatch: pytest.MonkeyPatch, most: int, asked: int | None, used: int
 ) -> None:
     monkeypatch.setattr(engine_stages, "CALIBRATION_IMAGES", most)
-    changes = {"build": {"int8": True, "calibrate": True, "min_agreement": 0}, "calibrate": {"images": asked}}
+    changes: dict[str, dict[str, object]] = {
+        "build": {"int8": True, "calibrate": True, "min_agreement": 0},
+        "calibrate": {"images": asked},
+    }
     assert "build" in run_again(project, changes).ran
     assert [rewrites(manifest) for manifest in manifests(project)] == [["quantize_products"]] * 2
     for name in ("model", "baseline"):
