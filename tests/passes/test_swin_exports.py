@@ -42,7 +42,7 @@ PLACES = {
     "swin-larger": {"gather_tokens": 9, "window_order": 0, "merge_gathers": 0, "zero_mask": 2, "class_token_only": 2},
     "swin-many": {"gather_tokens": 9, "window_order": 2, "merge_gathers": 2, "zero_mask": 2},
 }
-GATHERS = {"swin": 3, "swin-padded": 9, "swin-oblong": 5, "swin-partitioned": 4, "swin-larger": 9, "swin-many": 7}
+GATHERS = {"swin": 3, "swin-padded": 9, "swin-oblong": 5, "swin-partitioned": 4, "swin-larger": 10, "swin-many": 7}
 """Gathers of tokens: into windows, from one block's windows to the next one's, patch merging."""
 GONE = {"Slice", "Concat", "Split", "Squeeze", "Unsqueeze", "Mod", "Shape", "Range", "Cast", "Expand"}
 
