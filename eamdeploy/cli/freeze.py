@@ -63,7 +63,7 @@ def analyze(
     result.write(output)
     if heatmap is not None:
         from eamdeploy.reporting.draw.heat_file import write_heat_map
-        from eamdeploy.reporting.records.heat import of_analysis
+        from eamdeploy.reporting.records.heat_map import of_analysis
 
         write_heat_map(of_analysis(result)[0], heatmap)
     print_result(result, show.analysis(result), as_json=as_json)
@@ -97,7 +97,7 @@ def freeze(
         )
     if heatmap is not None:
         from eamdeploy.reporting.draw.heat_file import write_heat_map
-        from eamdeploy.reporting.records.heat import of_checkpoint
+        from eamdeploy.reporting.records.heat_map import of_checkpoint
 
         write_heat_map(of_checkpoint(header, read_shares(output)), heatmap)
     print_result(header, show.checkpoint(header), as_json=as_json)

@@ -24,7 +24,7 @@ def freeze_stage(config: RunConfig, observer: Observer) -> Stage:
         with host_packages("freezing"):
             from eamdeploy.host.model import ModelSpec
             from eamdeploy.reporting.draw.heat_file import write_heat_map
-            from eamdeploy.reporting.records.heat import of_checkpoint
+            from eamdeploy.reporting.records.heat_map import of_checkpoint
             from eamdeploy.stages.freeze import freeze, read_shares
         header = freeze(
             ModelSpec(model.name, model.weights, model.kwargs),

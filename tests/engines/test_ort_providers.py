@@ -34,7 +34,7 @@ from eamdeploy.engines.ort.runner import OrtRunner
 from eamdeploy.engines.registry import open_runner, runs_on_gpu
 from eamdeploy.errors import DeviceError, EamDeployError, EngineError, MissingDependency
 from eamdeploy.profiling.timing import Schedule
-from eamdeploy.reporting.records.figures import runtime_name
+from eamdeploy.reporting.records.measurements import runtime_name
 from eamdeploy.stages.profile import Extras
 from eamdeploy.vocabulary import ProviderName
 

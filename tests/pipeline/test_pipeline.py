@@ -31,7 +31,7 @@ from eamdeploy.profiling.timing import Schedule
 from eamdeploy.records.evaluation import EvaluationReport
 from eamdeploy.records.profile import Profile
 from eamdeploy.reporting.draw import heat_file
-from eamdeploy.reporting.records.heat import HeatMap
+from eamdeploy.reporting.records.heat_map import HeatMap
 from eamdeploy.stages import ort_forms
 from eamdeploy.stages.profile import Extras, profile
 

@@ -12,7 +12,7 @@ from PIL import Image
 
 from eamdeploy.errors import ConfigError, MissingDependency
 from eamdeploy.reporting.draw.heat_file import write_heat_map
-from eamdeploy.reporting.records.heat import Head, HeatMap, of_heads
+from eamdeploy.reporting.records.heat_map import Head, HeatMap, of_heads
 
 matplotlib = pytest.importorskip("matplotlib", reason="heat maps need the extra 'host'")
 

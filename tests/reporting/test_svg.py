@@ -14,8 +14,8 @@ from report_records import card, engine, freezing, profile
 from eamdeploy.reporting.draw import svg
 from eamdeploy.reporting.draw.heat_svg import heat_map, score_range, snowflake_definition
 from eamdeploy.reporting.draw.svg import Bar
-from eamdeploy.reporting.records.figures import Measurement, measurements
-from eamdeploy.reporting.records.heat import Head, HeatMap
+from eamdeploy.reporting.records.heat_map import Head, HeatMap
+from eamdeploy.reporting.records.measurements import Measurement, measurements
 from eamdeploy.reporting.records.sources import Sourced, Sources
 
 

@@ -18,8 +18,8 @@ import numpy as np
 from eamdeploy.artifacts.files import atomic_output
 from eamdeploy.errors import ConfigError, MissingDependency
 from eamdeploy.reporting.draw.snowflake import snowflake
-from eamdeploy.reporting.records.heat import Head, HeatMap
-from eamdeploy.reporting.records.scale import ColourScale
+from eamdeploy.reporting.records.heat_map import Head, HeatMap
+from eamdeploy.reporting.records.score_scale import ColourScale
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -10,7 +10,7 @@ from html import escape
 
 from eamdeploy.reporting import numbers
 from eamdeploy.reporting.draw.snowflake import snowflake
-from eamdeploy.reporting.records.heat import Head, HeatMap
+from eamdeploy.reporting.records.heat_map import Head, HeatMap
 
 COLOURS = 9
 """How many colours the page has for scores: the classes `s0` … `s8`, from low to high."""

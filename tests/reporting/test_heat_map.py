@@ -6,7 +6,7 @@ import pytest
 from report_records import analysis, freezing
 
 from eamdeploy.errors import ConfigError
-from eamdeploy.reporting.records.heat import Head, HeatMap, of_analysis, of_freezing, of_heads
+from eamdeploy.reporting.records.heat_map import Head, HeatMap, of_analysis, of_freezing, of_heads
 
 HEADS = {"blocks.0.attn": 3, "blocks.1.attn": 3}
 SCORES = {"blocks.0.attn": [0.11, 0.22, 0.33], "blocks.1.attn": [0.44, 0.55, 0.66]}

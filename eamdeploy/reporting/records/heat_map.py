@@ -12,7 +12,7 @@ from eamdeploy.artifacts.card import Freezing
 from eamdeploy.eam.analysis import Analysis
 from eamdeploy.eam.records import CheckpointHeader
 from eamdeploy.errors import ConfigError
-from eamdeploy.reporting.records.scale import ColourScale, colour_scale, exponent, layer_names, short_number, unit
+from eamdeploy.reporting.records.score_scale import ColourScale, colour_scale, exponent, layer_names, short_number, unit
 
 
 @dataclass(frozen=True)
