@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 from command_line import RunCli
+from notebook import Notebook
 
 from eamdeploy import build_ort, evaluate
 from eamdeploy.artifacts.files import digest_file
@@ -21,7 +22,6 @@ from eamdeploy.engines.proof import prove_here
 from eamdeploy.engines.registry import open_runner
 from eamdeploy.errors import CheckpointError, ParityError
 from eamdeploy.images.source import ImageSource
-from eamdeploy.observer import Silent
 from eamdeploy.parity.gate import ParityReport
 from eamdeploy.parity.reference_set import ReferenceSet, reference_path
 
@@ -240,14 +240,7 @@ def test_evaluate_and_profile_prove_first(
 def test_a_note_reaches_the_observer(
     built: Path, tmp_path: Path, pictures: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    class Notes(Silent):
-        def __init__(self) -> None:
-            self.lines: list[str] = []
-
-        def note(self, text: str) -> None:
-            self.lines.append(text)
-
-    engine, notes = Engine(built, tmp_path, "x.ort.onnx", reference=True), Notes()
+    engine, notes = Engine(built, tmp_path, "x.ort.onnx", reference=True), Notebook()
     monkeypatch.setattr(proof, "instruction_sets", lambda: ARM)
     evaluate(engine.path, ImageSource(pictures), threads=1, observer=notes)
-    assert any("proved here too" in line for line in notes.lines)
+    assert any("proved here too" in line for line in notes.notes)

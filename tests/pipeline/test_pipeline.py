@@ -9,6 +9,7 @@ from functools import partial
 from pathlib import Path
 
 import pytest
+from notebook import Notebook
 from tiny_models import KWARGS, NAME, draw_pictures, make_model, save_weights
 
 from eamdeploy import run
@@ -135,17 +136,6 @@ def ran_before_the_report(project: Path, changes: Mapping[str, Mapping[str, obje
     ran = run_again(project, changes).ran
     assert ("report" in ran) == (before != shown())
     return [stage for stage in ran if stage != "report"]
-
-
-class Notes:
-    def __init__(self) -> None:
-        self.texts: list[str] = []
-
-    def progress(self, what: str, done: int, total: int) -> None:
-        pass
-
-    def note(self, text: str) -> None:
-        self.texts.append(text)
 
 
 # --- one run ---------------------------------------------------------------------------------------------------------
@@ -311,11 +301,11 @@ def test_a_touched_output_runs_its_stage(project: Path, stage: str, how: str) ->
 @pytest.mark.parametrize("text", ["", '{"format": 2, "stages": {}}'])
 def test_damaged_memory_of_the_run_is_told_and_everything_runs(project: Path, text: str) -> None:
     (project / "out" / "run.json").write_text(text)
-    notes = Notes()
+    notes = Notebook()
     report = run(load_config(project / "run.toml"), observer=notes)
     assert report.ran == STAGES
-    assert "run.json is not a valid RunState" in notes.texts[0] and "every stage runs again" in notes.texts[0]
-    assert [text for text in notes.texts if text.endswith(": running")] == [f"{stage}: running" for stage in STAGES]
+    assert "run.json is not a valid RunState" in notes.notes[0] and "every stage runs again" in notes.notes[0]
+    assert [text for text in notes.notes if text.endswith(": running")] == [f"{stage}: running" for stage in STAGES]
     assert list(RunState.read(project / "out" / "run.json").stages) == STAGES
 
 
@@ -456,7 +446,7 @@ def test_the_twin_of_a_tuned_model_is_built_in_the_form_that_won(
     quick = Schedule(warmup_ms=0, min_seconds=0, min_runs=4, sittings=1)
     monkeypatch.setattr(ort_forms, "build", partial(ort_forms.build, schedule=quick))
     monkeypatch.setattr(ort_forms, "fastest", lambda speed_ups: fastest)
-    notes = Notes()
+    notes = Notebook()
     build = BuildConfig(tune=True, int8=True, calibrate=True, providers=("cpu",), min_agreement=0)
     config = load_config(project / "run.toml").model_copy(update={"build": build})
     # the exported file itself is what the finished run has evaluated and profiled
@@ -464,8 +454,8 @@ def test_the_twin_of_a_tuned_model_is_built_in_the_form_that_won(
     model, twin = manifests(project)
     assert rewrites(model) == rewrites(twin) == form
     assert model.tried is not None and len(model.tried) == 6 and twin.tried is None
-    assert sum(text.startswith("timing 6 forms") for text in notes.texts) == 1
-    assert any(text.startswith(f"chosen: {model.tried[fastest].form};") for text in notes.texts)
+    assert sum(text.startswith("timing 6 forms") for text in notes.notes) == 1
+    assert any(text.startswith(f"chosen: {model.tried[fastest].form};") for text in notes.notes)
     assert run(config).ran == []
 
 

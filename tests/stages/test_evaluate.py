@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import onnx
 import pytest
+from notebook import Notebook
 from numpy.typing import NDArray
 from tiny_models import KWARGS, NAME
 
@@ -268,19 +269,11 @@ def test_turning_by_exif_is_told_and_files_not_read_are_noted(eam_engine: Path, 
     folder = tmp_path / "some"
     shutil.copytree(labelled, folder)
     (folder / "x.heic").write_bytes(b"")
-    notes: list[str] = []
-
-    class Notes:
-        def progress(self, what: str, done: int, total: int) -> None:
-            pass
-
-        def note(self, text: str) -> None:
-            notes.append(text)
-
-    report = evaluate(eam_engine, ImageSource(folder, exif_transpose=True, limit=3), threads=1, observer=Notes())
+    notebook = Notebook()
+    report = evaluate(eam_engine, ImageSource(folder, exif_transpose=True, limit=3), threads=1, observer=notebook)
     assert report.images == "some (all, at most 3, turned by EXIF)"
     assert report.image_source is not None and report.image_source.exif_transpose
-    assert notes == [f"1 file of {folder} was not read because of its ending: .heic 1"]
+    assert notebook.notes == [f"1 file of {folder} was not read because of its ending: .heic 1"]
 
 
 def test_bad_picture_is_an_error_or_named_and_counted(eam_engine: Path, labelled: Path, tmp_path: Path) -> None:
@@ -289,18 +282,10 @@ def test_bad_picture_is_an_error_or_named_and_counted(eam_engine: Path, labelled
     (folder / "010.png").write_bytes((folder / "010.png").read_bytes()[:70])
     with pytest.raises(ConfigError, match=r"cannot use image \S*some/010\.png.*--skip-bad"):
         evaluate(eam_engine, ImageSource(folder), threads=1)
-    notes: list[str] = []
-
-    class Notes:
-        def progress(self, what: str, done: int, total: int) -> None:
-            pass
-
-        def note(self, text: str) -> None:
-            notes.append(text)
-
-    report = evaluate(eam_engine, ImageSource(folder, skip_bad=True), threads=1, observer=Notes())
+    notebook = Notebook()
+    report = evaluate(eam_engine, ImageSource(folder, skip_bad=True), threads=1, observer=notebook)
     assert (report.n_images, report.n_skipped, report.skipped) == (23, 1, ["010.png"])
-    assert notes == ["skipped 010.png"]
+    assert notebook.notes == ["skipped 010.png"]
 
 
 def test_label_out_of_range_is_named(eam_engine: Path, labelled: Path, tmp_path: Path) -> None:

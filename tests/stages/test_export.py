@@ -12,6 +12,7 @@ import onnx
 import onnxruntime
 import pytest
 import torch
+from notebook import Notebook
 from numpy.typing import NDArray
 from tiny_models import FAMILY, KWARGS, NAME, SWIN_FAMILY, SWIN_KWARGS, images, make_member, make_model, save_weights
 
@@ -30,7 +31,7 @@ from eamdeploy.host.reference import load_reference
 from eamdeploy.host.stock_export import StockExport, export_stock
 from eamdeploy.images.preprocess import normalize
 from eamdeploy.images.source import ImageSource
-from eamdeploy.observer import SILENT, Silent
+from eamdeploy.observer import SILENT
 from eamdeploy.parity.reference_set import ReferenceSet, reference_path
 from eamdeploy.passes.base import PlannedPass
 from eamdeploy.passes.facts import Parts
@@ -368,14 +369,6 @@ def test_every_frozen_head_is_accounted_for(
     assert_untouched(folder)
 
 
-class _Notes(Silent):
-    def __init__(self) -> None:
-        self.texts: list[str] = []
-
-    def note(self, text: str) -> None:
-        self.texts.append(text)
-
-
 @pytest.mark.parametrize("granularity", GRANULARITIES)
 @pytest.mark.parametrize("left_out", [("class_token_only",), ("canonical_attention",), tuple(SWITCHABLE)], ids=len)
 def test_a_frozen_model_is_exact_without_its_passes(
@@ -385,14 +378,14 @@ def test_a_frozen_model_is_exact_without_its_passes(
     checkpoint, model, base = tmp_path / "x.eam.safetensors", tmp_path / "x.onnx", tmp_path / "base.onnx"
     options = replace(HALF, granularity=granularity)
     freeze(ModelSpec(NAME, str(tiny_weights), KWARGS), ImageSource(pictures, limit=4), checkpoint, options)
-    notes = _Notes()
-    result = export(checkpoint, model, baseline=base, without=left_out, observer=notes)
+    notebook = Notebook()
+    result = export(checkpoint, model, baseline=base, without=left_out, observer=notebook)
     missing = with_dependents(left_out)
     not_exact = {"fold_value_bias"} if granularity == "entry" else set()  # where rows mix frozen and live entries
     assert result.frozen.rewrites == card_of(model).rewrites
     assert set(result.frozen.rewrites) == {*SWITCHABLE, "freeze_heads"} - missing - not_exact
     assert set(card_of(base).rewrites) == SWITCHABLE.keys() - missing
-    assert f"left out of the passes: {', '.join(sorted(missing))}" in notes.texts
+    assert f"left out of the passes: {', '.join(sorted(missing))}" in notebook.notes
     np.testing.assert_allclose(run(model), reference_logits(checkpoint, frozen=True), atol=5e-5)
     np.testing.assert_allclose(run(base), reference_logits(checkpoint, frozen=False), atol=5e-5)
 

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from head_costs import sensitivity
+from notebook import Notebook
 from numpy.typing import NDArray
 from PIL import Image
 from safetensors.torch import load_file
@@ -53,20 +54,6 @@ from eamdeploy.vocabulary import Granularity, WindowMaps
 
 FAST = FreezeOptions(sparsity=0.5, score="row-entropy")
 PATHS = ["blocks.0.attn", "blocks.1.attn"]
-
-
-class Notebook:
-    """An observer that remembers."""
-
-    def __init__(self) -> None:
-        self.notes: list[str] = []
-        self.steps: dict[str, list[tuple[int, int]]] = {}
-
-    def progress(self, what: str, done: int, total: int) -> None:
-        self.steps.setdefault(what, []).append((done, total))
-
-    def note(self, text: str) -> None:
-        self.notes.append(text)
 
 
 @pytest.fixture
