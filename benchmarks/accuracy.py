@@ -25,7 +25,7 @@ from eamdeploy.eam.options import FreezeOptions
 from eamdeploy.host.model import ModelSpec
 from eamdeploy.images.options import PreprocessingOverrides
 from eamdeploy.images.source import ImageSource
-from eamdeploy.vocabulary import GRANULARITIES, Granularity
+from eamdeploy.vocabulary import GRANULARITIES, Granularity, Score
 
 
 class Row(Record):
@@ -43,7 +43,8 @@ class Row(Record):
 def settings(granularity: Granularity) -> list[FreezeOptions]:
     """The rows of one granularity: scores and sparsities at 4 bits squared, then other widths at sparsity 0.2."""
     make = partial(FreezeOptions, granularity=granularity)
-    scores = ["entropy", "variance", "random"] + ["row-entropy"] * (granularity != "entry")
+    scores: list[Score] = ["entropy", "variance", "random"]
+    scores += ["row-entropy"] if granularity != "entry" else []
     return [
         *(make(score="sensitivity", sparsity=share) for share in (0.1, 0.2, 0.3, 0.5, 0.8)),
         *(make(score=score, sparsity=share) for score in scores for share in (0.2, 0.5)),

@@ -22,6 +22,7 @@ from onnx import TensorProto, helper, numpy_helper
 
 from eamdeploy.artifacts.records import Record
 from eamdeploy.errors import UnsupportedGraph
+from eamdeploy.graph.operator_set import STANDARD_DOMAINS
 
 Arithmetic = Literal["fp32", "int8"]
 
@@ -89,7 +90,7 @@ def products(model: onnx.ModelProto) -> Iterator[Product]:
     constants = {tensor.name for tensor in graph.initializer}
     shapes.update({tensor.name: list(tensor.dims) for tensor in graph.initializer})
     for node in graph.node:
-        if node.op_type in PRODUCTS and node.domain in ("", "ai.onnx"):
+        if node.op_type in PRODUCTS and node.domain in STANDARD_DOMAINS:
             operands = [shapes.get(name, [0]) for name in (*node.input[:2], node.output[0])]
             if not all(all(shape) for shape in operands):
                 raise UnsupportedGraph(f"the shapes of {node.op_type} {node.name} can't be inferred", got=operands)

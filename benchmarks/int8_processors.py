@@ -83,7 +83,7 @@ def _parse() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def measure(arguments: argparse.Namespace, folder: Path) -> list[dict[str, object]]:
+def measure(arguments: argparse.Namespace, folder: Path) -> list[dict[str, Any]]:
     """A row for every engine on every kind of processor that can be had here."""
     engines = make_engines(arguments, folder)
     with open_runner(arguments.model, 1) as runner:
@@ -201,7 +201,7 @@ def work(plan: Path) -> None:
     job = json.loads(plan.read_text())
     images = np.load(plan.with_name("images.npy"))
     calls = {name: _session(file, settings, job["threads"]) for name, (file, settings) in job["engines"].items()}
-    logits = {
+    logits: dict[str, Any] = {
         name: np.concatenate([call(images[index : index + 1]) for index in range(len(images))])
         for name, call in calls.items()
     }

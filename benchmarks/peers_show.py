@@ -141,10 +141,12 @@ def _draw_panel(axes: Axes, model: ModelResult, combination: Combination) -> Non
     rows = {row.name: row for row in model.rows}
     for place, item in enumerate(sorted(combination.timed, key=lambda item: item.latency.p50_ms)):
         row, latency = rows[item.name], item.latency.p50_ms
+        if row.agreement is None:
+            continue
         axes.plot(latency, row.agreement, _MARKERS[row.arithmetic], color=_colour(row), markersize=6, zorder=3)
         axes.annotate(
             str(numbers[row.name]),
-            (latency, row.agreement or 0.0),
+            (latency, row.agreement),
             xytext=(0, _LABEL_LIFTS[place % len(_LABEL_LIFTS)]),
             textcoords="offset points",
             ha="center",

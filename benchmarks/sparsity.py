@@ -32,7 +32,7 @@ from eamdeploy.images.options import TIMM_PREPROCESSING
 from eamdeploy.images.source import ImageSource
 from eamdeploy.profiling.timing import Schedule
 from eamdeploy.records.profile import Profile
-from eamdeploy.vocabulary import GRANULARITIES, WINDOW_MAPS
+from eamdeploy.vocabulary import GRANULARITIES, WINDOW_MAPS, Exporter, Granularity
 
 OPSET = 18  # the first that both of torch's exporters write for ViT and Swin
 
@@ -81,7 +81,7 @@ def _parse() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def _stock(model: Any, size: tuple[int, int], exporter: str, arguments: argparse.Namespace, work: Path) -> Path:
+def _stock(model: Any, size: tuple[int, int], exporter: Exporter, arguments: argparse.Namespace, work: Path) -> Path:
     """The model exactly as torch exports it, for ONNX Runtime with its own defaults."""
     path = work / f"stock-{exporter}.onnx"
     batch = arguments.batch if arguments.fixed_batch else None
@@ -90,7 +90,7 @@ def _stock(model: Any, size: tuple[int, int], exporter: str, arguments: argparse
 
 
 def _engine(
-    spec: ModelSpec, data: Path, granularity: str, sparsity: float, arguments: argparse.Namespace, work: Path
+    spec: ModelSpec, data: Path, granularity: Granularity, sparsity: float, arguments: argparse.Namespace, work: Path
 ) -> Path:
     """An EAM engine, checked against its reference."""
     name = f"{granularity}-{sparsity}"

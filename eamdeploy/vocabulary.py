@@ -80,6 +80,16 @@ ClassOrder: TypeAlias = Literal["names", "natural", "letters", "numbers"]
 """How the names of class folders become classes: by the model's class names, sorted as timm does (`natural`), sorted as
 torchvision does (`letters`), or as the numbers that they are."""
 
+MIN_OPSET: Final = 16
+MAX_OPSET: Final = 22
+"""The oldest and the newest of ONNX's operator sets that a checkpoint is exported in."""
+
+DEFAULT_OPSET: Final = 17
+"""The operator set of an export that asks for none."""
+
+OPSET_WITHOUT_LAYER_NORMALIZATION: Final = 16
+"""The same for a TensorRT that does not know LayerNormalization, which is an operator from 17 on."""
+
 GRANULARITIES: Final[tuple[Granularity, ...]] = get_args(Granularity)
 WINDOW_MAPS: Final[tuple[WindowMaps, ...]] = get_args(WindowMaps)
 SCORES: Final[tuple[Score, ...]] = get_args(Score)

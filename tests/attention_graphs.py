@@ -64,8 +64,8 @@ def make_weights(seed: int = 0, biased: Sequence[bool] = (True, True, True)) -> 
     def normal(*shape: int) -> Floats:
         return rng.normal(0, 0.6, shape).astype(np.float32)
 
-    linears = [Linear(normal(D, H, HEAD_DIM), normal(H, HEAD_DIM) if bias else None) for bias in biased]
-    return Weights(*linears, out=normal(C, D), gains=(1 + normal(HEAD_DIM), 1 + normal(HEAD_DIM)))
+    query, key, value = (Linear(normal(D, H, HEAD_DIM), normal(H, HEAD_DIM) if bias else None) for bias in biased)
+    return Weights(query, key, value, out=normal(C, D), gains=(1 + normal(HEAD_DIM), 1 + normal(HEAD_DIM)))
 
 
 WEIGHTS = make_weights()

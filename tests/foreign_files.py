@@ -7,6 +7,7 @@ import io
 import pickle
 import tarfile
 import zipfile
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +17,20 @@ from safetensors.numpy import save as save_safetensors
 
 ADVICE = ("weights_only", "allow_pickle", "enforce fail", ".cc", ".cpp", ".h:", "miniz", "site-packages", "trusted")
 """Parts of libraries' messages that tell a user nothing, or to run what is in the file."""
+
+
+def spring(mark: str) -> None:
+    Path(mark).write_text("sprung")
+
+
+class Trap:
+    """Writes a file when it is unpickled."""
+
+    def __init__(self, mark: Path) -> None:
+        self.mark = mark
+
+    def __reduce__(self) -> tuple[Callable[[str], None], tuple[str]]:
+        return spring, (str(self.mark),)
 
 
 def zip_of(*names: str) -> bytes:

@@ -67,7 +67,7 @@ def prepare(folder: Path, release: Release, python: Path) -> None:
     if (target / "done").exists():
         return
     target.mkdir(parents=True, exist_ok=True)
-    fetch = [
+    fetch: list[str | Path] = [
         python,
         "-m",
         "pip",

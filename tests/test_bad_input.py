@@ -21,6 +21,7 @@ import numpy as np
 import pytest
 import torch
 from command_line import RunCli, only_error
+from foreign_files import Trap
 from PIL import Image
 from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
@@ -114,25 +115,13 @@ def test_bad_weights(
     assert_untouched(out)
 
 
-def spring(mark: str) -> None:
-    Path(mark).write_text("sprung")
-
-
-class Trap:
-    def __init__(self, mark: Path) -> None:
-        self.mark = mark
-
-    def __reduce__(self) -> tuple[Callable[[str], None], tuple[str]]:
-        return spring, (str(self.mark),)
-
-
 def test_pth_that_wants_unpickling_is_refused_and_not_run(
     run_cli: RunCli, pictures: Path, tmp_path: Path, out: Path
 ) -> None:
     weights, mark = tmp_path / "w.pth", tmp_path / "mark"
     torch.save({"model": make_model().state_dict(), "args": Trap(mark)}, weights)
     line = only_error(run_cli(*freeze(weights, pictures, out)), 2)
-    assert re.search(r"w\.pth wants unpickling, which can run code, and is not loaded.*test_bad_input\.spring", line)
+    assert re.search(r"w\.pth wants unpickling, which can run code, and is not loaded.*foreign_files\.spring", line)
     assert not mark.exists()
     assert_untouched(out)
     pickle.loads(pickle.dumps(Trap(mark)))
@@ -506,7 +495,8 @@ def writers(
 ) -> dict[str, list[object]]:
     """A command of each kind that writes a file, without the `-o` at its end."""
     maps = tmp_path / "maps.npz"
-    np.savez(maps, **{"blocks.0.attn.heads": np.array([1]), "blocks.0.attn.codes": np.ones((1, 17, 17), np.uint8)})
+    arrays: dict[str, Any] = {"heads": np.array([1]), "codes": np.ones((1, 17, 17), np.uint8)}
+    np.savez(maps, **{f"blocks.0.attn.{name}": array for name, array in arrays.items()})
     weights = [*MODEL, "--weights", tiny_weights]
     quick = ["--warmup-ms", 0, "--min-seconds", 0, "--min-runs", 2, "--threads", 1, "--no-memory"]
     return {

@@ -46,7 +46,7 @@ TEXTS = {
 }
 
 
-@pytest.fixture(params=TEXTS.values(), ids=TEXTS)
+@pytest.fixture(params=TEXTS.values(), ids=list(TEXTS))
 def model(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
     """An ONNX model in which one text begins with the bytes FF FE, wherever it stands."""
     good = make_frozen_model().to_onnx().SerializeToString()

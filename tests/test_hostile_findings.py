@@ -8,6 +8,7 @@ import struct
 import zlib
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
@@ -96,7 +97,8 @@ def test_model_that_contradicts_itself_is_no_model_to_convert(
 def test_archive_that_zipfile_quotes_as_a_whole(tmp_path: Path) -> None:
     """The length of a member's name says that it goes on to the end of the file."""
     path = tmp_path / "maps.npz"
-    np.savez(path, **{"blocks.0.attn.maps": np.zeros((4, 50, 50))})
+    arrays: dict[str, Any] = {"blocks.0.attn.maps": np.zeros((4, 50, 50))}
+    np.savez(path, **arrays)
     data = bytearray(path.read_bytes())
     data[26:28] = b"\xff\x7f"
     path.write_bytes(data)

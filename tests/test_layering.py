@@ -7,7 +7,7 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -20,6 +20,7 @@ from tiny_models import NAME
 
 import eamdeploy
 from eamdeploy.artifacts.onnx_files import model_files
+from eamdeploy.artifacts.records import Record
 from eamdeploy.engines.manifest import Manifest
 from eamdeploy.parity.reference_set import reference_path
 from eamdeploy.records.diagnosis import Diagnosis
@@ -55,8 +56,8 @@ ROOMS: dict[str, set[str]] = {
         *("artifacts", "devices", "eam", "engines", "parity", "profiling", "records", "remote"),
     },
     "stages": {
-        *("artifacts", "convert", "devices", "eam", "engines", "host", "images", "parity", "profiling", "records"),
-        *("remote", "reporting"),
+        *("artifacts", "convert", "devices", "eam", "engines", "graph", "host", "images", "parity", "profiling"),
+        *("records", "remote", "reporting"),
     },
     "pipeline": {
         *("artifacts", "convert", "devices", "eam", "engines", "host", "images", "parity"),
@@ -340,7 +341,7 @@ def board(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     return {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, paths))}
 
 
-def run_on(board: dict[str, str], names: list[str], commands: list[list[object]]) -> dict[str, Any]:
+def run_on(board: dict[str, str], names: list[str], commands: Sequence[Sequence[object]]) -> dict[str, Any]:
     done = subprocess.run(
         [sys.executable, "-c", DRIVER],
         env=board,
@@ -413,7 +414,7 @@ def test_a_board_builds_evaluates_profiles_and_inspects(
     }
     result = run_on(board, [], list(commands.values()))
     outcomes = dict(zip(commands, result["outcomes"], strict=True))
-    records = {
+    records: dict[str, type[Record]] = {
         "build": Manifest,
         "evaluate": EvaluationReport,
         "profile": Profile,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -75,7 +76,7 @@ def calibration(pictures: Path) -> Calibration:
     return Calibration(ImageSource(pictures, limit=8))
 
 
-@pytest.fixture(params=LIMITS.values(), ids=LIMITS.keys())
+@pytest.fixture(params=LIMITS.values(), ids=list(LIMITS))
 def limit(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> int:
     """Above so many bytes a model of ours is two files."""
     monkeypatch.setattr(onnx_files, "ONE_FILE_BYTES", request.param)
@@ -210,11 +211,17 @@ def test_every_command_names_the_file_that_is_missing_short_or_elsewhere(
     words = {"MODEL": several, "OTHER": one, "PICTURES": pictures, "OUT": several.with_name("o.onnx")}
     file = several.parent / "sub" / "b.bin"
     data = file.read_bytes()
-    for damage, message in (
+
+    def lead_elsewhere() -> None:
+        file.unlink()
+        file.symlink_to(reference_path(one))
+
+    damages: tuple[tuple[Callable[[], object], str], ...] = (
         (lambda: file.write_bytes(data[:-1]), "b.bin is too short for tiny.onnx"),
-        (lambda: (file.unlink(), file.symlink_to(reference_path(one))), "a model may not"),
+        (lead_elsewhere, "a model may not"),
         (file.unlink, "tiny.onnx keeps its weights in sub/b.bin, which is not beside it"),
-    ):
+    )
+    for damage, message in damages:
         damage()
         error = only_error(run_cli("-q", *(words.get(word, word) for word in command)), code)
         assert message in error

@@ -146,6 +146,28 @@ def _require_short_name(path: Path) -> None:
         )
 
 
+def read_chunks(path: Path, size: int, *, start: int = 0, doing: str = "read") -> Iterator[bytes]:
+    """So many bytes of the file, piece by piece.
+
+    Args:
+        doing: what is done with them, for an error: "became shorter while it was …".
+
+    Raises:
+        ConfigError: the file can't be read, or has fewer bytes than that by now.
+    """
+    left = size
+    try:
+        with path.open("rb") as stream:
+            stream.seek(start)
+            while left and (chunk := stream.read(min(_CHUNK_BYTES, left))):
+                left -= len(chunk)
+                yield chunk
+    except OSError as err:
+        raise ConfigError(f"cannot read {path}: {err.strerror or err}") from err
+    if left:
+        raise ConfigError(f"{path} became shorter while it was {doing}", hint="Wait until it is written, try again.")
+
+
 def write_bytes(path: Path, data: bytes) -> None:
     """`path` holds exactly `data`, or is unchanged if that fails (see `atomic_output`)."""
     with atomic_output(path) as file:

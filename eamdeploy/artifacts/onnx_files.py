@@ -13,7 +13,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath, PureWindowsPath
 
-from eamdeploy.artifacts.files import digest_bytes, digest_file, is_file, is_there
+from eamdeploy.artifacts.files import digest_bytes, digest_file, is_file, is_there, read_chunks
 from eamdeploy.artifacts.onnx_wire import (
     OutsideTensor,
     Piece,
@@ -35,7 +35,6 @@ OUTSIDE_BYTES = 1024
 """In a model of two files, a tensor of at least this size is in the second; smaller ones decide shapes."""
 _OTHERS = (".safetensors", ".plan", ".engine", ".npz", ".json", ".html", ".png")  # what else we write
 _ALIGNMENT = 4096  # so that a tensor can be mapped into memory
-_CHUNK_BYTES = 1 << 20
 _LONGEST_NAME = 255
 
 
@@ -304,19 +303,5 @@ def _chunks(data: Mapping[int, Piece]) -> Iterator[bytes]:
         if isinstance(piece, bytes):
             yield piece
         else:
-            yield from _slice_chunks(piece)
+            yield from read_chunks(piece.path, piece.size, start=piece.start)
         at = offset + size_of([piece])
-
-
-def _slice_chunks(part: Slice) -> Iterator[bytes]:
-    left = part.size
-    try:
-        with part.path.open("rb") as stream:
-            stream.seek(part.start)
-            while left and (chunk := stream.read(min(_CHUNK_BYTES, left))):
-                left -= len(chunk)
-                yield chunk
-    except OSError as err:
-        raise ConfigError(f"cannot read {part.path}: {err.strerror or err}") from err
-    if left:
-        raise ConfigError(f"{part.path} became shorter while it was read", hint="Wait until it is written, try again.")

@@ -11,7 +11,15 @@ from eamdeploy.cli import options, show
 from eamdeploy.cli.console import print_result
 from eamdeploy.engines.trt.versions import TrtVersion
 from eamdeploy.errors import ExitCode, host_packages
-from eamdeploy.vocabulary import OPTIONAL_PASSES, Backend, Exporter
+from eamdeploy.vocabulary import (
+    DEFAULT_OPSET,
+    MAX_OPSET,
+    MIN_OPSET,
+    OPSET_WITHOUT_LAYER_NORMALIZATION,
+    OPTIONAL_PASSES,
+    Backend,
+    Exporter,
+)
 
 _PASSES = ", ".join(OPTIONAL_PASSES)
 
@@ -30,7 +38,11 @@ def export(
     batch: Annotated[str, typer.Option(help="'dynamic', or one fixed batch size.")] = "dynamic",
     opset: Annotated[
         int | None,
-        typer.Option(help="ONNX operator set, 16 to 22; default 17, or 16 for TensorRT 8.5.", show_default=False),
+        typer.Option(
+            help=f"ONNX operator set, {MIN_OPSET} to {MAX_OPSET}; default {DEFAULT_OPSET}, or "
+            f"{OPSET_WITHOUT_LAYER_NORMALIZATION} for TensorRT 8.5.",
+            show_default=False,
+        ),
     ] = None,
     target: Annotated[
         Backend, typer.Option(help="What runs it: ONNX Runtime (UINT8 maps) or TensorRT (INT8 maps).")

@@ -62,7 +62,10 @@ def analyze(
         result = run_analyze(model.spec(settings.seed), images.source, settings, overrides=overrides, observer=terminal)
     result.write(output)
     if heatmap is not None:
-        _draw(result.scores[settings.score], settings.score, result.frozen, result.shares, model.model, heatmap)
+        from eamdeploy.reporting.draw.heat_file import write_heat_map
+        from eamdeploy.reporting.records.heat_map import of_analysis
+
+        write_heat_map(of_analysis(result)[0], heatmap)
     print_result(result, show.analysis(result), as_json=as_json)
 
 
@@ -93,8 +96,10 @@ def freeze(
             observer=terminal,
         )
     if heatmap is not None:
-        frozen = header.freezing
-        _draw(frozen.scores, settings.score, frozen.heads, read_shares(output), model.model, heatmap)
+        from eamdeploy.reporting.draw.heat_file import write_heat_map
+        from eamdeploy.reporting.records.heat_map import of_checkpoint
+
+        write_heat_map(of_checkpoint(header, read_shares(output)), heatmap)
     print_result(header, show.checkpoint(header), as_json=as_json)
 
 
@@ -128,16 +133,3 @@ def pack(
         class_names=read_class_names(class_names),
     )
     print_result(header, show.checkpoint(header), as_json=as_json)
-
-
-def _draw(
-    scores: dict[str, list[float]],
-    score: str,
-    frozen: dict[str, list[int]],
-    shares: dict[str, list[float]],
-    title: str,
-    path: Path,
-) -> None:
-    from eamdeploy.reporting.draw.heatmap import draw_heatmap
-
-    draw_heatmap(scores, score_name=score, frozen=frozen, shares=shares, title=title, path=path)

@@ -20,7 +20,7 @@ from eamdeploy.devices.registry import open_device
 from eamdeploy.eam.options import FreezeOptions
 from eamdeploy.engines.trt.versions import TrtVersion
 from eamdeploy.errors import ConfigError
-from eamdeploy.images.options import ImageOptions
+from eamdeploy.images.options import ExifTranspose, ImageOptions, MostImages, SkipBad, WhichFiles
 from eamdeploy.images.source import ImageSource
 
 _DEFAULT_TRT = "8.6"  # its graphs suit 10.x and 11.x too
@@ -93,12 +93,10 @@ class ReferenceImages:
     data: Annotated[
         Path | None, typer.Option(help="Folder of images for the parity reference; synthetic ones by default.")
     ] = None
-    images: Annotated[int | None, typer.Option(help=description(ImageOptions, "images"))] = ImageOptions.images
-    split: Annotated[vocabulary.Split, typer.Option(help=description(ImageOptions, "split"))] = ImageOptions.split
-    skip_bad: Annotated[bool, typer.Option("--skip-bad", help=description(ImageOptions, "skip_bad"))] = False
-    exif_transpose: Annotated[
-        bool, typer.Option("--exif-transpose", help=description(ImageOptions, "exif_transpose"))
-    ] = False
+    images: MostImages = ImageOptions.images
+    split: WhichFiles = ImageOptions.split
+    skip_bad: SkipBad = ImageOptions.skip_bad
+    exif_transpose: ExifTranspose = ImageOptions.exif_transpose
 
     @property
     def source(self) -> ImageSource | None:
@@ -116,7 +114,7 @@ class CalibrationArguments:
         Path | None, typer.Option(help="With --int8: folder of images that tell the ranges of activations.")
     ] = None
     calib_images: Annotated[int, typer.Option(min=1, help="… at most that many of them.")] = CALIBRATION_IMAGES
-    calib_split: Annotated[vocabulary.Split, typer.Option(help=description(ImageOptions, "split"))] = "all"
+    calib_split: WhichFiles = ImageOptions.split
     calib_method: Annotated[
         vocabulary.CalibrationMethod, typer.Option(help="… and how ranges follow from their values.")
     ] = "percentile"
@@ -124,10 +122,8 @@ class CalibrationArguments:
         Path | None,
         typer.Option(help="File that keeps the ranges for the next build.", show_default="ENGINE.ranges.json"),
     ] = None
-    skip_bad: Annotated[bool, typer.Option("--skip-bad", help=description(ImageOptions, "skip_bad"))] = False
-    exif_transpose: Annotated[
-        bool, typer.Option("--exif-transpose", help=description(ImageOptions, "exif_transpose"))
-    ] = False
+    skip_bad: SkipBad = ImageOptions.skip_bad
+    exif_transpose: ExifTranspose = ImageOptions.exif_transpose
 
     @property
     def calibration(self) -> Calibration | None:

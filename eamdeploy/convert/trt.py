@@ -22,6 +22,7 @@ from eamdeploy.engines.trt.request import FrozenMap, ModelFacts, TrtModel, TrtOp
 from eamdeploy.engines.trt.versions import TrtVersion, capabilities
 from eamdeploy.errors import ConfigError, EngineError, UnsupportedGraph
 from eamdeploy.graph.model import card_of, parse_model, to_graph, to_model, with_card
+from eamdeploy.graph.operator_set import operator_set
 from eamdeploy.graph.weights import fits_one_file, serialize
 from eamdeploy.observer import SILENT, Observer
 from eamdeploy.passes.base import run_passes
@@ -114,8 +115,7 @@ def _raise_opset(model: onnx.ModelProto) -> onnx.ModelProto:
     Raises:
         UnsupportedGraph: onnx has no converter for one of its operators.
     """
-    opset = next(item.version for item in model.opset_import if item.domain in ("", "ai.onnx"))
-    if opset >= HALF_SCALES_OPSET:
+    if operator_set(model) >= HALF_SCALES_OPSET:
         return model
     if not fits_one_file(model):
         raise UnsupportedGraph(

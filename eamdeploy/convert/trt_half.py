@@ -19,6 +19,7 @@ from onnx import numpy_helper
 
 from eamdeploy.convert.ort_tools import import_tool
 from eamdeploy.engines.trt.precision import Step, steps_to_keep
+from eamdeploy.graph.operator_set import operator_set
 from eamdeploy.graph.weights import fits_one_file, infer_shapes
 
 _KINDS = {
@@ -87,7 +88,7 @@ def _with_float_scales(model: onnx.ModelProto) -> list[str]:
     product don't, if float16 has the same numbers and the operator set has float16 scales.
     """
     graph = model.graph
-    opset = next(item.version for item in model.opset_import if item.domain in ("", "ai.onnx"))
+    opset = operator_set(model)
     constants = {item.name: item for item in graph.initializer}
     quantized = {node.output[0] for node in graph.node if node.op_type == "QuantizeLinear"}
     factors = {name for node in graph.node if node.op_type == "MatMul" for name in node.input}

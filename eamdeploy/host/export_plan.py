@@ -26,15 +26,15 @@ from eamdeploy.errors import ConfigError
 from eamdeploy.graph.frozen import IntegerMaps
 from eamdeploy.host.attention import parts
 from eamdeploy.host.reference import LoadedModel, load_reference
+from eamdeploy.host.sites import AttentionSite
 from eamdeploy.passes.class_token_only import ClassTokenOnly
 from eamdeploy.passes.facts import Parts
 from eamdeploy.passes.freeze_heads import AttentionModule
+from eamdeploy.passes.gather_tokens import GatherTokens
 from eamdeploy.passes.order import with_dependents
 from eamdeploy.passes.requantize_maps import RequantizeMaps
-from eamdeploy.vocabulary import Exporter, Quantizer
+from eamdeploy.vocabulary import DEFAULT_OPSET, OPSET_WITHOUT_LAYER_NORMALIZATION, Exporter, Quantizer
 
-DEFAULT_OPSET = 17
-_OPSET_WITHOUT_LAYER_NORMALIZATION = 16
 _UINT16_OPSET = 21
 
 
@@ -44,7 +44,7 @@ class ExportOptions:
 
     Attributes:
         batch: fixed batch size, or None for a dynamic one.
-        opset: None for 17, or for 16 where TensorRT does not know LayerNormalization.
+        opset: None for the default, which depends on whether TensorRT knows LayerNormalization.
         fold_preprocess: the input is pixels, uint8, and the patch embedding normalizes them; not for TensorRT.
         without: passes of `passes.order` that are left out, and with them those that depend on them.
         trt: the TensorRT that must take the graph; None for ONNX Runtime.
@@ -110,9 +110,7 @@ def make_plan(checkpoint: Path, options: ExportOptions, *, verify: bool) -> Expo
     if options.trt is not None and capabilities(options.trt).integer_maps:
         loaded, requantized = int8_checkpoint(loaded)
     live = load_reference(loaded, frozen=False, where=str(checkpoint))
-    modules = _attention_modules(loaded, live, opset)
-    if ClassTokenOnly.name in left_out:  # every row is computed then, so every row of a frozen map must be there
-        modules = tuple(replace(module, read_tokens=None) for module in modules)
+    modules = _attention_modules(loaded, live, opset, left_out)
     card = ModelCard(
         timm_model=header.timm_model,
         weights=header.weights,
@@ -157,13 +155,15 @@ def _choose_opset(opset: int | None, trt: TrtVersion | None) -> int:
     """
     can = None if trt is None else capabilities(trt)
     if opset is None:
-        return DEFAULT_OPSET if can is None or can.layer_normalization else _OPSET_WITHOUT_LAYER_NORMALIZATION
+        return DEFAULT_OPSET if can is None or can.layer_normalization else OPSET_WITHOUT_LAYER_NORMALIZATION
     if can is not None and opset > can.max_opset:
         raise ConfigError(f"TensorRT {trt} does not know that opset", expected=f"at most {can.max_opset}", got=opset)
     return opset
 
 
-def _attention_modules(checkpoint: Checkpoint, live: LoadedModel, opset: int) -> tuple[AttentionModule, ...]:
+def _attention_modules(
+    checkpoint: Checkpoint, live: LoadedModel, opset: int, left_out: frozenset[str]
+) -> tuple[AttentionModule, ...]:
     """Every attention module with its value weights and, where it has some, its frozen maps as ONNX stores them."""
     modules = []
     for site in live.sites:
@@ -171,8 +171,17 @@ def _attention_modules(checkpoint: Checkpoint, live: LoadedModel, opset: int) ->
         frozen = checkpoint.frozen.get(site.path)
         shape = checkpoint.header.attention[site.path]
         maps = None if frozen is None else _integer_maps(frozen, shape, checkpoint.header.freezing.quantizer, opset)
-        modules.append(AttentionModule(site.path, weight[2 * len(weight) // 3 :], maps, site.read_tokens))
+        read = None if _computes_all_rows(site, left_out) else site.read_tokens
+        modules.append(AttentionModule(site.path, weight[2 * len(weight) // 3 :], maps, read))
     return tuple(modules)
+
+
+def _computes_all_rows(site: AttentionSite, left_out: frozenset[str]) -> bool:
+    """Whether every row of the maps is computed, so that every row of a frozen map must be there.
+
+    In windows the choice of tokens is one node only where `gather_tokens` wrote it.
+    """
+    return ClassTokenOnly.name in left_out or (site.classes is not None and GatherTokens.name in left_out)
 
 
 def _integer_maps(frozen: FrozenMaps, shape: AttentionShape, quantizer: Quantizer, opset: int) -> IntegerMaps:

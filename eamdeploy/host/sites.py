@@ -27,6 +27,7 @@ class AttentionSite:
         classes: for every window of an image, row by row as timm partitions it, the class of its shift mask, numbered
             by first occurrence; None for a model without windows.
         read_tokens: the tokens whose rows of the maps the classifier depends on, at most half of them; None for all.
+            A window's padding is never read.
     """
 
     path: str

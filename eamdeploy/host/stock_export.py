@@ -30,11 +30,9 @@ from torch import nn
 from eamdeploy.artifacts.onnx_files import ONE_FILE_BYTES
 from eamdeploy.errors import ConfigError, UnsupportedGraph
 from eamdeploy.graph.invariants import INPUT_NAME, OUTPUT_NAME
+from eamdeploy.graph.operator_set import operator_set
 from eamdeploy.graph.weights import check_model
-from eamdeploy.vocabulary import Exporter
-
-MIN_OPSET = 16
-MAX_OPSET = 22
+from eamdeploy.vocabulary import MAX_OPSET, MIN_OPSET, Exporter
 
 
 @dataclass(frozen=True)
@@ -87,7 +85,7 @@ def _export(
             exported = write(model, example, batch, opset)
         except Exception as err:  # torch's exporters raise many kinds
             raise UnsupportedGraph(f"torch's {exporter} exporter failed at opset {opset}: {_first_line(err)}") from err
-    version = next(entry.version for entry in exported.opset_import if entry.domain in ("", "ai.onnx"))
+    version = operator_set(exported)
     if version != opset:
         raise UnsupportedGraph(f"torch's {exporter} exporter wrote another opset", expected=opset, got=version)
     try:

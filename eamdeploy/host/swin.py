@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from itertools import starmap, zip_longest
 from typing import Any
 
@@ -56,7 +57,8 @@ def sites(model: Any) -> list[AttentionSite]:
     for path, block in _blocks(model):
         refuse_unless(type(block) is SwinTransformerBlock, f"{path} is a {type(block).__name__}")
         refuse_unless(type(block.attn) is WindowAttention, f"{path}.attn is a {type(block.attn).__name__}")
-        found.append(AttentionSite(f"{path}.attn", block.attn.num_heads, block.window_area, _mask_classes(block)))
+        site = AttentionSite(f"{path}.attn", block.attn.num_heads, block.window_area, _mask_classes(block))
+        found.append(replace(site, read_tokens=_read_tokens(block)))
     refuse_other_modules(model, MODULES)
     return found
 
@@ -134,6 +136,18 @@ def steps(model: Any) -> list[tuple[str, nn.Module]]:
 
 def _blocks(model: Any) -> list[tuple[str, Any]]:
     return [(path, module) for path, module in steps(model) if ".blocks." in path]
+
+
+def _read_tokens(block: Any) -> tuple[int, ...] | None:
+    """The tokens of the only window that the image has, where they are at most half; the rest is padding.
+
+    None for over half of the tokens, and for more than one window: they are put together before padding is cut off.
+    """
+    (height, width), (down, across) = block.input_resolution, block.window_size
+    if height > down or width > across or 2 * height * width > block.window_area:
+        return None
+    # timm shifts first and then pads below and to the right
+    return tuple(row * across + column for row in range(height) for column in range(width))
 
 
 def _mask_classes(block: Any) -> tuple[int, ...]:

@@ -11,6 +11,12 @@ from pydantic import ConfigDict, Field
 from eamdeploy.images.source import ImageSource
 from eamdeploy.vocabulary import Split
 
+# fields that records of options share, here and on the command line
+WhichFiles = Annotated[Split, Field(description="All files, or those at even or odd positions when sorted.")]
+MostImages = Annotated[int | None, Field(description="At most that many, spread evenly over the folder.")]
+SkipBad = Annotated[bool, Field(description="Leave out and name files that can't be decoded.")]
+ExifTranspose = Annotated[bool, Field(description="Turn images as their EXIF orientation says; timm does not.")]
+
 
 @dataclass(frozen=True)
 class PreprocessingOverrides:
@@ -42,12 +48,10 @@ class ImageOptions:
     data: Annotated[
         Path, Field(description="Images: class sub-folders, flat files with labels.csv, or unlabelled files.")
     ]
-    split: Annotated[Split, Field(description="All files, or those at even or odd positions when sorted.")] = "all"
-    images: Annotated[int | None, Field(description="At most that many, spread evenly over the folder.")] = None
-    skip_bad: Annotated[bool, Field(description="Leave out and name files that can't be decoded.")] = False
-    exif_transpose: Annotated[bool, Field(description="Turn images as their EXIF orientation says; timm does not.")] = (
-        False
-    )
+    split: WhichFiles = "all"
+    images: MostImages = None
+    skip_bad: SkipBad = False
+    exif_transpose: ExifTranspose = False
 
     __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(extra="forbid")
 

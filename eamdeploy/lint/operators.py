@@ -10,8 +10,9 @@ from collections.abc import Iterator
 import onnx
 
 from eamdeploy.engines.trt.versions import Capabilities
+from eamdeploy.graph.operator_set import STANDARD_DOMAINS
 from eamdeploy.lint.base import Place, Rule
-from eamdeploy.lint.view import STANDARD_DOMAINS, GraphView, name_of, type_name
+from eamdeploy.lint.view import GraphView, name_of, type_name
 
 # No release of onnx-tensorrt imports these.
 _NEVER = frozenset(

@@ -11,9 +11,8 @@ import numpy as np
 import onnx
 from numpy.typing import NDArray
 
+from eamdeploy.graph.operator_set import STANDARD_DOMAINS, operator_set
 from eamdeploy.graph.weights import infer_shapes
-
-STANDARD_DOMAINS = ("", "ai.onnx")
 
 
 @dataclass(frozen=True, eq=False)
@@ -71,7 +70,7 @@ def view(model: onnx.ModelProto) -> GraphView:
         for name in dict.fromkeys(node.input):
             readers[name].append(node)
     return GraphView(
-        opset=next((entry.version for entry in model.opset_import if entry.domain in STANDARD_DOMAINS), 1),
+        opset=operator_set(model),
         nodes=tuple(nodes),
         inputs=tuple(info for info in inferred.graph.input if info.name not in initializers),
         outputs=tuple(inferred.graph.output),

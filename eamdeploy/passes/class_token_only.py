@@ -1,4 +1,6 @@
-"""The last block for the tokens that the classifier reads, not for all of them.
+"""A block for the tokens that are read behind it, not for all of them: the last one for those of the classifier.
+
+The other blocks that have such tokens are Swin's with one window larger than the image, whose padding nobody reads.
 
 Before:  y = x + softmax(q(n)·k(n)ᵀ)·v(n)·Wo ; z = f(y)[t]      n = norm(x), f: second norm, MLP, last norm
 After:   y = x[t] + softmax(q(n[t])·k(n)ᵀ)·v(n)·Wo ; z = f(y)

@@ -246,7 +246,7 @@ REWRITES: tuple[Row, ...] = (
     Row(
         ClassTokenOnly,
         Places(
-            "the last attention module, where at most half of the tokens are read",
+            "every attention module of which at most half of the tokens are read",
             lambda facts: facts.shortened,
         ),
         needs=CanonicalAttention.name,

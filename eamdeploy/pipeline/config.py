@@ -18,7 +18,7 @@ from eamdeploy.errors import ConfigError
 from eamdeploy.images.options import TIMM_PREPROCESSING, ImageOptions, PreprocessingOverrides
 from eamdeploy.images.source import ImageSource, read_class_names
 from eamdeploy.profiling.timing import Schedule
-from eamdeploy.vocabulary import ClassOrder, Exporter, ProviderName
+from eamdeploy.vocabulary import DEFAULT_OPSET, ClassOrder, Exporter, ProviderName
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -63,7 +63,7 @@ class ExportConfig(Record):
     """
 
     batch: _Batch = None
-    opset: int = 17
+    opset: int = DEFAULT_OPSET
     exporter: Exporter = "auto"
     fold_preprocess: bool = False
     without: tuple[str, ...] = ()

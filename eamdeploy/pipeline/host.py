@@ -23,7 +23,8 @@ def freeze_stage(config: RunConfig, observer: Observer) -> Stage:
     def action() -> None:
         with host_packages("freezing"):
             from eamdeploy.host.model import ModelSpec
-            from eamdeploy.reporting.draw.heatmap import draw_heatmap
+            from eamdeploy.reporting.draw.heat_file import write_heat_map
+            from eamdeploy.reporting.records.heat_map import of_checkpoint
             from eamdeploy.stages.freeze import freeze, read_shares
         header = freeze(
             ModelSpec(model.name, model.weights, model.kwargs),
@@ -34,14 +35,7 @@ def freeze_stage(config: RunConfig, observer: Observer) -> Stage:
             class_names=read_class_names(model.class_names),
             observer=observer,
         )
-        draw_heatmap(
-            header.freezing.scores,
-            score_name=header.freezing.score,
-            frozen=header.freezing.heads,
-            shares=read_shares(output),
-            title=header.timm_model,
-            path=heatmap,
-        )
+        write_heat_map(of_checkpoint(header, read_shares(output)), heatmap)
 
     weights = Path(model.weights)
     inputs = {  # names and contents, no paths, so that a run may be moved or started from another folder

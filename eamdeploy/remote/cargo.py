@@ -7,14 +7,13 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
-from eamdeploy.artifacts.files import is_file
+from eamdeploy.artifacts.files import is_file, read_chunks
 from eamdeploy.artifacts.onnx_files import digest_model, model_files
 from eamdeploy.engines.manifest import manifest_path, read_manifest
 from eamdeploy.engines.registry import backend_of
 from eamdeploy.errors import ConfigError
 
 _BLOCK_BYTES = 512
-_READ_BYTES = 1 << 16
 
 
 @dataclass(frozen=True)
@@ -60,7 +59,7 @@ class Cargo:
         yield _folders(self.files)
         for file in self.files:
             yield _header(file)
-            yield from _content(file)
+            yield from read_chunks(file.path, file.size_bytes, doing="sent")
             yield bytes(_padded(file.size_bytes) - file.size_bytes)
         yield bytes(2 * _BLOCK_BYTES)
 
@@ -114,16 +113,3 @@ def _folders(files: Sequence[CargoFile]) -> bytes:
 
 def _padded(size_bytes: int) -> int:
     return -(-size_bytes // _BLOCK_BYTES) * _BLOCK_BYTES
-
-
-def _content(file: CargoFile) -> Iterator[bytes]:
-    left = file.size_bytes
-    try:
-        with file.path.open("rb") as stream:
-            while left and (data := stream.read(min(_READ_BYTES, left))):
-                left -= len(data)
-                yield data
-    except OSError as err:
-        raise ConfigError(f"cannot read {file.path}: {err.strerror or err}") from err
-    if left:
-        raise ConfigError(f"{file.path} became shorter while it was sent", hint="Wait until it is written, try again.")

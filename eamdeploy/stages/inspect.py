@@ -177,6 +177,8 @@ def _nodes(path: Path) -> dict[str, JsonValue]:
     """Operators and integer constants; nothing on a board, where the package onnx is not installed."""
     try:
         import onnx
+
+        from eamdeploy.graph.operator_set import operator_set
     except ModuleNotFoundError:
         return {}
     model = onnx.load(str(path), load_external_data=False)
@@ -185,7 +187,7 @@ def _nodes(path: Path) -> dict[str, JsonValue]:
     maps = [item for item in model.graph.initializer if item.data_type in integers and len(item.dims) > 1]
     sizes = [math.prod(item.dims) * (2 if item.data_type == onnx.TensorProto.UINT16 else 1) for item in maps]
     return {
-        "opset": next(entry.version for entry in model.opset_import if entry.domain in ("", "ai.onnx")),
+        "opset": operator_set(model),
         "nodes": sum(counts.values()),
         "operators": [f"{count} {name}" for name, count in counts.most_common()],
         "integer map constants": len(sizes),

@@ -68,7 +68,7 @@ def report(
         page=str(output),
         markdown=None if markdown is None else str(markdown),
         title=content.title,
-        models=[each.title for each in content.headlines],
+        models=[each.title for each in content.answers],
         caveats=list(content.caveats),
         files=[file for file, _ in content.files],
     )

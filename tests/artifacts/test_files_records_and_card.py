@@ -150,7 +150,7 @@ def test_full_disk_at_the_very_end_changes_nothing(target: Path, monkeypatch: py
     def fail(*_: object) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    monkeypatch.setattr(*((os, "fsync") if step == "fsync" else (Path, "replace")), fail)
+    monkeypatch.setattr(os if step == "fsync" else Path, step, fail)
     with pytest.raises(ConfigError, match="No space left"):
         write_bytes(target, b"new")
     assert_only_old(target)
@@ -160,7 +160,11 @@ def test_bytes_are_on_the_disk_before_the_rename(target: Path, monkeypatch: pyte
     steps: list[str] = []
 
     def record(name: str, call: Callable[..., Any]) -> Callable[..., Any]:
-        return lambda *arguments: (steps.append(name), call(*arguments))[1]
+        def recorded(*arguments: Any) -> Any:
+            steps.append(name)
+            return call(*arguments)
+
+        return recorded
 
     monkeypatch.setattr(os, "fsync", record("fsync", os.fsync))
     monkeypatch.setattr(Path, "replace", record("replace", Path.replace))
@@ -239,7 +243,7 @@ def test_missing_record_is_the_users_mistake(tmp_path: Path) -> None:
 
 def test_records_do_not_change() -> None:
     with pytest.raises(ValueError, match="frozen"):
-        Point(x=1).x = 2  # type: ignore[misc]
+        Point(x=1).x = 2
 
 
 @pytest.mark.parametrize(

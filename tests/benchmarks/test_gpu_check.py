@@ -15,6 +15,7 @@ from eamdeploy.eam import checkpoint as checkpoints
 from eamdeploy.engines.trt.request import TrtOptions
 from eamdeploy.errors import EngineError
 from eamdeploy.parity.reference_set import reference_path
+from eamdeploy.profiling.timing import Schedule
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
 import gpu_check
@@ -77,7 +78,7 @@ def test_cases_are_built_measured_and_what_fails_is_written_down(
     assert "tiny-fp16" in text and "cannot read" in text and "100.0 %" in text
 
 
-_QUICK = gpu_check.Schedule(warmup_ms=0, min_seconds=0, min_runs=2, sittings=2)
+_QUICK = Schedule(warmup_ms=0, min_seconds=0, min_runs=2, sittings=2)
 
 
 def test_without_time_nothing_is_built_and_that_is_said(

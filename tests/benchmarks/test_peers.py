@@ -5,10 +5,11 @@ from __future__ import annotations
 import importlib.util
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
@@ -127,7 +128,8 @@ def test_ours_are_set_against_the_fastest_of_each_kind(measured: Peers) -> None:
         stocks = {plan.name for plan in PEERS if plan.is_stock}
         assert combination.stock == min(stocks, key=p50.__getitem__) and timed[combination.stock].stock is None
         ours = timed["eamdeploy FP32, sparsity 0.5"]
-        assert ours.best is not None and ours.best.name == min((p.name for p in PEERS if p.name in p50), key=p50.get)
+        peers_timed = [plan.name for plan in PEERS if plan.name in p50]
+        assert ours.best is not None and ours.best.name == min(peers_timed, key=p50.__getitem__)
         alike = [plan.name for plan in PEERS if (plan.runtime, plan.arithmetic) == ("onnxruntime", "fp32")]
         assert ours.like is not None and ours.like.name == min(alike, key=p50.__getitem__)
         assert ours.unfrozen is not None and ours.unfrozen.name == "eamdeploy FP32, sparsity 0"
@@ -170,8 +172,13 @@ def test_the_script_writes_what_it_prints(
     measured: Peers, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     output, plot = tmp_path / "peers.json", tmp_path / "peers.png"
-    seen = []
-    monkeypatch.setattr(peers, "run", lambda *arguments: seen.append(arguments) or iter([measured]))
+    seen: list[Any] = []
+
+    def run(*arguments: object) -> Iterator[Peers]:
+        seen.append(arguments)
+        return iter([measured])
+
+    monkeypatch.setattr(peers, "run", run)
     options = ["--keep", str(tmp_path / "keep"), "-o", str(output), "--plot", str(plot), "--threads", "1", "2"]
     monkeypatch.setattr(sys, "argv", ["peers.py", "--weights", "w.safetensors", *options])
     peers.main()
@@ -188,7 +195,7 @@ def test_the_script_writes_what_it_prints(
 
 
 def test_what_was_made_is_found_again(vit: Study, measured: Peers, monkeypatch: pytest.MonkeyPatch) -> None:
-    def never(*_: object) -> None:
+    def never(*_: object) -> Any:
         raise AssertionError("it is there already")
 
     again = Study(vit.spec, vit.settings)
@@ -228,10 +235,8 @@ def test_what_fails_leaves_nothing_behind(vit: Study) -> None:
 
 
 def test_a_peer_that_fails_is_skipped_and_ours_is_not(vit: Study) -> None:
-    @contextmanager
-    def open_broken(threads: int, batch: int) -> Iterator[Predict]:
+    def open_broken(threads: int, batch: int) -> AbstractContextManager[Predict]:
         raise EngineError("no compiler here")
-        yield
 
     def broken(study: Study) -> Engine:
         return Engine(study.once("broken-engine", lambda folder: None), (), Path(), open_broken)

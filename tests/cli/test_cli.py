@@ -142,13 +142,13 @@ def test_analyze_and_freeze_of_swin_by_rows_and_entries(
     header = checkpoints.load(output).header
     assert (header.freezing.granularity, header.freezing.window_maps) == (granularity, "class")
     assert header.timm_kwargs == json.loads(json.dumps(SWIN_KWARGS))
-    assert "frozen share of " in picture.read_text()
+    assert "<!-- frozen share: " in picture.read_text()
     picture.unlink()
     analyzed = run_cli("analyze", *model, *common, *chosen, "-o", record)
     assert analyzed.code == 0, analyzed.err
     result = Analysis.read(record)
     assert (result.granularity, result.window_maps, result.frozen) == (granularity, "class", header.freezing.heads)
-    assert "frozen share of " in picture.read_text()
+    assert "<!-- share that would be frozen: " in picture.read_text()
 
 
 def test_swin_that_is_not_supported_is_told_in_one_line(run_cli: RunCli, pictures: Path, tmp_path: Path) -> None:
@@ -170,7 +170,8 @@ def test_swin_that_is_not_supported_is_told_in_one_line(run_cli: RunCli, picture
 
 def test_pack_takes_maps_of_somebodys_own_training(run_cli: RunCli, tiny_weights: Path, tmp_path: Path) -> None:
     codes = np.random.default_rng(0).integers(1, 4, (2, 17, 17))
-    np.savez(tmp_path / "maps.npz", **{"blocks.1.attn.heads": np.array([2, 0]), "blocks.1.attn.codes": codes})
+    arrays: dict[str, Any] = {"blocks.1.attn.heads": np.array([2, 0]), "blocks.1.attn.codes": codes}
+    np.savez(tmp_path / "maps.npz", **arrays)
     output = tmp_path / "x.eam.safetensors"
     common = [*MODEL, "--weights", tiny_weights, "--maps", tmp_path / "maps.npz", "-o", output]
     outcome = run_cli("pack", *common, "--bits", 2, "--quantizer", "uniform")

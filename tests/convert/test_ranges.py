@@ -75,7 +75,12 @@ def test_ranges_are_measured_once_for_the_same_model_images_and_method(
 ) -> None:
     runs = []
     measure = activation_ranges._measure
-    monkeypatch.setattr(activation_ranges, "_measure", lambda *given: runs.append(1) or measure(*given))
+
+    def counted(*given: Any) -> Any:
+        runs.append(1)
+        return measure(*given)
+
+    monkeypatch.setattr(activation_ranges, "_measure", counted)
     wanted = Calibration(ImageSource(folder), "minmax", tmp_path / "ranges.json")
     first = measure_ranges(DYNAMIC, TENSORS, HOW, wanted, SILENT)
     assert measure_ranges(DYNAMIC, TENSORS, HOW, wanted, SILENT) == first == ActivationRanges.read(wanted.cache)  # type: ignore[arg-type]

@@ -136,7 +136,7 @@ def test_total_of_a_board_is_of_all_rails_that_were_ever_read() -> None:
     """VIN has the others in it: as long as it can't be read, these are the total."""
     modules = {"VDD_GPU": 1.0, "VDD_CPU_SOC_MSS": 2.0, "VIN_SYS_5V0": 3.0}
     with Scripted("wait") as sensor:
-        assert sensor.total_rails == ()
+        assert not sensor.total_rails
         sensor.note(Reading(1, modules, {}))
         assert sensor.total_rails == tuple(modules)
         sensor.note(Reading(2, {"VIN": 9.0}, {}))

@@ -418,6 +418,7 @@ class Dialect:
         return f"{text}@{load.clocks_mhz[0]}"
 
     def line(self, line: TegrastatsLine) -> str:
+        assert line.ram_used_bytes is not None and line.ram_total_bytes is not None, "every line says so"
         fields = [f"RAM {line.ram_used_bytes // MB}/{line.ram_total_bytes // MB}MB (lfb 1x4MB)"]
         if line.swap_used_bytes is not None and line.swap_total_bytes is not None:
             fields.append(f"SWAP {line.swap_used_bytes // MB}/{line.swap_total_bytes // MB}MB (cached 3MB)")

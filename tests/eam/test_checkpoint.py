@@ -147,7 +147,7 @@ def test_files_without_a_seal_load_only_if_they_are_of_before(checkpoint: Checkp
     unseal(saved, {"format": 1})
     assert_same(load(saved), checkpoint)
     assert load(saved).header.content_digest is None
-    unseal_again = {"format": 1, "content_digest": None}  # as another program may write it
+    unseal_again: dict[str, object] = {"format": 1, "content_digest": None}  # as another program may write it
     save(checkpoint, saved)
     unseal(saved, unseal_again)
     assert_same(load(saved), checkpoint)
@@ -222,9 +222,9 @@ def test_rows_and_entries_are_laid_out_as_documented(
     made = with_frozen(checkpoint, {"a": shape}, {"a": maps}, **how)
     save(made, tmp_path / "x")
     tensors, metadata = read_raw(tmp_path / "x")
-    assert (tensors["eam.a.mask"].dtype, tensors["eam.a.mask"].tolist()) == (np.uint8, packed_mask)
-    assert (tensors["eam.a.codes"].dtype, tensors["eam.a.codes"].tolist()) == (np.uint8, packed_codes)
-    assert (tensors["eam.a.scales"].dtype, tensors["eam.a.scales"].tolist()) == (np.float32, [scales])
+    assert (tensors["eam.a.mask"].dtype, tensors["eam.a.mask"].tolist()) == (np.dtype(np.uint8), packed_mask)
+    assert (tensors["eam.a.codes"].dtype, tensors["eam.a.codes"].tolist()) == (np.dtype(np.uint8), packed_codes)
+    assert (tensors["eam.a.scales"].dtype, tensors["eam.a.scales"].tolist()) == (np.dtype(np.float32), [scales])
     header = json.loads(metadata["eam"])
     assert header["attention"]["a"]["windows"] == [0, 1, 0]
     assert (header["freezing"]["window_maps"], header["freezing"]["sparsity"]) == ("class", 0.25)
@@ -466,7 +466,11 @@ def test_bad_tensors_are_named(saved: Path, change: Callable[[Tensors], None], m
             replace(MASK, lambda a: a | np.uint8(0x80)),
             r"attn\.mask goes on after the last value.*padding bits 0",
         ),
-        ("entry", replace(MASK, lambda a: a | np.uint8([0] * 6 + [4])), r"attn\.mask goes on after the last value"),
+        (
+            "entry",
+            replace(MASK, lambda a: a | np.array([0] * 6 + [4], np.uint8)),
+            r"attn\.mask goes on after the last value",
+        ),
         ("row", replace(MASK, np.zeros_like), r"attn\.codes has the wrong size; expected uint8 \[0\] for .*\[0\]"),
         ("entry", replace(CODES, lambda a: a[:-1]), r"attn\.codes has the wrong size"),
         ("entry", replace(CODES, lambda a: np.append(a, a[:1])), r"attn\.codes has the wrong size"),

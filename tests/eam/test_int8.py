@@ -25,7 +25,7 @@ def test_what_fits_stays_bit_for_bit(bits: Any, quantizer: Any) -> None:
     fitted, new_scales = fit_int8(integers, scales)
     np.testing.assert_array_equal(fitted, integers)
     np.testing.assert_array_equal(new_scales, scales)
-    assert (fitted.dtype, new_scales.dtype, rows_over_int8(integers)) == (np.uint8, np.float32, 0)
+    assert (fitted.dtype, new_scales.dtype, rows_over_int8(integers)) == (np.dtype(np.uint8), np.dtype(np.float32), 0)
 
 
 @pytest.mark.parametrize("largest", [11, 12])

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -49,6 +51,7 @@ def test_packing_round_trip(data: st.DataObject, bits: Bits, shape: tuple[int, .
 def test_unpacking_checks_length_and_padding() -> None:
     packed = pack_codes(np.array([1, 2, 3], np.uint8), 3)
     assert packed.size == 2
+    wrong: Any  # of another size or type
     for wrong in (packed[:1], np.append(packed, np.uint8(0)), packed.astype(np.int8), packed[None]):
         with pytest.raises(CheckpointError, match=r"eam\.a\.codes has the wrong size.*uint8 \[2\]"):
             unpack_codes(wrong, 3, (3,), where="eam.a.codes")
@@ -67,7 +70,7 @@ def test_codes_that_do_not_fit_are_not_packed() -> None:
 def test_packed_bytes_of_a_mask() -> None:
     mask = np.array([[1, 0, 0, 1, 1], [0, 0, 0, 0, 1]], np.bool_)
     packed = pack_mask(mask)
-    assert (packed.dtype, packed.tolist()) == (np.uint8, [0b000_11001, 0b10])
+    assert (packed.dtype, packed.tolist()) == (np.dtype(np.uint8), [0b000_11001, 0b10])
     np.testing.assert_array_equal(unpack_mask(packed, (2, 5)), mask, strict=True)
 
 
@@ -84,7 +87,7 @@ def test_mask_round_trip(mask: NDArray[np.bool_]) -> None:
 def test_round_trip_of_the_codes_under_a_mask(data: st.DataObject, bits: Bits, mask: NDArray[np.bool_]) -> None:
     codes = data.draw(hnp.arrays(np.uint8, mask.shape, elements=st.integers(0, 2**bits - 1))) * mask
     packed = pack_codes(codes[mask], bits)
-    assert packed.size == packed_size(np.count_nonzero(mask), bits)
+    assert packed.size == packed_size(int(np.count_nonzero(mask)), bits)
     again = np.zeros(mask.shape, np.uint8)
     again[mask] = unpack_codes(packed, bits, (int(np.count_nonzero(mask)),))
     np.testing.assert_array_equal(again, codes)
@@ -92,6 +95,7 @@ def test_round_trip_of_the_codes_under_a_mask(data: st.DataObject, bits: Bits, m
 
 def test_unpacking_a_mask_checks_length_and_padding() -> None:
     packed = pack_mask(np.ones(9, np.bool_))
+    wrong: Any  # of another size or type
     for wrong in (packed[:1], np.append(packed, np.uint8(0)), packed.astype(np.int8), packed.astype(np.bool_)):
         with pytest.raises(
             CheckpointError, match=r"eam\.a\.mask has the wrong size.*uint8 \[2\] for the mask \[3, 3\]"

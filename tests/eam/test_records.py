@@ -75,10 +75,10 @@ def test_maps_are_zero_where_nothing_is_frozen(
     shape = AttentionShape(heads=3, tokens=6, windows=windows)
     made = frozen_maps(np.random.default_rng(0), shape, [0, 2], granularity, quantizer=quantizer)
     maps = made.maps(quantizer)
-    assert (maps.shape, maps.dtype) == ((2, *shape.rows, 6), np.float32)
+    assert (maps.shape, maps.dtype) == ((2, *shape.rows, 6), np.dtype(np.float32))
     np.testing.assert_array_equal(maps, dequantize(made.codes, made.scales, quantizer))
     frozen = made.frozen()
-    assert (frozen.shape, frozen.dtype, made.frozen_entries) == ((2, 6, 6), np.bool_, frozen.sum())
+    assert (frozen.shape, frozen.dtype, made.frozen_entries) == ((2, 6, 6), np.dtype(np.bool_), frozen.sum())
     for window_map in maps.reshape(2, -1, 6, 6).transpose(1, 0, 2, 3):
         assert (window_map[~frozen] == 0).all()
         sums = window_map.sum(axis=-1, dtype=np.float64)

@@ -156,7 +156,7 @@ def test_properties(modules: dict[str, tuple[NDArray[np.float64], int]], sparsit
     assert selection.sparsity <= sparsity + 1e-9
     assert list(selection.pieces) == sorted(selection.pieces) == list(selection.heads)
     for path, pieces in selection.pieces.items():
-        assert (pieces.shape, pieces.dtype) == (scores[path].shape, np.bool_) and pieces.any()
+        assert (pieces.shape, pieces.dtype) == (scores[path].shape, np.dtype(np.bool_)) and pieces.any()
         assert selection.heads[path] == tuple(head for head in range(len(pieces)) if pieces[head].any())
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import itertools
 import tracemalloc
+from typing import Any
 
 import numpy as np
 import pytest
@@ -26,7 +27,7 @@ def random_maps(samples: int, shape: tuple[int, ...] = (2, 5, 7), seed: int = 0)
 
 
 def state(statistics: MapStatistics) -> list[object]:
-    arrays = [
+    arrays: list[NDArray[Any]] = [
         statistics.histogram(),
         statistics.mean(),
         statistics.variance(),
@@ -69,14 +70,14 @@ def test_results_have_the_shape_of_the_pieces_for_windows_too() -> None:
 
 def test_a_constant_map_has_no_entropy_and_no_variance() -> None:
     statistics = MapStatistics((1, 1, 3))
-    statistics.update(np.tile(np.float32([0.9, 0.1 - 2**-10, 2**-10]), (1000, 1, 1, 1)))
+    statistics.update(np.tile(np.array([0.9, 0.1 - 2**-10, 2**-10], np.float32), (1000, 1, 1, 1)))
     assert statistics.entropy().max() == 0
     assert statistics.variance().max() < 2**-40
 
 
 def test_two_equally_likely_bins_have_entropy_ln_2() -> None:
     statistics = MapStatistics((1, 1, 2))
-    statistics.update(np.float32([[[[1, 0]]], [[[0, 1]]]]))
+    statistics.update(np.array([[[[1, 0]]], [[[0, 1]]]], np.float32))
     np.testing.assert_allclose(statistics.entropy(), np.log(2), rtol=1e-15)
     np.testing.assert_array_equal(statistics.variance(), 0.25)
     np.testing.assert_array_equal(statistics.row_entropy(), 0)
@@ -90,7 +91,7 @@ def test_the_row_entropy_of_a_uniform_row_is_ln_n() -> None:
 
 def test_squared_bins_resolve_what_uniform_bins_do_not() -> None:
     maps = np.full((2, 1, 1, 100), 0.01, np.float32)
-    maps[1] = np.tile(np.float32([0.001, 0.019]), 50)
+    maps[1] = np.tile(np.array([0.001, 0.019], np.float32), 50)
     entropy = {}
     for spacing in ("uniform", "squared"):
         statistics = MapStatistics((1, 1, 100), spacing=spacing)
@@ -158,7 +159,7 @@ def test_deit_base_fits_into_1_5_gb_with_all_temporaries() -> None:
 
 def test_too_many_samples_are_refused_before_an_accumulator_overflows() -> None:
     statistics = MapStatistics((1, 1, 2))
-    statistics.update(np.float32([[[[1, 0]]]]))
+    statistics.update(np.array([[[[1, 0]]]], np.float32))
     for _ in range(22):
         statistics.merge(copy.deepcopy(statistics))
     assert statistics.n_samples == 2**22
@@ -172,7 +173,7 @@ def test_too_many_samples_are_refused_before_an_accumulator_overflows() -> None:
     part = statistics
     while part.n_samples > 1:  # 2²² + 2²¹ + … + 1 = 2²³ − 1, the limit
         half = MapStatistics((1, 1, 2))
-        half.update(np.float32([[[[1, 0]]]]))
+        half.update(np.array([[[[1, 0]]]], np.float32))
         while half.n_samples < part.n_samples // 2:
             half.merge(copy.deepcopy(half))
         almost.merge(half)
@@ -181,7 +182,7 @@ def test_too_many_samples_are_refused_before_an_accumulator_overflows() -> None:
     np.testing.assert_array_equal(almost.variance(), 0)
     np.testing.assert_array_equal(almost.histogram()[[0, -1]], [[[[0, MAX_SAMPLES]]], [[[MAX_SAMPLES, 0]]]])
     with pytest.raises(ConfigError, match="too many samples"):
-        almost.update(np.float32([[[[1, 0]]]]))
+        almost.update(np.array([[[[1, 0]]]], np.float32))
 
 
 def bad_maps(value: float) -> NDArray[np.float32]:
@@ -219,7 +220,7 @@ def test_bad_maps_are_refused_and_change_nothing(maps: NDArray[np.float32], mess
 
 def test_rounding_errors_of_a_softmax_are_accepted() -> None:
     statistics = MapStatistics((1, 1, 2))
-    statistics.update(np.float32([[[[1 + 9e-6, -9e-6]]], [[[0.5, 0.5009]]]]))
+    statistics.update(np.array([[[[1 + 9e-6, -9e-6]]], [[[0.5, 0.5009]]]], np.float32))
     assert statistics.n_samples == 2
     assert statistics.mean()[0, 0, 1] == pytest.approx(0.25045)
 

@@ -34,7 +34,7 @@ from eamdeploy.engines.ort.runner import OrtRunner
 from eamdeploy.engines.registry import open_runner, runs_on_gpu
 from eamdeploy.errors import DeviceError, EamDeployError, EngineError, MissingDependency
 from eamdeploy.profiling.timing import Schedule
-from eamdeploy.reporting.records.figures import runtime_name
+from eamdeploy.reporting.records.measurements import runtime_name
 from eamdeploy.stages.profile import Extras
 from eamdeploy.vocabulary import ProviderName
 
@@ -278,7 +278,8 @@ def test_a_manifest_without_a_provider_is_an_older_one_for_the_cpu(model: Path) 
 def test_a_manifest_gives_known_options_other_values_and_no_others(model: Path, fake: FakeRuntime) -> None:
     load(model, "cuda", {"provider.use_tf32": "1"}).close()
     assert fake.asked[-1].providers == [(CUDA, {"use_tf32": "1"})]
-    for name, wrong in (("tensorrt", "trt_extra_plugin_lib_paths"), ("cpu", "anything")):
+    refused: tuple[tuple[ProviderName, str], ...] = (("tensorrt", "trt_extra_plugin_lib_paths"), ("cpu", "anything"))
+    for name, wrong in refused:
         with pytest.raises(EngineError, match=f"engine x has options .* provider {name}; .*got {wrong}"):
             chosen_options(name, {f"provider.{wrong}": "evil.so", "session.x": "1"}, "x")
 

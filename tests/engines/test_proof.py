@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 from command_line import RunCli
+from notebook import Notebook
 
 from eamdeploy import build_ort, evaluate
 from eamdeploy.artifacts.files import digest_file
@@ -18,9 +19,9 @@ from eamdeploy.devices.instructions import instruction_sets
 from eamdeploy.engines import proof
 from eamdeploy.engines.manifest import Manifest, ReferenceFile, manifest_path
 from eamdeploy.engines.proof import prove_here
+from eamdeploy.engines.registry import open_runner
 from eamdeploy.errors import CheckpointError, ParityError
 from eamdeploy.images.source import ImageSource
-from eamdeploy.observer import Silent
 from eamdeploy.parity.gate import ParityReport
 from eamdeploy.parity.reference_set import ReferenceSet, reference_path
 
@@ -63,10 +64,15 @@ class Engine:
 
 def prove(engine: Engine, monkeypatch: pytest.MonkeyPatch, here: str, *, check: bool = True) -> Any:
     """What `prove_here` returns on such a processor, its notes, and whether the engine was run."""
-    runs, notes = [], []
-    opening = proof.open_runner
+    runs: list[object] = []
+    notes: list[str] = []
+
+    def opened(*given: Any) -> Any:
+        runs.append(given)
+        return open_runner(*given)
+
     monkeypatch.setattr(proof, "instruction_sets", lambda: here)
-    monkeypatch.setattr(proof, "open_runner", lambda *given: runs.append(given) or opening(*given))
+    monkeypatch.setattr(proof, "open_runner", opened)
     return prove_here(engine.path, 1, check=check, note=notes.append), notes, bool(runs)
 
 
@@ -234,14 +240,7 @@ def test_evaluate_and_profile_prove_first(
 def test_a_note_reaches_the_observer(
     built: Path, tmp_path: Path, pictures: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    class Notes(Silent):
-        def __init__(self) -> None:
-            self.lines: list[str] = []
-
-        def note(self, text: str) -> None:
-            self.lines.append(text)
-
-    engine, notes = Engine(built, tmp_path, "x.ort.onnx", reference=True), Notes()
+    engine, notes = Engine(built, tmp_path, "x.ort.onnx", reference=True), Notebook()
     monkeypatch.setattr(proof, "instruction_sets", lambda: ARM)
     evaluate(engine.path, ImageSource(pictures), threads=1, observer=notes)
-    assert any("proved here too" in line for line in notes.lines)
+    assert any("proved here too" in line for line in notes.notes)

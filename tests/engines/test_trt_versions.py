@@ -62,15 +62,26 @@ OLD = Capabilities(max_opset=17)
 V8_6 = replace(OLD, int8_constants=True, layer_normalization=True, version_compatible=True)
 V10_0 = replace(
     V8_6,
-    **{"max_opset": 20, "gelu": True, "integer_maps": True, "expanded_tokens": True, "optional_zero_point": True},
-    **{"half_scales": True, "int4": True, "int64": True},
-    **{"explicit_batch": "ignored", "strongly_typed": "optional", "bf16_flag": True},
+    max_opset=20,
+    gelu=True,
+    integer_maps=True,
+    expanded_tokens=True,
+    optional_zero_point=True,
+    half_scales=True,
+    int4=True,
+    int64=True,
+    explicit_batch="ignored",
+    strongly_typed="optional",
+    bf16_flag=True,
 )
 V10_3 = replace(V10_0, device_memory="device_memory_size_v2")
 V10_16 = replace(V10_3, int4_any_rank=True, attention=True, max_opset=24)
 V11 = replace(
     V10_16,
-    **{"explicit_batch": "gone", "strongly_typed": "always", "precision_flags": False, "bf16_flag": False},
+    explicit_batch="gone",
+    strongly_typed="always",
+    precision_flags=False,
+    bf16_flag=False,
     layer_precision=False,
 )
 

@@ -34,7 +34,7 @@ def with_softmax(model: onnx.ModelProto) -> onnx.ModelProto:
     constants = {"two": 2.0, "epsilon": 1e-5}
     for name, value in constants.items():
         graph.initializer.append(helper.make_tensor(name, onnx.TensorProto.FLOAT, [], [value]))
-    nodes = [
+    nodes: list[tuple[str, list[str], str, dict[str, Any]]] = [
         ("ReduceMean", ["raw"], "mean", {"axes": [-1]}),
         ("Sub", ["raw", "mean"], "centred", {}),
         ("Pow", ["centred", "two"], "square", {}),

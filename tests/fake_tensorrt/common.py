@@ -16,7 +16,7 @@ from onnx import numpy_helper
 
 from eamdeploy.engines.trt.device import Gpu
 from fake_tensorrt.cuda import FakeCuda
-from fake_tensorrt.recording import Member, Recorded, enum
+from fake_tensorrt.recording import Member, Recorded, Recording, enum
 
 MAGIC = b"FAKEPLAN"
 CACHE_MAGIC = b"FAKECACHE"
@@ -74,6 +74,10 @@ class Fake:
 
 class FakeModule(types.ModuleType):
     """The module; notes which of its names are used."""
+
+    fake: Any
+    __version__: str
+    _inspector_tensors: str
 
     def __getattribute__(self, name: str) -> Any:
         value = super().__getattribute__(name)
@@ -573,7 +577,8 @@ def make_module(
         setattr(module, base.__name__, type(base)(base.__name__, (Recorded,), body))
     for name in ("IElementWiseLayer", "IReduceLayer", "IUnaryLayer"):
         op = property(lambda self: self._op)
-        setattr(module, name, type(ILayer)(name, (module.ILayer,), {"op": op, "_touched": fake.touched}))
+        body = {"op": op, "_touched": fake.touched}
+        setattr(module, name, Recording(name, (vars(module)["ILayer"],), body))
     for name, members in {**_ENUMS, **enums}.items():
         made = enum(name, members, first)
         made._touched = fake.touched

@@ -30,7 +30,7 @@ class Handle:
     def __init__(self, number: int) -> None:
         self.number = number
         self.happened: float | None = None
-        self.work: list[Callable[[], None]] = []
+        self.work: list[Callable[[], object]] = []
 
     def __int__(self) -> int:
         return self.number
@@ -54,7 +54,7 @@ class FakeCuda:
         self.alive: set[int] = set()
         self.failing: dict[str, Code] = {}
         self.calls: list[str] = []
-        self.capturing: list[Callable[[], None]] | None = None
+        self.capturing: list[Callable[[], object]] | None = None
         self._numbers = itertools.count(1000)
         self.cudaMemcpyKind = _Names("cudaMemcpyHostToDevice", "cudaMemcpyDeviceToHost")
         self.cudaStreamCaptureMode = _Names("cudaStreamCaptureModeThreadLocal")
@@ -67,7 +67,7 @@ class FakeCuda:
                 return lambda *_: (code,)
         return super().__getattribute__(name)
 
-    def queue(self, work: Callable[[], None]) -> None:
+    def queue(self, work: Callable[[], object]) -> None:
         """Runs it, or keeps it for the graph that is being captured."""
         if self.capturing is None:
             work()
@@ -97,7 +97,7 @@ class FakeCuda:
 
     def cudaMemcpyAsync(self, target: int, source: int, size: int, kind: int, stream: Handle) -> tuple[Code]:
         del kind, stream
-        self.queue(lambda: ctypes.memmove(target, source, size) and None)
+        self.queue(lambda: ctypes.memmove(target, source, size))
         return (DONE,)
 
     def cudaStreamCreateWithFlags(self, flags: int) -> tuple[Code, Handle]:

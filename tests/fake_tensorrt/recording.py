@@ -56,7 +56,7 @@ class Member:
         return f"{self.enum}.{self.name}"
 
 
-def enum(name: str, members: str, first: int) -> type:
+def enum(name: str, members: str, first: int) -> Recording:
     """An enumeration with those members, counted from `first`: versions number them differently."""
     values = {member: Member(name, member, first + index) for index, member in enumerate(members.split())}
     return Recording(name, (Recorded,), values)

@@ -27,9 +27,11 @@ from fake_tensorrt.cuda import FakeCuda
 class LayerPrecision:
     """Precision of single layers."""
 
+    _precision: Any
+
     @property
     def precision(self) -> Any:
-        return self._precision  # type: ignore[attr-defined]
+        return self._precision
 
     @precision.setter
     def precision(self, value: Any) -> None:

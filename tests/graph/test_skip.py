@@ -13,7 +13,8 @@ def _positive(number: int) -> str:
 
 def test_a_refused_place_is_a_skip_where_it_stood() -> None:
     earlier = Skip("no number", "elsewhere")
-    assert collect([1, -2, earlier, 3], _positive) == [
+    places: list[int | Skip] = [1, -2, earlier, 3]
+    assert collect(places, _positive) == [
         "+1",
         Skip("it is negative", "node -2"),
         earlier,

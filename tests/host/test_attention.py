@@ -278,7 +278,7 @@ def test_frozen_heads_use_their_constants_and_live_ones_their_own(heads: list[in
     outputs: list[torch.Tensor] = []
     block = model.blocks[1]
     block.norm1.register_forward_hook(lambda *args: inputs.append(args[-1]))
-    freeze_attention(model, {"blocks.1.attn": (torch.tensor(heads, dtype=torch.int64), maps)})
+    freeze_attention(model, {"blocks.1.attn": Constants(torch.tensor(heads, dtype=torch.int64), maps)})
     frozen_block = block.attn
     frozen_block.register_forward_hook(lambda *args: outputs.append(args[-1]))
     with torch.inference_mode():
@@ -291,7 +291,7 @@ def test_frozen_heads_use_their_constants_and_live_ones_their_own(heads: list[in
 
 def test_only_the_named_modules_are_frozen() -> None:
     model, untouched = make_model(), make_model()
-    freeze_attention(model, {"blocks.1.attn": (torch.tensor([0]), random_maps(1, 17, 17))})
+    freeze_attention(model, {"blocks.1.attn": Constants(torch.tensor([0]), random_maps(1, 17, 17))})
     assert type(model.blocks[0].attn) is type(untouched.blocks[0].attn)
     with torch.inference_mode():
         assert not torch.allclose(model(IMAGES), untouched(IMAGES), atol=1e-2)

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import timm
 import torch
-from foreign_files import FOREIGN, assert_plain, write_foreign
+from foreign_files import FOREIGN, Trap, assert_plain, write_foreign
 from safetensors.torch import load_file, save_file
 from tiny_models import KWARGS, NAME, SWIN_KWARGS, SWIN_NAME, images, make_model
 from torch import nn
@@ -111,20 +111,6 @@ def test_pretrained_without_a_network_says_what_else_there_is(monkeypatch: pytes
 # --- what is refused -------------------------------------------------------------------------------------------------
 
 
-def spring(mark: str) -> None:
-    Path(mark).write_text("sprung")
-
-
-class Trap:
-    """Writes a file when it is unpickled."""
-
-    def __init__(self, mark: Path) -> None:
-        self.mark = mark
-
-    def __reduce__(self) -> tuple[Callable[[str], None], tuple[str]]:
-        return spring, (str(self.mark),)
-
-
 @pytest.mark.parametrize("form", ["zip", "legacy", "pickle"])
 def test_pth_that_wants_unpickling_is_refused_and_not_run(
     state: dict[str, torch.Tensor], tmp_path: Path, form: str
@@ -144,7 +130,7 @@ def test_pth_that_wants_unpickling_is_refused_and_not_run(
 
 def test_the_class_that_wants_unpickling_is_named(tmp_path: Path) -> None:
     torch.save({"model": {}, "args": Trap(tmp_path / "mark")}, tmp_path / "w.pth")
-    with pytest.raises(CheckpointError, match=r"expected tensors.*; got test_model\.spring\."):
+    with pytest.raises(CheckpointError, match=r"expected tensors.*; got foreign_files\.spring\."):
         read_weights(tmp_path / "w.pth")
 
 
@@ -395,8 +381,9 @@ def test_to_numpy_gives_the_state_dict_bit_for_bit(tiny_weights: Path, state: di
 
 def test_numbers_stay_numbers() -> None:
     """A batch norm counts its batches in a tensor without axes."""
-    module = nn.Sequential(nn.Conv2d(3, 4, 2), nn.BatchNorm2d(4))
-    module[0].weight.data = module[0].weight.data.transpose(2, 3)
+    convolution = nn.Conv2d(3, 4, 2)
+    convolution.weight.data = convolution.weight.data.transpose(2, 3)
+    module = nn.Sequential(convolution, nn.BatchNorm2d(4))
     arrays = to_numpy(module)
     assert arrays["1.num_batches_tracked"].shape == ()
     assert {key: array.shape for key, array in arrays.items()} == {

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -114,7 +115,11 @@ def _maps(folder: Path) -> None:
     maps = np.random.default_rng(0).dirichlet(np.ones(17), size=(2, 17)).astype(np.float32)
     mask = np.zeros((2, 17), np.bool_)
     mask[:, ::2] = True
-    arrays = {"blocks.0.attn.heads": np.array([0, 2]), "blocks.0.attn.maps": maps, "blocks.0.attn.mask": mask}
+    arrays: dict[str, Any] = {
+        "blocks.0.attn.heads": np.array([0, 2]),
+        "blocks.0.attn.maps": maps,
+        "blocks.0.attn.mask": mask,
+    }
     np.savez(folder / "maps.npz", **arrays)
     save_file(arrays, folder / "maps.safetensors")
 

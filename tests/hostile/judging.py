@@ -151,20 +151,20 @@ class Judge:
         before = _contents(self._scratch)
         words = source.command(target)
         try:
-            code, out, err = _command(words)
+            code, out, said = _command(words)
         except BaseException as err:
             if isinstance(err, KeyboardInterrupt):
                 raise
-            finding = f"{words[0]}: {type(err).__name__} at {_place(err)}"
-            return Verdict(verdict.mutation, verdict.outcome, finding, traceback.format_exc())
-        finding = _misbehaviour(code, out, err)
+            crash = f"{words[0]}: {type(err).__name__} at {_place(err)}"
+            return Verdict(verdict.mutation, verdict.outcome, crash, traceback.format_exc())
+        finding = _misbehaviour(code, out, said)
         if finding is None and code != ExitCode.DONE:
             if changed := _changes(before, _contents(self._scratch), inputs_only=source.name == "configuration"):
-                finding, err = "files changed by a refusal", changed
+                finding, said = "files changed by a refusal", changed
         elif finding is None and verdict.outcome.startswith("refused") and source.sealed != "no":
             finding = "a command took what is refused elsewhere"
         if finding is not None:
-            return Verdict(verdict.mutation, verdict.outcome, f"{words[0]}: {finding}", f"exit {code}\n{out}\n{err}")
+            return Verdict(verdict.mutation, verdict.outcome, f"{words[0]}: {finding}", f"exit {code}\n{out}\n{said}")
         return verdict
 
 

@@ -53,9 +53,8 @@ def read_alone(path: Path) -> str:
     """What a file says, but for what differs between two good runs; `damaged` where it can't be read."""
     if not path.is_file():
         return "missing"
-    kind = {"x.ort.onnx.json": Manifest, "evaluation.json": EvaluationReport, "run.json": RunState}.get(path.name)
-    if path.name.endswith(".ort.onnx.json"):
-        kind = Manifest
+    kinds: dict[str, type[Record]] = {"evaluation.json": EvaluationReport, "run.json": RunState}
+    kind = Manifest if path.name.endswith(".ort.onnx.json") else kinds.get(path.name)
     try:
         if path.name == "profile.json":
             Profile.read(path)

@@ -350,8 +350,8 @@ def test_images_are_turned_as_exif_says_only_when_asked(tmp_path: Path, orientat
     exif = Image.Exif()
     exif[0x0112] = orientation
     image = image.quantize(256) if mode == "P" else image
-    options = {"WEBP": {"lossless": True}, "JPEG": {"quality": 100}}.get(kind, {})
-    image.save(tmp_path / "a.png", kind, exif=exif, **options)
+    options: dict[str, dict[str, Any]] = {"WEBP": {"lossless": True}, "JPEG": {"quality": 100}}
+    image.save(tmp_path / "a.png", kind, exif=exif, **options.get(kind, {}))
     for turned, wanted in ((False, stored), (True, TURNS[orientation](stored))):
         how = how_to(wanted.shape[:2], crop_pct=1.0)
         [batch] = iter_batches(open_folder(tmp_path, None, exif_transpose=turned), how, 1)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
@@ -39,8 +40,8 @@ class Planted:
 
 BEFORE_10 = ("8.5", "8.6")
 ROW_SCALES = np.full(ROWS, 0.5, np.float32)
-ONE_SCALE = {"scale": np.array(0.5, np.float32), "zero": np.array(0, np.int8)}
-INTEGERS = {"codes": np.ones((ROWS, KEYS), np.int8)}
+ONE_SCALE: dict[str, Any] = {"scale": np.array(0.5, np.float32), "zero": np.array(0, np.int8)}
+INTEGERS: dict[str, Any] = {"codes": np.ones((ROWS, KEYS), np.int8)}
 BAD_SCALES = {"zero": 0.0, "negative": -1.0, "NaN": np.nan, "infinite": np.inf}
 
 
@@ -59,7 +60,7 @@ def half(values: np.ndarray, data_type: int) -> onnx.TensorProto:
     return helper.make_tensor("half", data_type, values.shape, values.reshape(-1).tolist())
 
 
-TOKEN = {"token": np.ones((1, 1, KEYS), np.float32), "one": np.array([1]), "size": np.array([KEYS])}
+TOKEN: dict[str, Any] = {"token": np.ones((1, 1, KEYS), np.float32), "one": np.array([1]), "size": np.array([KEYS])}
 LAYER_NORM = model("y = LayerNormalization (x, gain)", gain=np.ones(KEYS, np.float32))
 
 PLANTED: dict[str, Planted] = {

@@ -66,8 +66,8 @@ def freeze(stock: onnx.ModelProto, modules: Sequence[AttentionModule]) -> tuple[
     """`stock` made canonical, with every frozen module of `modules` frozen."""
     graph = to_graph(stock)
     frozen = sum(module.frozen is not None for module in modules)
-    plan = [PlannedPass(CanonicalAttention(), len(modules)), PlannedPass(FreezeHeads(modules), frozen)]
-    result = run_passes(graph, plan)[1]
+    canonical, freezing = PlannedPass(CanonicalAttention(), len(modules)), PlannedPass(FreezeHeads(modules), frozen)
+    result = run_passes(graph, [canonical, freezing])[1]
     return to_model(graph), result
 
 
@@ -357,9 +357,8 @@ def test_head_that_was_never_frozen_is_named() -> None:
 def test_changed_integer_is_noticed() -> None:
     model, _ = freeze_vit(MIXED)
     with pytest.raises(UnsupportedGraph, match=MISSING):
-        check_accounted(
-            changed(model, "blocks.1.attn/map_integers", lambda a: a ^ 1), modules_of("vit", maps_of(MIXED))
-        )
+        wrong = changed(model, "blocks.1.attn/map_integers", lambda integers: np.bitwise_xor(integers, 1))
+        check_accounted(wrong, modules_of("vit", maps_of(MIXED)))
 
 
 def test_integers_that_nothing_dequantizes_do_not_count() -> None:

@@ -61,7 +61,7 @@ def test_integers_up_to_127_become_int8_bit_for_bit(dtype: Any, opset: int, two_
     model, result = rewritten(stock, Int8Maps(), 1)
     assert (result.name, result.skipped, result.nodes_after - result.nodes_before) == ("int8_maps", (), 0)
     stored, scales, zeros = dequantized(model)
-    assert (stored.dtype, zeros.dtype, scales.dtype) == (np.int8, np.int8, np.float32)
+    assert (stored.dtype, zeros.dtype, scales.dtype) == (np.dtype(np.int8), np.dtype(np.int8), np.dtype(np.float32))
     np.testing.assert_array_equal(stored, codes)
     assert zeros.shape == scales.shape and not zeros.any()
     assert_bit_exact(stock, model, IMAGES)

@@ -86,6 +86,7 @@ PARTS = {
         masks=2,
     ),
     "swin-partitioned": replace(SWIN, reordering_blocks=3, reorderings_met=3, masks=2),
+    "swin-larger": replace(SWIN, reordering_blocks=0, reorderings_met=0, masks=2),
     "swin-many": replace(SWIN, reordering_blocks=2, reorderings_met=2, masks=2),
 }
 

@@ -4,15 +4,28 @@ from __future__ import annotations
 
 from functools import cache
 
+import numpy as np
 import onnx
 import pytest
 from attention_graphs import Floats
-from rewriting import ops, same, serialized
-from timm_graphs import SWIN_EXPORTS, SWIN_VARIANTS, Export, images_of, planned_modules, sites_of, torch_logits
+from rewriting import initializers, ops, same, serialized
+from timm_graphs import (
+    SWIN_EXPORTS,
+    SWIN_VARIANTS,
+    Export,
+    images_of,
+    planned_modules,
+    random_maps,
+    sites_of,
+    timm_model,
+    torch_logits,
+)
 
 from eamdeploy.graph.model import to_graph, to_model
+from eamdeploy.host.attention import parts
 from eamdeploy.passes.base import PlannedPass, run_passes
 from eamdeploy.passes.canonical_attention import CanonicalAttention
+from eamdeploy.passes.freeze_heads import check_accounted
 from eamdeploy.passes.gather_tokens import GatherTokens
 from eamdeploy.passes.merge_gathers import MergeGathers
 from eamdeploy.passes.merge_reshapes import MergeReshapes
@@ -26,9 +39,10 @@ PLACES = {
     "swin-padded": {"gather_tokens": 9, "window_order": 0, "merge_gathers": 0, "zero_mask": 2},
     "swin-oblong": {"gather_tokens": 9, "window_order": 4, "merge_gathers": 4, "zero_mask": 2},
     "swin-partitioned": {"gather_tokens": 9, "window_order": 3, "merge_gathers": 3, "zero_mask": 2},
+    "swin-larger": {"gather_tokens": 9, "window_order": 0, "merge_gathers": 0, "zero_mask": 2, "class_token_only": 2},
     "swin-many": {"gather_tokens": 9, "window_order": 2, "merge_gathers": 2, "zero_mask": 2},
 }
-GATHERS = {"swin": 3, "swin-padded": 9, "swin-oblong": 5, "swin-partitioned": 4, "swin-many": 7}
+GATHERS = {"swin": 3, "swin-padded": 9, "swin-oblong": 5, "swin-partitioned": 4, "swin-larger": 10, "swin-many": 7}
 """Gathers of tokens: into windows, from one block's windows to the next one's, patch merging."""
 GONE = {"Slice", "Concat", "Split", "Squeeze", "Unsqueeze", "Mod", "Shape", "Range", "Cast", "Expand"}
 
@@ -62,11 +76,33 @@ def test_every_pass_changes_as_many_places_as_the_model_has(export: Export) -> N
     assert bool(places["static_shapes"]) == (export.exporter == "torchscript")
 
 
+@pytest.mark.parametrize("granularity", ["head", "row", "entry"])
+@pytest.mark.parametrize("batch", [None, 2])
+def test_maps_of_a_window_larger_than_the_image_lose_the_rows_of_its_padding(
+    batch: int | None, granularity: str
+) -> None:
+    sites = sites_of("swin-larger")
+    assert [site.read_tokens and len(site.read_tokens) for site in sites] == [None, None, 16, 16]
+    shape = {"head": None, "row": (2, 49), "entry": (2, 49, 49)}[granularity]
+    mask = None if shape is None else np.random.default_rng(5).random(shape) < 0.5
+    maps = {index: random_maps((0, 2), 49, index, mask=mask) for index in (2, 3)}
+    modules = planned_modules("swin-larger", maps)
+    graph = to_graph(Export("swin-larger", "torchscript", batch, 17).model())
+    run_passes(graph, plan_passes(modules, parts(timm_model("swin-larger"))))
+    model = to_model(graph)
+    check_accounted(model, modules)
+    assert same(torch_logits("swin-larger", maps), model, images_of("swin-larger"))
+    stored = {name: value for name, value in initializers(model).items() if name.endswith("/map_integers")}
+    if granularity == "head":
+        assert [value.shape for value in stored.values()] == [(2 * 16, 49)] * 2
+
+
 @pytest.mark.parametrize("export", SWIN_EXPORTS, ids=str)
 def test_nothing_of_rolling_partitioning_and_shape_arithmetic_is_left(export: Export) -> None:
     model, _ = rewritten(export)
     counts = ops(model)
-    padded = {"swin-padded": 5, "swin-many": 2}.get(export.variant, 0)  # windows, and an odd grid before patch merging
+    # windows, and an odd grid before patch merging
+    padded = {"swin-padded": 5, "swin-larger": 4, "swin-many": 2}.get(export.variant, 0)
     assert not GONE & set(counts) and counts["Pad"] == padded
     most = 4 if export.batch == 1 else 5
     graph = to_graph(model)

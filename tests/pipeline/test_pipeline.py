@@ -4,12 +4,13 @@ import json
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 
 import onnx
 import pytest
+from notebook import Notebook
 from tiny_models import KWARGS, NAME, draw_pictures, make_model, save_weights
 
 from eamdeploy import run
@@ -32,7 +33,8 @@ from eamdeploy.pipeline.stage import engine_inputs
 from eamdeploy.profiling.timing import Schedule
 from eamdeploy.records.evaluation import EvaluationReport
 from eamdeploy.records.profile import Profile
-from eamdeploy.reporting.draw import heatmap
+from eamdeploy.reporting.draw import heat_file
+from eamdeploy.reporting.records.heat_map import HeatMap
 from eamdeploy.stages import ort_forms
 from eamdeploy.stages.profile import Extras, profile
 
@@ -79,11 +81,11 @@ sittings = 1
 def make_cheap(patch: pytest.MonkeyPatch) -> None:
     """Leave out what takes most of such a small run's time: processes to measure memory in, and matplotlib."""
 
-    def draw(scores: object, *, score_name: str, frozen: object, shares: object, title: str, path: Path) -> None:
-        path.write_text(f"{title}, {score_name}: {frozen}, {shares}")
+    def write(drawn: HeatMap, path: Path) -> None:
+        path.write_text(repr(drawn))
 
     patch.setattr(engine_stages, "profile", partial(profile, extras=Extras(fresh=False, power=False)))
-    patch.setattr(heatmap, "draw_heatmap", draw)
+    patch.setattr(heat_file, "write_heat_map", write)
 
 
 @pytest.fixture(autouse=True)
@@ -117,7 +119,7 @@ def project(finished: Path, tmp_path: Path) -> Path:
     return tmp_path / "project"
 
 
-def run_again(project: Path, changes: dict[str, dict[str, object]] | None = None) -> RunReport:
+def run_again(project: Path, changes: Mapping[str, Mapping[str, object]] | None = None) -> RunReport:
     """Runs the project's configuration with `changes` to its sections."""
     config = load_config(project / "run.toml")
     document = config.model_dump()
@@ -126,7 +128,7 @@ def run_again(project: Path, changes: dict[str, dict[str, object]] | None = None
     return run(RunConfig.model_validate(document))
 
 
-def ran_before_the_report(project: Path, changes: dict[str, dict[str, object]] | None = None) -> list[str]:
+def ran_before_the_report(project: Path, changes: Mapping[str, Mapping[str, object]] | None = None) -> list[str]:
     """What runs again, but for the report, which must run exactly if a file that it shows is another than before."""
 
     def shown() -> list[str]:
@@ -136,17 +138,6 @@ def ran_before_the_report(project: Path, changes: dict[str, dict[str, object]] |
     ran = run_again(project, changes).ran
     assert ("report" in ran) == (before != shown())
     return [stage for stage in ran if stage != "report"]
-
-
-class Notes:
-    def __init__(self) -> None:
-        self.texts: list[str] = []
-
-    def progress(self, what: str, done: int, total: int) -> None:
-        pass
-
-    def note(self, text: str) -> None:
-        self.texts.append(text)
 
 
 # --- one run ---------------------------------------------------------------------------------------------------------
@@ -330,11 +321,11 @@ def test_a_touched_output_runs_its_stage(project: Path, stage: str, how: str) ->
 @pytest.mark.parametrize("text", ["", '{"format": 2, "stages": {}}'])
 def test_damaged_memory_of_the_run_is_told_and_everything_runs(project: Path, text: str) -> None:
     (project / "out" / "run.json").write_text(text)
-    notes = Notes()
+    notes = Notebook()
     report = run(load_config(project / "run.toml"), observer=notes)
     assert report.ran == STAGES
-    assert "run.json is not a valid RunState" in notes.texts[0] and "every stage runs again" in notes.texts[0]
-    assert [text for text in notes.texts if text.endswith(": running")] == [f"{stage}: running" for stage in STAGES]
+    assert "run.json is not a valid RunState" in notes.notes[0] and "every stage runs again" in notes.notes[0]
+    assert [text for text in notes.notes if text.endswith(": running")] == [f"{stage}: running" for stage in STAGES]
     assert list(RunState.read(project / "out" / "run.json").stages) == STAGES
 
 
@@ -422,7 +413,7 @@ def rewrites(manifest: Manifest) -> list[str]:
 
 
 def test_model_and_twin_are_built_evaluated_and_profiled_in_the_form_asked_for(project: Path) -> None:
-    asked = {"build": {"fused_attention": True, "int8": True, "min_agreement": 0}}
+    asked: dict[str, dict[str, object]] = {"build": {"fused_attention": True, "int8": True, "min_agreement": 0}}
     report = run_again(project, asked)
     built = manifests(project)
     assert [rewrites(manifest) for manifest in built] == [["fused_attention", "dynamic_int8"]] * 2
@@ -442,7 +433,10 @@ def test_static_int8_is_calibrated_with_the_pictures_to_calibrate_on(
     project: Path, monkeypatch: pytest.MonkeyPatch, most: int, asked: int | None, used: int
 ) -> None:
     monkeypatch.setattr(engine_stages, "CALIBRATION_IMAGES", most)
-    changes = {"build": {"int8": True, "calibrate": True, "min_agreement": 0}, "calibrate": {"images": asked}}
+    changes: dict[str, dict[str, object]] = {
+        "build": {"int8": True, "calibrate": True, "min_agreement": 0},
+        "calibrate": {"images": asked},
+    }
     assert "build" in run_again(project, changes).ran
     assert [rewrites(manifest) for manifest in manifests(project)] == [["quantize_products"]] * 2
     for name in ("model", "baseline"):
@@ -472,7 +466,7 @@ def test_the_twin_of_a_tuned_model_is_built_in_the_form_that_won(
     quick = Schedule(warmup_ms=0, min_seconds=0, min_runs=4, sittings=1)
     monkeypatch.setattr(ort_forms, "build", partial(ort_forms.build, schedule=quick))
     monkeypatch.setattr(ort_forms, "fastest", lambda speed_ups: fastest)
-    notes = Notes()
+    notes = Notebook()
     build = BuildConfig(tune=True, int8=True, calibrate=True, providers=("cpu",), min_agreement=0)
     config = load_config(project / "run.toml").model_copy(update={"build": build})
     # the exported file itself is what the finished run has evaluated and profiled
@@ -480,8 +474,8 @@ def test_the_twin_of_a_tuned_model_is_built_in_the_form_that_won(
     model, twin = manifests(project)
     assert rewrites(model) == rewrites(twin) == form
     assert model.tried is not None and len(model.tried) == 6 and twin.tried is None
-    assert sum(text.startswith("timing 6 forms") for text in notes.texts) == 1
-    assert any(text.startswith(f"chosen: {model.tried[fastest].form};") for text in notes.texts)
+    assert sum(text.startswith("timing 6 forms") for text in notes.notes) == 1
+    assert any(text.startswith(f"chosen: {model.tried[fastest].form};") for text in notes.notes)
     assert run(config).ran == []
 
 

@@ -26,7 +26,7 @@ from eamdeploy.artifacts.card import RANDOM_WARNING
 from eamdeploy.artifacts.records import Record
 from eamdeploy.devices.base import SensorNotes
 from eamdeploy.reporting.prose.caveats import caveats
-from eamdeploy.reporting.records.names import engine_names
+from eamdeploy.reporting.records.engine_names import engine_names
 from eamdeploy.reporting.records.sources import Sources, read_sources
 
 FROZEN = card(freezing())

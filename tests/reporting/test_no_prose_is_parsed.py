@@ -15,8 +15,8 @@ import eamdeploy
 from eamdeploy.artifacts.records import Record
 from eamdeploy.engines.manifest import CalibratedProducts, Manifest
 from eamdeploy.records.evaluation import EvaluatedImages, EvaluationReport
-from eamdeploy.reporting.prose.command import Command
-from eamdeploy.reporting.prose.commands import commands
+from eamdeploy.reporting.prose.command_line import Command
+from eamdeploy.reporting.prose.reproduce import commands
 from eamdeploy.reporting.records.sources import read_sources
 
 ROOT = Path(eamdeploy.__file__).parent

@@ -192,8 +192,9 @@ def test_every_manifest_tells_how_its_engine_was_built(rich: Page) -> None:
             assert shown(rich, numbers.size(record.engine_bytes)) and shown(rich, record.created)
             assert all(shown(rich, f"{key}={value}") for key, value in record.settings.items())
     build = device_build()
-    assert build.layer_ms is not None and build.engine_layers is not None
-    slowest = sorted(build.layer_ms, key=lambda name: -build.layer_ms[name])
+    times = build.layer_ms
+    assert times is not None and build.engine_layers is not None
+    slowest = sorted(times, key=lambda name: -times[name])
     rows = rich.texts["th"]
     assert all(name in rows for name in slowest[:15]) and not any(name in rows for name in slowest[15:])
     assert [rows.index(name) for name in slowest[:15]] == sorted(rows.index(name) for name in slowest[:15])

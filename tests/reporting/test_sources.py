@@ -20,6 +20,7 @@ from report_records import (
 )
 
 from eamdeploy.artifacts.files import digest_file
+from eamdeploy.artifacts.records import Record
 from eamdeploy.artifacts.run_state import RunState, StageState
 from eamdeploy.artifacts.seal import SEAL
 from eamdeploy.engines.manifest import Manifest
@@ -189,14 +190,14 @@ def no_attention(document: dict[str, Any]) -> None:
 def test_records_that_contradict_themselves_are_named(
     tmp_path: Path, damage: Callable[[dict[str, Any]], None], message: str
 ) -> None:
-    whole = {
+    records: dict[object, Record] = {
         not_finite: profile([engine("x", None, 1.0)]),
         no_engine: profile([engine("x", None, 1.0)]),
         no_engine_there: remote_profiles(),
         frozen_head_without_a_score: manifest("x", card(freezing())),
         no_scores_of_a_module: manifest("x", card(freezing())),
-    }.get(damage, analysis())
-    (file,) = write_all(tmp_path, {"x.json": whole})
+    }
+    (file,) = write_all(tmp_path, {"x.json": records.get(damage, analysis())})
     assert len(read_sources([file]).items) == 1
     document = json.loads(file.read_text())
     del document[SEAL]

@@ -12,10 +12,10 @@ from hypothesis import strategies as st
 from report_records import card, engine, freezing, profile
 
 from eamdeploy.reporting.draw import svg
-from eamdeploy.reporting.draw.heat_svg import heat_map, score_range, snowflake
+from eamdeploy.reporting.draw.heat_svg import heat_map, score_range, snowflake_definition
 from eamdeploy.reporting.draw.svg import Bar
-from eamdeploy.reporting.records.figures import Measurement, measurements
-from eamdeploy.reporting.records.heat import Head, HeatMap
+from eamdeploy.reporting.records.heat_map import Head, HeatMap
+from eamdeploy.reporting.records.measurements import Measurement, measurements
 from eamdeploy.reporting.records.sources import Sourced, Sources
 
 
@@ -97,9 +97,8 @@ def test_ticks(low: float, high: float, ticks: list[float]) -> None:
 # --- the heat map ----------------------------------------------------------------------------------------------------
 
 
-def drawn(heads: list[Head], layers: int = 1, **changes: object) -> str:
-    made = {"title": "m", "score": "entropy", "planned": False, **changes}
-    return heat_map(HeatMap(layers=tuple((f"l{n}", tuple(heads)) for n in range(layers)), **made))  # type: ignore[arg-type]
+def drawn(heads: list[Head]) -> str:
+    return heat_map(HeatMap("m", "entropy", False, (("l0", tuple(heads)),)))
 
 
 def cells(picture: str) -> list[str]:
@@ -145,4 +144,4 @@ def test_the_range_is_written_like_the_cells() -> None:
 
 
 def test_the_snowflake_is_defined_once_and_has_six_arms() -> None:
-    assert ElementTree.fromstring(snowflake()).find(".//path").get("d", "").count("M") == 18  # type: ignore[union-attr]
+    assert ElementTree.fromstring(snowflake_definition()).find(".//path").get("d", "").count("M") == 18  # type: ignore[union-attr]

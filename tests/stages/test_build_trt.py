@@ -277,9 +277,7 @@ def test_dry_run_shows_the_request_for_any_version(model: Path, version: str, ru
     outcome = run_cli("build-trt", model, "--dry-run", "--trt", version, "--fp16", "--max-batch", 4, "--json")
     assert outcome.code == 0, outcome.err
     request = BuilderRequest.parse(outcome.out, "stdout")
-    assert request == plan_trt_build(
-        model, TrtOptions(precision="fp16", max_batch=4), options.TrtVersion.parse(version)
-    )
+    assert request == plan_trt_build(model, TrtOptions(precision="fp16", max_batch=4), TrtVersion.parse(version))
     assert request.tensorrt == version
     assert request.shapes == {"image": [[1, 3, 32, 32], [1, 3, 32, 32], [4, 3, 32, 32]]}
     assert ("FP16" in request.set_flags) is (version != "11.4")
@@ -314,7 +312,7 @@ def test_package_for_the_conversion_that_is_missing_is_named(model: Path, monkey
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.setitem(sys.modules, "onnx", None)
     with pytest.raises(MissingDependency, match=r"needs the package onnx.*pip install onnx onnx-graphsurgeon"):
-        plan_trt_build(model, TrtOptions(), options.TrtVersion.parse("10.3"))
+        plan_trt_build(model, TrtOptions(), TrtVersion.parse("10.3"))
 
 
 @pytest.mark.usefixtures("no_tensorrt")

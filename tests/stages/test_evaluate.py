@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import onnx
 import pytest
+from notebook import Notebook
 from numpy.typing import NDArray
 from tiny_models import KWARGS, NAME
 
@@ -84,6 +85,7 @@ def test_figures_of_a_checkpoint_are_those_computed_by_hand(
     assert report.agreement == pytest.approx(100 * np.mean(frozen.argmax(1) == live.argmax(1)))
     assert report.kl == pytest.approx(mean_kl(live, frozen), rel=1e-4)
     assert report.max_abs_logit_diff == pytest.approx(np.abs(live - frozen).max(), rel=1e-4)
+    assert report.agreement is not None
     assert 0 < report.agreement < 100, "the models are too alike for these figures to mean something"
     assert (report.model, report.weights) == (str(eam_checkpoint), "tiny.safetensors")
     assert report.model_digest == report.reference_digest == digest_file(eam_checkpoint)
@@ -133,7 +135,7 @@ def test_engine_alone_has_accuracy_only_and_on_unlabelled_pictures_nothing(
     eam_engine: Path, labelled: Path, pictures: Path
 ) -> None:
     alone = evaluate(eam_engine, ImageSource(labelled), threads=1)
-    assert alone.top1 is not None and alone.agreement is alone.kl is alone.reference is None
+    assert alone.top1 is not None and (alone.agreement, alone.kl, alone.reference) == (None, None, None)
     assert alone.reference_is_live is False
     nothing = evaluate(eam_engine, ImageSource(pictures), threads=1)
     assert nothing.top1 is nothing.top5 is nothing.agreement is None
@@ -267,19 +269,11 @@ def test_turning_by_exif_is_told_and_files_not_read_are_noted(eam_engine: Path, 
     folder = tmp_path / "some"
     shutil.copytree(labelled, folder)
     (folder / "x.heic").write_bytes(b"")
-    notes: list[str] = []
-
-    class Notes:
-        def progress(self, what: str, done: int, total: int) -> None:
-            pass
-
-        def note(self, text: str) -> None:
-            notes.append(text)
-
-    report = evaluate(eam_engine, ImageSource(folder, exif_transpose=True, limit=3), threads=1, observer=Notes())
+    notebook = Notebook()
+    report = evaluate(eam_engine, ImageSource(folder, exif_transpose=True, limit=3), threads=1, observer=notebook)
     assert report.images == "some (all, at most 3, turned by EXIF)"
     assert report.image_source is not None and report.image_source.exif_transpose
-    assert notes == [f"1 file of {folder} was not read because of its ending: .heic 1"]
+    assert notebook.notes == [f"1 file of {folder} was not read because of its ending: .heic 1"]
 
 
 def test_bad_picture_is_an_error_or_named_and_counted(eam_engine: Path, labelled: Path, tmp_path: Path) -> None:
@@ -288,18 +282,10 @@ def test_bad_picture_is_an_error_or_named_and_counted(eam_engine: Path, labelled
     (folder / "010.png").write_bytes((folder / "010.png").read_bytes()[:70])
     with pytest.raises(ConfigError, match=r"cannot use image \S*some/010\.png.*--skip-bad"):
         evaluate(eam_engine, ImageSource(folder), threads=1)
-    notes: list[str] = []
-
-    class Notes:
-        def progress(self, what: str, done: int, total: int) -> None:
-            pass
-
-        def note(self, text: str) -> None:
-            notes.append(text)
-
-    report = evaluate(eam_engine, ImageSource(folder, skip_bad=True), threads=1, observer=Notes())
+    notebook = Notebook()
+    report = evaluate(eam_engine, ImageSource(folder, skip_bad=True), threads=1, observer=notebook)
     assert (report.n_images, report.n_skipped, report.skipped) == (23, 1, ["010.png"])
-    assert notes == ["skipped 010.png"]
+    assert notebook.notes == ["skipped 010.png"]
 
 
 def test_label_out_of_range_is_named(eam_engine: Path, labelled: Path, tmp_path: Path) -> None:

@@ -12,8 +12,9 @@ import onnx
 import onnxruntime
 import pytest
 import torch
+from notebook import Notebook
 from numpy.typing import NDArray
-from tiny_models import FAMILY, KWARGS, NAME, images, make_member, make_model, save_weights
+from tiny_models import FAMILY, KWARGS, NAME, SWIN_FAMILY, SWIN_KWARGS, images, make_member, make_model, save_weights
 
 from eamdeploy import export, freeze
 from eamdeploy.artifacts.card import CARD_KEY, ModelCard
@@ -30,7 +31,7 @@ from eamdeploy.host.reference import load_reference
 from eamdeploy.host.stock_export import StockExport, export_stock
 from eamdeploy.images.preprocess import normalize
 from eamdeploy.images.source import ImageSource
-from eamdeploy.observer import SILENT, Silent
+from eamdeploy.observer import SILENT
 from eamdeploy.parity.reference_set import ReferenceSet, reference_path
 from eamdeploy.passes.base import PlannedPass
 from eamdeploy.passes.facts import Parts
@@ -368,14 +369,6 @@ def test_every_frozen_head_is_accounted_for(
     assert_untouched(folder)
 
 
-class _Notes(Silent):
-    def __init__(self) -> None:
-        self.texts: list[str] = []
-
-    def note(self, text: str) -> None:
-        self.texts.append(text)
-
-
 @pytest.mark.parametrize("granularity", GRANULARITIES)
 @pytest.mark.parametrize("left_out", [("class_token_only",), ("canonical_attention",), tuple(SWITCHABLE)], ids=len)
 def test_a_frozen_model_is_exact_without_its_passes(
@@ -385,14 +378,29 @@ def test_a_frozen_model_is_exact_without_its_passes(
     checkpoint, model, base = tmp_path / "x.eam.safetensors", tmp_path / "x.onnx", tmp_path / "base.onnx"
     options = replace(HALF, granularity=granularity)
     freeze(ModelSpec(NAME, str(tiny_weights), KWARGS), ImageSource(pictures, limit=4), checkpoint, options)
-    notes = _Notes()
-    result = export(checkpoint, model, baseline=base, without=left_out, observer=notes)
+    notebook = Notebook()
+    result = export(checkpoint, model, baseline=base, without=left_out, observer=notebook)
     missing = with_dependents(left_out)
     not_exact = {"fold_value_bias"} if granularity == "entry" else set()  # where rows mix frozen and live entries
     assert result.frozen.rewrites == card_of(model).rewrites
     assert set(result.frozen.rewrites) == {*SWITCHABLE, "freeze_heads"} - missing - not_exact
     assert set(card_of(base).rewrites) == SWITCHABLE.keys() - missing
-    assert f"left out of the passes: {', '.join(sorted(missing))}" in notes.texts
+    assert f"left out of the passes: {', '.join(sorted(missing))}" in notebook.notes
+    np.testing.assert_allclose(run(model), reference_logits(checkpoint, frozen=True), atol=5e-5)
+    np.testing.assert_allclose(run(base), reference_logits(checkpoint, frozen=False), atol=5e-5)
+
+
+@pytest.mark.parametrize("left_out", [(), ("class_token_only",), ("gather_tokens",)], ids=str)
+def test_a_swin_with_a_window_larger_than_its_image_is_exported(
+    tmp_path: Path, pictures: Path, left_out: tuple[str, ...]
+) -> None:
+    checkpoint, model, base = tmp_path / "x.eam.safetensors", tmp_path / "x.onnx", tmp_path / "base.onnx"
+    name, changes = SWIN_FAMILY["swin, a window larger than the image"]
+    weights = save_weights(make_model(name, changes), tmp_path / "swin.safetensors")
+    spec = ModelSpec(name, str(weights), {**SWIN_KWARGS, **changes})
+    freeze(spec, ImageSource(pictures, limit=4), checkpoint, replace(HALF, granularity="row"))
+    result = export(checkpoint, model, baseline=base, without=left_out)
+    assert set(left_out).isdisjoint(result.frozen.rewrites)
     np.testing.assert_allclose(run(model), reference_logits(checkpoint, frozen=True), atol=5e-5)
     np.testing.assert_allclose(run(base), reference_logits(checkpoint, frozen=False), atol=5e-5)
 
@@ -478,9 +486,9 @@ def test_the_stock_export_takes_normalized_images_even_where_the_model_takes_pix
     eam_checkpoint: Path, tmp_path: Path
 ) -> None:
     file = tmp_path / "stock.onnx"
-    options = {"stock": file, "exporter": "torchscript", "fold_preprocess": True}
-    export(eam_checkpoint, tmp_path / "x.onnx", **options)
-    assert card_of(tmp_path / "x.onnx").takes_pixels and not card_of(file).takes_pixels
+    output = tmp_path / "x.onnx"
+    export(eam_checkpoint, output, stock=file, exporter="torchscript", fold_preprocess=True)
+    assert card_of(output).takes_pixels and not card_of(file).takes_pixels
     np.testing.assert_allclose(run(file), reference_logits(eam_checkpoint, frozen=False), atol=5e-5)
 
 

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from head_costs import sensitivity
+from notebook import Notebook
 from numpy.typing import NDArray
 from PIL import Image
 from safetensors.torch import load_file
@@ -53,20 +54,6 @@ from eamdeploy.vocabulary import Granularity, WindowMaps
 
 FAST = FreezeOptions(sparsity=0.5, score="row-entropy")
 PATHS = ["blocks.0.attn", "blocks.1.attn"]
-
-
-class Notebook:
-    """An observer that remembers."""
-
-    def __init__(self) -> None:
-        self.notes: list[str] = []
-        self.steps: dict[str, list[tuple[int, int]]] = {}
-
-    def progress(self, what: str, done: int, total: int) -> None:
-        self.steps.setdefault(what, []).append((done, total))
-
-    def note(self, text: str) -> None:
-        self.notes.append(text)
 
 
 @pytest.fixture
@@ -185,20 +172,19 @@ def test_sensitivity_is_the_default_and_measured_on_the_quantized_maps(
 def test_score_images_bounds_the_images_behind_sensitivity(
     spec: ModelSpec, source: ImageSource, tmp_path: Path
 ) -> None:
-    scores, totals = [], []
+    scores, per_image = [], []
     for limit in (None, 5):
         notebook = Notebook()
         options = FreezeOptions(score_images=limit)
         header = freeze(spec, source, tmp_path / "x.eam.safetensors", options, observer=notebook)
         assert header.calibration is not None and header.calibration.n_images == 24
         scores.append(header.freezing.scores)
-        totals.append(notebook.steps["sensitivity"][-1])
         (note,) = notebook.notes
         drawn = int(re.fullmatch(r"sensitivity of 6 heads on (\d+) images: about \d+ s", note)[1])  # type: ignore[index]
         assert drawn == 24 if limit is None else 3 <= drawn <= 5  # one may be drawn twice
         assert notebook.steps["attention maps"] == [(16, 24), (24, 24)]
-        totals[-1] = tuple(units / drawn for units in totals[-1])
-    assert totals == [(2 + 3 * 2 + 3 * 1,) * 2] * 2
+        per_image.append(tuple(units / drawn for units in notebook.steps["sensitivity"][-1]))
+    assert per_image == [(2 + 3 * 2 + 3 * 1,) * 2] * 2
     assert scores[0] != scores[1]
 
 
@@ -537,7 +523,7 @@ def test_every_window_map_differs_but_shares_its_mask(swin: ModelSpec, source: I
 
 def test_images_and_not_windows_are_counted(swin: ModelSpec, source: ImageSource, tmp_path: Path) -> None:
     for mode in ("shared", "class", "window"):
-        options = FreezeOptions(score="entropy", window_maps=mode)  # type: ignore[arg-type]
+        options = FreezeOptions(score="entropy", window_maps=mode)
         result = analyze(swin, replace(source, limit=5), options)
         assert (result.calibration.n_images, result.window_maps) == (5, mode)
         assert [len(values) for values in result.scores["entropy"].values()] == [2, 2, 4, 4]

@@ -61,6 +61,7 @@ def test_a_jetson_is_found_and_measured(
     for item in (measured.baseline, *measured.engines):
         assert item is not None and item.power is not None
         power = item.power
+        assert power.mean_mw is not None
         assert (power.source, power.total_rails) == ("tegrastats", total)
         assert power.mean_mw == pytest.approx(sum(power.rails_mw[rail] for rail in total))
         assert power.energy_mj_per_image == pytest.approx(power.mean_mw / power.images_per_s)

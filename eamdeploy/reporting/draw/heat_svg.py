@@ -1,14 +1,16 @@
-"""The heat map of attention heads as SVG in the page's own colours; see `svg` for how pictures are made."""
+"""The heat map of attention heads as SVG in the page's own colours; see `svg` for how pictures are made.
+
+`heat_file` draws the same `HeatMap` into a file of its own.
+"""
 
 from __future__ import annotations
 
-import cmath
 import math
 from html import escape
 
 from eamdeploy.reporting import numbers
-from eamdeploy.reporting.records.heat import Head, HeatMap
-from eamdeploy.reporting.records.scale import ColourScale, colour_scale, exponent, short_number, unit
+from eamdeploy.reporting.draw.snowflake import snowflake
+from eamdeploy.reporting.records.heat_map import Head, HeatMap
 
 COLOURS = 9
 """How many colours the page has for scores: the classes `s0` … `s8`, from low to high."""
@@ -20,15 +22,11 @@ _CLASSES = (4, 6, 8, 12, 16)  # heads in a layer up to which the style has a wid
 _BROAD = 8  # heads in a layer above which a map takes the page's whole width
 _WIDEST = 92  # pixels of one cell
 _LABELLED = 4  # every so many heads have their number where cells are narrow
-# a snowflake's arm as strokes from point to point: the real axis runs outwards, the tip is at 1
-_ARM = ((0, 1), (0.52, 0.82 + 0.3j), (0.52, 0.82 - 0.3j))
 
 
-def snowflake() -> str:
+def snowflake_definition() -> str:
     """The definition of the mark that `heat_map` uses; a page needs it once."""
-    turns = [cmath.rect(7, math.radians(60 * arm + 30)) for arm in range(6)]
-    strokes = [[turn * point for point in stroke] for turn in turns for stroke in _ARM]
-    path = "".join(f"M{a.real:.2f} {a.imag:.2f}L{b.real:.2f} {b.imag:.2f}" for a, b in strokes)
+    path = "".join(f"M{a.real:.2f} {a.imag:.2f}L{b.real:.2f} {b.imag:.2f}" for a, b in snowflake(radius=7))
     return (
         '<svg width="0" height="0" aria-hidden="true" focusable="false"><defs>'
         f'<path id="flake" d="{path}"/></defs></svg>'
@@ -37,10 +35,7 @@ def snowflake() -> str:
 
 def heat_map(drawn: HeatMap) -> str:
     """Layers from top to bottom, heads from left to right, frozen ones with a ring and a snowflake, or their share."""
-    scores = [head.score for head in drawn.heads if head.score is not None]
-    scale = colour_scale(scores) if scores else None
-    power = exponent(max(map(abs, scores))) if scores else 0
-    columns = max(len(heads) for _, heads in drawn.layers)
+    columns = drawn.columns
     parts = [
         f'<text class="{"minor axis" if head % _LABELLED else "axis"}" x="{100 * (head + 0.5) / columns:.3f}%" y="12">'
         f"{head}</text>"
@@ -49,7 +44,7 @@ def heat_map(drawn: HeatMap) -> str:
     for row, (name, heads) in enumerate(drawn.layers):
         top = _TOP + row * _ROW
         parts.append(f'<text class="layer" x="-10" y="{top + 19}">{escape(name)}</text>')
-        parts += [_cell(f"{name}, head {i}", head, i, columns, top, scale, power) for i, head in enumerate(heads)]
+        parts += [_cell(drawn, f"{name}, head {i}", head, i, top) for i, head in enumerate(heads)]
     frozen = sum(head.frozen != "nothing" for head in drawn.heads)
     label = f"{drawn.score} of {len(drawn.heads)} attention heads of {drawn.title}, {frozen} of them marked as frozen"
     gutter = math.ceil(12 + _CHARACTER * max(len(name) for name, _ in drawn.layers))
@@ -62,41 +57,40 @@ def heat_map(drawn: HeatMap) -> str:
 
 def is_broad(drawn: HeatMap) -> bool:
     """Whether the map wants the page's whole width."""
-    return max(len(heads) for _, heads in drawn.layers) > _BROAD
+    return drawn.columns > _BROAD
 
 
 def score_range(drawn: HeatMap) -> tuple[str, str, str] | None:
     """The lowest and highest score as the cells' numbers are written, and what follows them; None without scores."""
-    scores = [head.score for head in drawn.heads if head.score is not None]
-    if not scores:
+    scale = drawn.scale
+    if scale is None:
         return None
-    power = exponent(max(map(abs, scores)))
-    low, high = (short_number(value / 10**power) for value in (min(scores), max(scores)))
-    in_units = f"{'× ' if power else ''}{unit(drawn.score, power)}"
-    return low, high, in_units + (", logarithmic" if colour_scale(scores).logarithmic else "")
+    low, high = drawn.written(min(drawn.scores)), drawn.written(max(drawn.scores))
+    in_units = f"{'× ' if drawn.power else ''}{drawn.unit}"
+    return low, high, in_units + (", logarithmic" if scale.logarithmic else "")
 
 
-def _cell(name: str, head: Head, column: int, columns: int, top: float, scale: ColourScale | None, power: int) -> str:
-    width = 100 / columns
+def _cell(drawn: HeatMap, name: str, head: Head, column: int, top: float) -> str:
+    width, scale = 100 / drawn.columns, drawn.scale
     left, middle = width * (column + _GAP_SHARE / 2), width * (column + 0.5)
     colour, text = "none", ""
     if head.score is not None and scale is not None:
         colour = f"s{min(int(COLOURS * scale.position(head.score)), COLOURS - 1)}"
-        text = short_number(head.score / 10**power)
+        text = drawn.written(head.score)
     told = f"{name}: {'no score' if head.score is None else f'{head.score:.4g}'}{_told(head)}"
     parts = [
         f"<title>{escape(told)}</title>",
         f'<rect x="{left:.3f}%" y="{top}" width="{width * (1 - _GAP_SHARE):.3f}%" height="{_ROW - _GAP}" rx="5"/>',
         f'<text class="score" x="{middle:.3f}%" y="{top + 19}">{escape(text)}</text>',
     ]
-    state = "some" if head.share is None else head.frozen
-    if state in ("whole", "some"):
+    if head.mark == "snowflake":
         parts.append(f'<use href="#flake" x="{middle:.3f}%" y="{top + 15}"/>')
-    elif head.share:
+    elif head.mark == "bar":
         inner = width * 0.8
         place = f'x="{middle - inner / 2:.3f}%" y="{top + _ROW - _GAP - 7}" height="4"'
         parts.append(f'<rect class="track" {place} width="{inner:.3f}%"/>')
-        parts.append(f'<rect class="share" {place} width="{inner * head.share:.3f}%"/>')
+        parts.append(f'<rect class="share" {place} width="{inner * (head.share or 0):.3f}%"/>')
+    state = "some" if head.share is None else head.frozen
     return f'<g class="cell {colour} {state}">{"".join(parts)}</g>'
 
 

@@ -7,15 +7,15 @@ from collections.abc import Callable, Iterable
 from eamdeploy.reporting import numbers
 from eamdeploy.reporting.draw import svg
 from eamdeploy.reporting.draw.svg import Bar
-from eamdeploy.reporting.records.figures import Engine, Measurement
+from eamdeploy.reporting.records.measurements import Engine, Measurement
 
 _Sized = tuple[Engine, float | None, float | None]  # an engine, what its bar is as long as, and a part of that
 
 
 def pictures(measurement: Measurement) -> dict[str, str]:
     """SVG by what it shows; one that would be empty is an empty text."""
-    files: list[_Sized] = [(each, each.room.file, None) for each in measurement.engines]
-    peaks: list[_Sized] = [(each, each.room.peak, each.room.own) for each in measurement.engines]
+    files: list[_Sized] = [(each, each.sizes.file, None) for each in measurement.engines]
+    peaks: list[_Sized] = [(each, each.sizes.peak, each.sizes.own) for each in measurement.engines]
     return {
         "latency": svg.latency_strips(measurement),
         "speed_up": svg.speed_up_intervals(measurement),

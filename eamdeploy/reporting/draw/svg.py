@@ -13,7 +13,7 @@ from html import escape
 
 from eamdeploy.profiling.timing import Latency, SpeedUp
 from eamdeploy.reporting import numbers
-from eamdeploy.reporting.records.figures import Measurement
+from eamdeploy.reporting.records.measurements import Measurement
 
 _LABEL_Y, _MARK_Y, _ROW, _AXIS = 15, 33, 50, 26  # pixels: in a row its words and its mark; a row; the axis
 _BAR_HEIGHT, _DOT = 12, 3.5  # the dot's radius

@@ -6,9 +6,9 @@ from dataclasses import dataclass
 
 from eamdeploy.engines.manifest import DeviceBuild, Manifest
 from eamdeploy.reporting import numbers
-from eamdeploy.reporting.records.figures import runtime_name
 from eamdeploy.reporting.records.layers import LayerTimes, layer_times
 from eamdeploy.reporting.records.machines import Facts
+from eamdeploy.reporting.records.measurements import runtime_name
 from eamdeploy.reporting.records.sources import Sources
 
 

@@ -9,18 +9,18 @@ from eamdeploy.eam.analysis import Analysis
 from eamdeploy.engines.manifest import Manifest
 from eamdeploy.records.evaluation import EvaluationReport
 from eamdeploy.reporting.prose.caveats import caveats
-from eamdeploy.reporting.prose.command import Command
-from eamdeploy.reporting.prose.commands import commands
-from eamdeploy.reporting.records import heat
+from eamdeploy.reporting.prose.command_line import Command
+from eamdeploy.reporting.prose.reproduce import commands
+from eamdeploy.reporting.records import heat_map
+from eamdeploy.reporting.records.answers import Answers, answers
 from eamdeploy.reporting.records.builds import Build, builds
+from eamdeploy.reporting.records.engine_names import engine_names
 from eamdeploy.reporting.records.exports import exported
-from eamdeploy.reporting.records.figures import Measurement, measurements
-from eamdeploy.reporting.records.headline import Headline, headline
-from eamdeploy.reporting.records.heat import HeatMap
+from eamdeploy.reporting.records.heat_map import HeatMap
 from eamdeploy.reporting.records.layers import LayerTimes
-from eamdeploy.reporting.records.names import engine_names
+from eamdeploy.reporting.records.measurements import Measurement, measurements
+from eamdeploy.reporting.records.reported_models import reported_models
 from eamdeploy.reporting.records.sources import Sources
-from eamdeploy.reporting.records.subjects import subjects
 from eamdeploy.reporting.write import tables
 from eamdeploy.reporting.write.tables import Table
 
@@ -37,7 +37,7 @@ class Content:
     """
 
     title: str
-    headlines: tuple[Headline, ...]
+    answers: tuple[Answers, ...]
     caveats: tuple[str, ...]
     heat_maps: tuple[HeatMap, ...]
     accuracy: Table | None
@@ -58,15 +58,15 @@ def gather(sources: Sources, title: str | None = None) -> Content:
     """
     names = engine_names(sources)
     measured, written, built = measurements(sources, names), exported(sources), builds(sources)
-    models = subjects(sources, measured, written, names)
+    models = reported_models(sources, measured, written, names)
     evaluations = [item.record for item in sources.of(EvaluationReport)]
     return Content(
         title=_title([model.model for model in models]) if title is None else title,
-        headlines=tuple(headline(model, names) for model in models),
+        answers=tuple(answers(model, names) for model in models),
         caveats=tuple(caveats(sources, names)),
         heat_maps=(
             *(model.heat for model in models if model.heat is not None),
-            *(drawn for item in sources.of(Analysis) for drawn in heat.of_analysis(item.record)),
+            *(drawn for item in sources.of(Analysis) for drawn in heat_map.of_analysis(item.record)),
         ),
         accuracy=tables.accuracy(evaluations, names) if evaluations else None,
         measurements=tuple(measured),

@@ -5,10 +5,10 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Iterator
 
-from eamdeploy.reporting.records.figures import Measurement
-from eamdeploy.reporting.records.headline import Headline
-from eamdeploy.reporting.records.heat import Head, HeatMap
+from eamdeploy.reporting.records.answers import Answers
+from eamdeploy.reporting.records.heat_map import Head, HeatMap
 from eamdeploy.reporting.records.machines import Facts
+from eamdeploy.reporting.records.measurements import Measurement
 from eamdeploy.reporting.write import measured_tables, tables
 from eamdeploy.reporting.write.content import Content
 from eamdeploy.reporting.write.tables import Table
@@ -23,10 +23,10 @@ def write_markdown(content: Content) -> str:
 
 
 def _glance(content: Content) -> Iterator[str]:
-    for each in content.headlines:
-        if len(content.headlines) > 1 or each.title != content.title:
+    for each in content.answers:
+        if len(content.answers) > 1 or each.title != content.title:
             yield f"## {_plain(each.title)}"
-        yield _headline(each)
+        yield _answers(each)
     if content.caveats:
         yield "## Before you rely on these figures"
         yield _list(content.caveats)
@@ -84,9 +84,9 @@ def _origin(content: Content) -> Iterator[str]:
     yield _list(f"{file} ({kind})" for file, kind in content.files)
 
 
-def _headline(headline: Headline) -> str:
+def _answers(answers: Answers) -> str:
     lines = []
-    for panel in headline.panels:
+    for panel in answers.panels:
         if not panel.figures:
             lines.append(f"- **{panel.question}**: {_plain(panel.missing)}")
         for figure in panel.figures:
@@ -98,18 +98,16 @@ def _headline(headline: Headline) -> str:
 
 
 def _heads(drawn: HeatMap) -> str:
-    most = max(len(heads) for _, heads in drawn.layers)
-    rows = [(name, *map(_head, heads), *[""] * (most - len(heads))) for name, heads in drawn.layers]
+    rows = [(name, *map(_head, heads), *[""] * (drawn.columns - len(heads))) for name, heads in drawn.layers]
     frozen = "would be frozen" if drawn.planned else "is frozen"
     caption = f"{_plain(drawn.title)}: {drawn.score} of every head; ❄ {frozen}, with the share where it is not all."
-    return f"{caption}\n\n{_table(Table(('layer', *map(str, range(most))), tuple(rows)))}"
+    return f"{caption}\n\n{_table(Table(('layer', *map(str, range(drawn.columns))), tuple(rows)))}"
 
 
 def _head(head: Head) -> str:
     score = "–" if head.score is None else f"{head.score:.3g}"
-    if head.frozen == "nothing":
-        return score
-    return f"{score} ❄" if head.frozen == "whole" or head.share is None else f"{score} ❄ {head.share:.0%}"
+    share = f" {head.share:.0%}" if head.mark == "bar" else ""
+    return score if head.mark == "nothing" else f"{score} ❄{share}"
 
 
 def _table(shown: Table) -> str:

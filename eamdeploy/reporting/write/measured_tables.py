@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Mapping
 
 from eamdeploy.profiling.power import Power
 from eamdeploy.reporting import numbers
-from eamdeploy.reporting.records.figures import Engine, Measurement
+from eamdeploy.reporting.records.measurements import Engine, Measurement
 from eamdeploy.reporting.write.tables import NONE, Table
 
 
@@ -24,7 +24,7 @@ def power(measurement: Measurement) -> list[Table]:
 def memory(measurement: Measurement) -> list[Table]:
     """Bytes of every engine; empty where none was recorded."""
     peaks = _by_name(measurement, "Most memory in use on the device, by all programs", _peaks)
-    return _filled((_room(measurement), peaks))
+    return _filled((_sizes(measurement), peaks))
 
 
 def _filled(found: Iterable[Table]) -> list[Table]:
@@ -152,7 +152,7 @@ def _peaks(used: Power) -> dict[str, str]:
     return {name: numbers.size(n_bytes) for name, n_bytes in used.memory_peak_bytes.items()}
 
 
-def _room(measurement: Measurement) -> Table:
+def _sizes(measurement: Measurement) -> Table:
     rows = [(each.name, *(_written(n_bytes, numbers.size) for n_bytes in _bytes(each))) for each in measurement.engines]
     resident = ("peak RSS", "of which the engine’s", "RSS at the end", "PSS")
     device = ("on the GPU", "less available to all", "NvMap of all programs")
@@ -160,8 +160,8 @@ def _room(measurement: Measurement) -> Table:
 
 
 def _bytes(engine: Engine) -> tuple[int | None, ...]:
-    room = engine.room
-    return (room.file, room.peak, room.own, room.rss, room.pss, room.device, room.drop, room.nvmap)
+    sizes = engine.sizes
+    return (sizes.file, sizes.peak, sizes.own, sizes.rss, sizes.pss, sizes.device, sizes.drop, sizes.nvmap)
 
 
 def _written(value: float | None, write: Callable[[float], str]) -> str:

@@ -28,7 +28,7 @@ def render(content: Content) -> str:
         content=content,
         version=metadata.version("eamdeploy"),
         style=Markup(folder.joinpath("page.css").read_text(encoding="utf-8")),
-        snowflake=Markup(heat_svg.snowflake()),
+        snowflake=Markup(heat_svg.snowflake_definition()),
         colours=range(heat_svg.COLOURS),
         is_broad=heat_svg.is_broad,
         heat_maps=[

@@ -25,7 +25,7 @@ RUNTIMES: Final[Mapping[str, str]] = {"ort": "ONNX Runtime", "trt": "TensorRT"}
 
 
 @dataclass(frozen=True)
-class Room:
+class EngineBytes:
     """Bytes of an engine; None where one was not recorded.
 
     Attributes:
@@ -72,7 +72,7 @@ class Engine:
     throughput: Throughput | None
     cold_start: ColdStart | None
     power: Power | None
-    room: Room
+    sizes: EngineBytes
     layers: LayerTimes | None
 
     @property
@@ -168,19 +168,19 @@ def _engine(item: EngineProfile, is_baseline: bool, manifest: Manifest | None, n
         throughput=item.throughput,
         cold_start=item.cold_start,
         power=item.power,
-        room=_room(item, manifest),
+        sizes=_sizes(item, manifest),
         layers=layer_times(name, item.digest, f"by profile, on {where}", item.layer_ms),
     )
 
 
-def _room(item: EngineProfile, manifest: Manifest | None) -> Room:
+def _sizes(item: EngineProfile, manifest: Manifest | None) -> EngineBytes:
     """What was measured, and for want of that what the manifest says."""
     device = manifest.device if manifest else None
     planned = None if device is None else device.device_memory_bytes
     memory = item.memory
     if memory is None:
-        return Room(file=manifest.engine_bytes if manifest else None, device=planned)
-    return Room(
+        return EngineBytes(file=manifest.engine_bytes if manifest else None, device=planned)
+    return EngineBytes(
         file=memory.engine_bytes,
         peak=memory.peak_rss_bytes,
         own=memory.engine_peak_rss_bytes,

@@ -7,7 +7,7 @@ from typing import Any
 
 from eamdeploy.records.profile import Profile
 from eamdeploy.remote.profile import RemoteProfiles
-from eamdeploy.reporting.prose.command import Command, command_line
+from eamdeploy.reporting.prose.command_line import Command, command_line
 from eamdeploy.reporting.records.sources import Sourced
 
 

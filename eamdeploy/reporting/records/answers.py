@@ -10,8 +10,8 @@ from eamdeploy.profiling.timing import SpeedUp
 from eamdeploy.records.evaluation import EvaluationReport
 from eamdeploy.reporting import numbers
 from eamdeploy.reporting.records.exports import Exported
-from eamdeploy.reporting.records.figures import Engine, Measurement
-from eamdeploy.reporting.records.subjects import Frozen, Subject
+from eamdeploy.reporting.records.measurements import Engine, Measurement
+from eamdeploy.reporting.records.reported_models import Frozen, ReportedModel
 
 
 @dataclass(frozen=True)
@@ -44,30 +44,30 @@ class Panel:
 
 
 @dataclass(frozen=True)
-class Headline:
+class Answers:
     """One model's three answers."""
 
     title: str
     panels: tuple[Panel, Panel, Panel]
 
 
-def headline(subject: Subject, names: Mapping[str, str]) -> Headline:
+def answers(reported: ReportedModel, names: Mapping[str, str]) -> Answers:
     """What the records say of the model.
 
     Args:
         names: the short names of engines.
     """
-    frozen = () if subject.frozen is None else (_frozen(subject.frozen),)
-    several = len(subject.evaluations) > 1
-    costs = tuple(_cost(each, names, named=several) for each in subject.evaluations)
-    gains = tuple(_gain(*each, named=len(subject.measured) > 1) for each in subject.measured)
-    is_live = any(engine.model is not None and not engine.is_frozen for _, engine in subject.measured)
-    return Headline(
-        subject.title,
+    frozen = () if reported.frozen is None else (_frozen(reported.frozen),)
+    several = len(reported.evaluations) > 1
+    costs = tuple(_cost(each, names, named=several) for each in reported.evaluations)
+    gains = tuple(_gain(*each, named=len(reported.measured) > 1) for each in reported.measured)
+    is_live = any(engine.model is not None and not engine.is_frozen for _, engine in reported.measured)
+    return Answers(
+        reported.title,
         (
             Panel("Frozen", frozen, "Nothing is frozen." if is_live else "No record says what is frozen here."),
             Panel("Cost", costs, "Accuracy was not measured, or its record is not among these files."),
-            Panel("Gain", gains or tuple(map(_gain_at_export, subject.exports)), "Speed was not measured here."),
+            Panel("Gain", gains or tuple(map(_gain_at_export, reported.exports)), "Speed was not measured here."),
         ),
     )
 
@@ -154,7 +154,7 @@ def _needs(engine: Engine, baseline: Engine | None) -> tuple[str, ...]:
 
 def _amounts(engine: Engine) -> tuple[float | None, ...]:
     energy_mj = None if engine.power is None else engine.power.energy_mj_per_image
-    return (energy_mj, engine.room.file, engine.room.peak)
+    return (energy_mj, engine.sizes.file, engine.sizes.peak)
 
 
 def _before_after(before: float | None, after: float, write: Callable[[float], str]) -> str:

@@ -18,8 +18,8 @@ from eamdeploy.engines.manifest import DeviceBuild, Manifest
 from eamdeploy.records.evaluation import EvaluatedImages, EvaluationReport
 from eamdeploy.records.profile import Profile
 from eamdeploy.remote.profile import RemoteProfiles
-from eamdeploy.reporting.prose.command import Command, command_line
-from eamdeploy.reporting.prose.profile_command import local_profile, remote_profiles
+from eamdeploy.reporting.prose.command_line import Command, command_line
+from eamdeploy.reporting.prose.reproduce_profile import local_profile, remote_profiles
 from eamdeploy.reporting.records.sources import Sourced, Sources
 
 if TYPE_CHECKING:

@@ -17,10 +17,10 @@ from eamdeploy.engines.manifest import Manifest
 from eamdeploy.records.evaluation import EvaluationReport
 from eamdeploy.records.profile import ModelSummary
 from eamdeploy.reporting import numbers
-from eamdeploy.reporting.records import heat
+from eamdeploy.reporting.records import heat_map
 from eamdeploy.reporting.records.exports import Exported
-from eamdeploy.reporting.records.figures import Engine, Measurement
-from eamdeploy.reporting.records.heat import HeatMap
+from eamdeploy.reporting.records.heat_map import HeatMap
+from eamdeploy.reporting.records.measurements import Engine, Measurement
 from eamdeploy.reporting.records.sources import CheckpointFile, Sources
 from eamdeploy.vocabulary import Granularity
 
@@ -55,7 +55,7 @@ class Frozen:
 
 
 @dataclass(frozen=True)
-class Subject:
+class ReportedModel:
     """One model, or what one record says of it.
 
     Attributes:
@@ -77,15 +77,15 @@ class Subject:
     exports: tuple[Exported, ...] = ()
 
 
-def subjects(
+def reported_models(
     sources: Sources, measurements: Sequence[Measurement], exports: Sequence[Exported], names: Mapping[str, str]
-) -> list[Subject]:
+) -> list[ReportedModel]:
     """The models, in the order in which the records speak of them; one per analysis only if it has no other record.
 
     Args:
         names: the short names of engines, for models that nothing else names.
     """
-    found: list[Subject] = []
+    found: list[ReportedModel] = []
     for part in _parts(sources, measurements, exports, names):
         index = _index(part, found)
         if index is None:
@@ -93,30 +93,30 @@ def subjects(
         else:
             found[index] = _joined(found[index], part)
     found = [each for each in found if each.frozen or each.evaluations or each.measured or each.exports]
-    models = {subject.model for subject in found}
+    models = {reported.model for reported in found}
     found += [_planned(item.record) for item in sources.of(Analysis) if item.record.timm_model not in models]
     return _told_apart(found)
 
 
-def _told_apart(found: Sequence[Subject]) -> list[Subject]:
-    """The subjects; those of the same model have their sparsity in the title, and a number if that is the same too."""
-    models = Counter(subject.model for subject in found)
+def _told_apart(found: Sequence[ReportedModel]) -> list[ReportedModel]:
+    """The models; those of the same model have their sparsity in the title, and a number if that is the same too."""
+    models = Counter(reported.model for reported in found)
     seen: Counter[str] = Counter()
     result = []
-    for subject in found:
-        title = subject.model
-        if models[title] > 1 and subject.frozen is not None:
-            title = f"{title} at {numbers.share(subject.frozen.sparsity)} sparsity"
+    for reported in found:
+        title = reported.model
+        if models[title] > 1 and reported.frozen is not None:
+            title = f"{title} at {numbers.share(reported.frozen.sparsity)} sparsity"
         seen[title] += 1
         title = title if seen[title] == 1 else f"{title} ({seen[title]})"
-        picture = None if subject.heat is None else replace(subject.heat, title=title)
-        result.append(replace(subject, title=title, heat=picture))
+        picture = None if reported.heat is None else replace(reported.heat, title=title)
+        result.append(replace(reported, title=title, heat=picture))
     return result
 
 
 def _parts(
     sources: Sources, measurements: Sequence[Measurement], exports: Sequence[Exported], names: Mapping[str, str]
-) -> Iterator[Subject]:
+) -> Iterator[ReportedModel]:
     """What every record says of a model; those that tie digests together first."""
     yield from map(_of_checkpoint, sources.checkpoints)
     for manifest in sources.of(Manifest):
@@ -126,16 +126,18 @@ def _parts(
             if not engine.is_baseline:
                 yield _of_engine(measurement, engine)
     for export in exports:
-        yield Subject(export.model, digests=frozenset({export.digest}), exports=(export,))
+        yield ReportedModel(export.model, digests=frozenset({export.digest}), exports=(export,))
     for item in sources.of(EvaluationReport):
         evaluation = item.record
-        yield Subject(names[evaluation.model], digests=frozenset({evaluation.model_digest}), evaluations=(evaluation,))
+        yield ReportedModel(
+            names[evaluation.model], digests=frozenset({evaluation.model_digest}), evaluations=(evaluation,)
+        )
 
 
-def _index(part: Subject, found: Sequence[Subject]) -> int | None:
-    """Which subject the part belongs to."""
-    for index, subject in enumerate(found):
-        if subject.digests & part.digests:
+def _index(part: ReportedModel, found: Sequence[ReportedModel]) -> int | None:
+    """Which model the part belongs to."""
+    for index, reported in enumerate(found):
+        if reported.digests & part.digests:
             return index
     if part.frozen is None or not part.measured:
         return None
@@ -144,41 +146,40 @@ def _index(part: Subject, found: Sequence[Subject]) -> int | None:
     return alike[0] if len(alike) == 1 else None
 
 
-def _joined(subject: Subject, part: Subject) -> Subject:
+def _joined(reported: ReportedModel, part: ReportedModel) -> ReportedModel:
     return replace(
-        subject,
-        digests=subject.digests | part.digests,
-        frozen=subject.frozen or part.frozen,
-        heat=subject.heat or part.heat,
-        evaluations=subject.evaluations + part.evaluations,
-        measured=subject.measured + part.measured,
-        exports=subject.exports + part.exports,
+        reported,
+        digests=reported.digests | part.digests,
+        frozen=reported.frozen or part.frozen,
+        heat=reported.heat or part.heat,
+        evaluations=reported.evaluations + part.evaluations,
+        measured=reported.measured + part.measured,
+        exports=reported.exports + part.exports,
     )
 
 
-def _of_checkpoint(item: CheckpointFile) -> Subject:
+def _of_checkpoint(item: CheckpointFile) -> ReportedModel:
     header = item.record
-    heads = {path: shape.heads for path, shape in header.attention.items()}
-    return Subject(
+    return ReportedModel(
         header.timm_model,
         digests=frozenset({item.digest}),
-        frozen=_frozen(header.freezing, sum(heads.values())),
-        heat=heat.of_freezing(header.timm_model, header.freezing, heads, item.shares),
+        frozen=_frozen(header.freezing, sum(shape.heads for shape in header.attention.values())),
+        heat=heat_map.of_checkpoint(header, item.shares),
     )
 
 
-def _of_manifest(manifest: Manifest) -> Iterator[Subject]:
+def _of_manifest(manifest: Manifest) -> Iterator[ReportedModel]:
     """What a manifest ties together; of an unfrozen twin that it belongs to the model of its checkpoint."""
     card = manifest.card
     if card is None:
         return
     digests = (manifest.engine_digest, manifest.model_digest, card.checkpoint_digest)
     if card.freezing is None:
-        yield Subject(card.timm_model, digests=frozenset(filter(None, digests)))
+        yield ReportedModel(card.timm_model, digests=frozenset(filter(None, digests)))
         return
     heads = {path: len(values) for path, values in card.freezing.scores.items()}
-    picture = heat.of_freezing(card.timm_model, card.freezing, heads, None) if heads else None
-    yield Subject(
+    picture = heat_map.of_freezing(card.timm_model, card.freezing, heads, None) if heads else None
+    yield ReportedModel(
         card.timm_model,
         digests=frozenset(filter(None, digests)),
         frozen=_frozen(card.freezing, sum(heads.values()) or None),
@@ -186,14 +187,14 @@ def _of_manifest(manifest: Manifest) -> Iterator[Subject]:
     )
 
 
-def _of_engine(measurement: Measurement, engine: Engine) -> Subject:
+def _of_engine(measurement: Measurement, engine: Engine) -> ReportedModel:
     model, digests, measured = engine.model, frozenset({engine.digest}), ((measurement, engine),)
     if model is None or not engine.is_frozen:
-        return Subject(engine.name, digests=digests, measured=measured)
-    return Subject(model.timm_model, digests=digests, frozen=_summarized(model), measured=measured)
+        return ReportedModel(engine.name, digests=digests, measured=measured)
+    return ReportedModel(model.timm_model, digests=digests, frozen=_summarized(model), measured=measured)
 
 
-def _planned(analysis: Analysis) -> Subject:
+def _planned(analysis: Analysis) -> ReportedModel:
     frozen = Frozen(
         heads=sum(map(len, analysis.frozen.values())),
         sparsity=analysis.sparsity,
@@ -206,7 +207,7 @@ def _planned(analysis: Analysis) -> Subject:
         sparsity_asked=analysis.sparsity_asked,
         planned=True,
     )
-    return Subject(analysis.timm_model, frozen=frozen)
+    return ReportedModel(analysis.timm_model, frozen=frozen)
 
 
 def _frozen(freezing: Freezing, all_heads: int | None) -> Frozen:

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 
-from eamdeploy.reporting.records.scale import colour_scale, exponent, layer_names, short_number, unit
+from eamdeploy.reporting.records.score_scale import colour_scale, exponent, layer_names, short_number, unit
 
 
 @pytest.mark.parametrize(

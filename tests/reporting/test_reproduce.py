@@ -31,8 +31,8 @@ from eamdeploy.cli.options import split_model_kwargs
 from eamdeploy.engines.manifest import CalibratedProducts
 from eamdeploy.records.evaluation import EvaluatedImages
 from eamdeploy.remote.profile import RemoteProfiles
-from eamdeploy.reporting.prose.command import Command
-from eamdeploy.reporting.prose.commands import commands
+from eamdeploy.reporting.prose.command_line import Command
+from eamdeploy.reporting.prose.reproduce import commands
 from eamdeploy.reporting.records.sources import read_sources
 
 CALIBRATED = CalibratedProducts(products=24, method="percentile", images=8, folder="photos")

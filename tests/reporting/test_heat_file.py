@@ -11,7 +11,8 @@ import pytest
 from PIL import Image
 
 from eamdeploy.errors import ConfigError, MissingDependency
-from eamdeploy.reporting.draw.heatmap import draw_heatmap
+from eamdeploy.reporting.draw.heat_file import write_heat_map
+from eamdeploy.reporting.records.heat_map import Head, HeatMap, of_heads
 
 matplotlib = pytest.importorskip("matplotlib", reason="heat maps need the extra 'host'")
 
@@ -23,10 +24,13 @@ def draw(
     path: Path,
     scores: Mapping[str, Sequence[float]] = SCORES,
     frozen: Mapping[str, Sequence[int]] = FROZEN,
-    score_name: str = "entropy",
+    score: str = "entropy",
     shares: Mapping[str, Sequence[float]] | None = None,
+    planned: bool = False,
 ) -> Path:
-    draw_heatmap(scores, score_name=score_name, frozen=frozen, shares=shares, title="a model", path=path)
+    heads = {module: len(values) for module, values in scores.items()}
+    known = {module: [1.0] * len(indices) for module, indices in frozen.items()} if shares is None else shares
+    write_heat_map(of_heads("a model", score, heads, scores, frozen, known, planned=planned), path)
     return path
 
 
@@ -42,12 +46,12 @@ def words(svg: Path) -> list[str]:
 
 def test_every_frozen_head_and_no_other_is_marked_once(tmp_path: Path) -> None:
     marks = ids(draw(tmp_path / "map.svg"), "frozen:")
-    assert sorted(marks) == ["frozen:blocks.0.attn:0", "frozen:blocks.0.attn:2", "frozen:blocks.1.attn:1"]
+    assert sorted(marks) == ["frozen:blocks.0:0", "frozen:blocks.0:2", "frozen:blocks.1:1"]
 
 
 def test_a_frozen_head_given_twice_counts_once(tmp_path: Path) -> None:
     svg = draw(tmp_path / "map.svg", frozen={"blocks.0.attn": [1, 1]})
-    assert ids(svg, "frozen:") == ["frozen:blocks.0.attn:1"]
+    assert ids(svg, "frozen:") == ["frozen:blocks.0:1"]
     assert "frozen: 1 of 6 heads" in words(svg)
 
 
@@ -75,9 +79,9 @@ def test_a_head_frozen_in_part_has_a_bar_of_that_length_and_a_whole_one_its_snow
     shares = {"blocks.0.attn": [0.5, 1.0], "blocks.1.attn": [0.125]}
     svg = draw(tmp_path / "map.svg", shares=shares)
     lengths = bar_lengths(svg, "frozen:")
-    assert lengths.keys() == {"frozen:blocks.0.attn:0", "frozen:blocks.0.attn:2", "frozen:blocks.1.attn:1"}
-    assert lengths["frozen:blocks.0.attn:0"] == pytest.approx(4 * lengths["frozen:blocks.1.attn:1"], rel=1e-3)
-    assert {"frozen: 1 of 6 heads", "frozen share of 2 heads"} <= set(words(svg))
+    assert lengths.keys() == {"frozen:blocks.0:0", "frozen:blocks.0:2", "frozen:blocks.1:1"}
+    assert lengths["frozen:blocks.0:0"] == pytest.approx(4 * lengths["frozen:blocks.1:1"], rel=1e-3)
+    assert {"frozen: 1 of 6 heads", "frozen share: 2 of 6 heads"} <= set(words(svg))
     assert ids(svg, "legend") == ["legend", "legend-share"]
     only_parts = draw(tmp_path / "parts.svg", shares={"blocks.0.attn": [0.5, 0.1], "blocks.1.attn": [0.125]})
     assert ids(only_parts, "legend") == ["legend-share"] and "no head is frozen" not in words(only_parts)
@@ -92,27 +96,22 @@ def test_bars_stay_inside_their_cells(tmp_path: Path, heads: int) -> None:
     assert 0.6 * widths[heads] < length / 72 < 0.85 * widths[heads]
 
 
-def test_whole_shares_draw_the_same_picture_as_none(tmp_path: Path) -> None:
-    whole = {path: [1.0] * len(heads) for path, heads in FROZEN.items()}
-    assert draw(tmp_path / "a.svg").read_bytes() == draw(tmp_path / "b.svg", shares=whole).read_bytes()
+def test_an_analysis_says_what_would_be_frozen(tmp_path: Path) -> None:
+    shares = {"blocks.0.attn": [0.5, 1.0], "blocks.1.attn": [0.125]}
+    found = words(draw(tmp_path / "map.svg", shares=shares, planned=True))
+    assert {"would be frozen: 1 of 6 heads", "share that would be frozen: 2 of 6 heads"} <= set(found)
 
 
-@pytest.mark.parametrize(
-    ("shares", "message"),
-    [
-        ({"blocks.0.attn": [0.5, 0.5]}, r"frozen shares of blocks\.1\.attn; expected 1 numbers in \(0, 1\]; got \[\]"),
-        ({"blocks.0.attn": [0.5], "blocks.1.attn": [0.5]}, r"of blocks\.0\.attn; expected 2 .*; got \[0\.5\]"),
-        ({"blocks.0.attn": [0.5, 0.0], "blocks.1.attn": [0.5]}, r"of blocks\.0\.attn; expected 2 .*; got \[0\.5, 0\.0"),
-        ({"blocks.0.attn": [0.5, 1.5], "blocks.1.attn": [0.5]}, r"of blocks\.0\.attn"),
-        ({"blocks.0.attn": [0.5, float("nan")], "blocks.1.attn": [0.5]}, r"of blocks\.0\.attn"),
-    ],
-)
-def test_shares_that_contradict_the_frozen_heads_are_refused(
-    tmp_path: Path, shares: dict[str, list[float]], message: str
-) -> None:
-    with pytest.raises(ConfigError, match=message):
-        draw(tmp_path / "map.svg", shares=shares)
-    assert list(tmp_path.iterdir()) == []
+def test_heads_without_a_score_have_neither_colour_nor_number(tmp_path: Path) -> None:
+    svg = tmp_path / "map.svg"
+    heads = (Head(None, "whole", 1.0), Head(None, "part", None), Head(None, "nothing", 0.0))
+    write_heat_map(HeatMap("a model", "given", False, (("blocks.0", heads),)), svg)
+    assert ids(svg, "frozen:") == ["frozen:blocks.0:0", "frozen:blocks.0:1"]
+    assert words(svg)[:5] == ["0", "1", "2", "head", "blocks.0"]
+    assert "frozen in part; how much is not recorded: 2 of 3 heads" in words(svg)
+    one_scored = (Head(0.25, "nothing", 0.0), *heads)
+    write_heat_map(HeatMap("a model", "given", False, (("blocks.0", one_scored),)), svg)
+    assert "0.25" in words(svg) and "given" in words(svg)  # the cell and the colour bar
 
 
 def test_layers_may_have_different_numbers_of_heads(tmp_path: Path) -> None:
@@ -125,7 +124,7 @@ def test_layers_may_have_different_numbers_of_heads(tmp_path: Path) -> None:
     # the colour bar's own numbers end in 0 or 5
     shown = [word for word in words(svg) if re.fullmatch(r"0\.\d[1-46-9]", word)]
     assert shown == [str(value) for values in scores.values() for value in values]
-    assert ids(svg, "frozen:") == ["frozen:layers.1.blocks.0.attn:5"]
+    assert ids(svg, "frozen:") == ["frozen:layers.1.blocks.0:5"]
     assert {"layers.0.blocks.0", "layers.1.blocks.0", "layers.2.blocks.0"} <= set(words(svg))
 
 
@@ -142,7 +141,7 @@ def test_values_are_written_while_they_stay_readable(tmp_path: Path, layers: int
     [("entropy", "entropy [nats]"), ("variance", "variance"), ("my own score", "my own score")],
 )
 def test_colour_bar_gives_the_unit(tmp_path: Path, score_name: str, label: str) -> None:
-    assert label in words(draw(tmp_path / "map.svg", score_name=score_name))
+    assert label in words(draw(tmp_path / "map.svg", score=score_name))
 
 
 def test_tiny_scores_share_a_power_of_ten(tmp_path: Path) -> None:
@@ -157,7 +156,7 @@ def test_tiny_scores_share_a_power_of_ten(tmp_path: Path) -> None:
 )
 def test_unusual_values_are_drawn(tmp_path: Path, scores: list[float]) -> None:
     svg = draw(tmp_path / "map.svg", {"blocks.0.attn": scores}, {"blocks.0.attn": [0]})
-    assert ids(svg, "frozen:") == ["frozen:blocks.0.attn:0"]
+    assert ids(svg, "frozen:") == ["frozen:blocks.0:0"]
     assert "opacity: 0" not in svg.read_text()
 
 
@@ -188,26 +187,6 @@ def test_other_suffixes_are_refused_and_the_old_file_stays(tmp_path: Path, name:
     with pytest.raises(ConfigError, match=r"\.png or \.svg"):
         draw(path)
     assert path.read_bytes() == b"old"
-
-
-@pytest.mark.parametrize(
-    ("scores", "frozen", "message"),
-    [
-        ({}, {}, "at least one attention head"),
-        ({"blocks.0.attn": []}, {}, "at least one attention head"),
-        ({"blocks.0.attn": [1.0, float("nan")]}, {}, "head 1 of blocks.0.attn"),
-        ({"blocks.0.attn": [1.0, float("inf")]}, {}, "head 1 of blocks.0.attn"),
-        (SCORES, {"blocks.1.attn": [3]}, "frozen head 3 of blocks.1.attn.*below 3"),
-        (SCORES, {"blocks.1.attn": [-1]}, "frozen head -1 of blocks.1.attn"),
-        (SCORES, {"blocks.2.attn": [0]}, "frozen head 0 of blocks.2.attn.*blocks.0.attn, blocks.1.attn"),
-    ],
-)
-def test_contradicting_input_is_refused(
-    tmp_path: Path, scores: dict[str, list[float]], frozen: dict[str, list[int]], message: str
-) -> None:
-    with pytest.raises(ConfigError, match=message):
-        draw(tmp_path / "map.svg", scores, frozen)
-    assert list(tmp_path.iterdir()) == []
 
 
 def test_full_disk_leaves_the_old_picture_and_no_partial_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
