@@ -48,7 +48,7 @@ SWIN_VARIANTS: Mapping[str, tuple[str, Mapping[str, Any]]] = MappingProxyType(
         "swin-padded": SWIN_FAMILY["swin, padded"],
         "swin-oblong": SWIN_FAMILY["swin, oblong windows"],
         "swin-partitioned": SWIN_FAMILY["swin, always partitioned"],
-        # four padded windows, then one of 49 tokens for an image of 16
+        # four padded windows, then one of 36 tokens for an image of 16
         "swin-larger": SWIN_FAMILY["swin, a window larger than the image"],
         # twelve windows of four classes, then four padded ones; enough heads to freeze some, parts of some, and none
         "swin-many": (SWIN_NAME, {**SWIN_FAMILY["swin, more windows than classes"][1], "num_heads": (4, 4)}),

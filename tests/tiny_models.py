@@ -56,7 +56,7 @@ SWIN_FAMILY: dict[str, tuple[str, dict[str, Any]]] = {
     "swin, padded": (SWIN_NAME, {"img_size": (36, 28)}),
     "swin, oblong windows": (SWIN_NAME, {"window_size": ((2, 4), (4, 2)), "head_dim": 5, "qkv_bias": False}),
     "swin, always partitioned": (SWIN_NAME, {"always_partition": True, "global_pool": "max"}),
-    "swin, a window larger than the image": (SWIN_NAME, {"always_partition": True, "window_size": 7}),
+    "swin, a window larger than the image": (SWIN_NAME, {"always_partition": True, "window_size": 6}),
     "swin s3": ("swin_s3_tiny_224", {"window_size": (4, 2)}),
 }
 """Every kind of Swin that is supported: timm name and changes to `SWIN_KWARGS`."""

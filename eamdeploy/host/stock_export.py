@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import io
 import logging
+import operator
 import os
 import sys
 import tempfile
@@ -25,6 +26,7 @@ from typing import Any
 import onnx
 import torch
 from timm.layers import RmsNorm
+from timm.models.swin_transformer import SwinTransformerBlock
 from torch import nn
 
 from eamdeploy.artifacts.onnx_files import ONE_FILE_BYTES
@@ -80,7 +82,7 @@ def _export(
     # 2, because exporters treat a 1 as a constant even where the batch is declared dynamic
     example = torch.zeros(2 if batch is None else batch, 3, *image_size)
     write = _dynamo if exporter == "dynamo" else _torchscript
-    with _unfused(model), _spelled_out_norms(model), _quiet():
+    with _unfused(model), _spelled_out_norms(model), _shifts_inside_the_image(model), _quiet():
         try:
             exported = write(model, example, batch, opset)
         except Exception as err:  # torch's exporters raise many kinds
@@ -173,6 +175,22 @@ def _rms_norm(norm: Any, x: torch.Tensor) -> torch.Tensor:
     """
     scaled = x * torch.rsqrt(x.pow(2).mean(dim=-1, keepdim=True) + norm.eps)
     return scaled if norm.weight is None else scaled * norm.weight
+
+
+@contextmanager
+def _shifts_inside_the_image(model: nn.Module) -> Iterator[None]:
+    """Inside the block, no Swin block shifts its tokens by more than a side has: the TorchScript exporter loses such
+    a shift without a word (torch 2.14), and a shift by the remainder is the same one.
+    """
+    blocks: list[Any] = [module for module in model.modules() if isinstance(module, SwinTransformerBlock)]
+    shifts = [block.shift_size for block in blocks]
+    for block in blocks:
+        block.shift_size = tuple(map(operator.mod, block.shift_size, block.input_resolution))
+    try:
+        yield
+    finally:
+        for block, shift in zip(blocks, shifts, strict=True):
+            block.shift_size = shift
 
 
 @contextmanager

@@ -83,9 +83,9 @@ def test_maps_of_a_window_larger_than_the_image_lose_the_rows_of_its_padding(
 ) -> None:
     sites = sites_of("swin-larger")
     assert [site.read_tokens and len(site.read_tokens) for site in sites] == [None, None, 16, 16]
-    shape = {"head": None, "row": (2, 49), "entry": (2, 49, 49)}[granularity]
+    shape = {"head": None, "row": (2, 36), "entry": (2, 36, 36)}[granularity]
     mask = None if shape is None else np.random.default_rng(5).random(shape) < 0.5
-    maps = {index: random_maps((0, 2), 49, index, mask=mask) for index in (2, 3)}
+    maps = {index: random_maps((0, 2), 36, index, mask=mask) for index in (2, 3)}
     modules = planned_modules("swin-larger", maps)
     graph = to_graph(Export("swin-larger", "torchscript", batch, 17).model())
     run_passes(graph, plan_passes(modules, parts(timm_model("swin-larger"))))
@@ -94,7 +94,7 @@ def test_maps_of_a_window_larger_than_the_image_lose_the_rows_of_its_padding(
     assert same(torch_logits("swin-larger", maps), model, images_of("swin-larger"))
     stored = {name: value for name, value in initializers(model).items() if name.endswith("/map_integers")}
     if granularity == "head":
-        assert [value.shape for value in stored.values()] == [(2 * 16, 49)] * 2
+        assert [value.shape for value in stored.values()] == [(2 * 16, 36)] * 2
 
 
 @pytest.mark.parametrize("export", SWIN_EXPORTS, ids=str)

@@ -14,7 +14,18 @@ import pytest
 import torch
 from notebook import Notebook
 from numpy.typing import NDArray
-from tiny_models import FAMILY, KWARGS, NAME, SWIN_FAMILY, SWIN_KWARGS, images, make_member, make_model, save_weights
+from tiny_models import (
+    FAMILY,
+    KWARGS,
+    NAME,
+    SWIN_FAMILY,
+    SWIN_KWARGS,
+    SWIN_NAME,
+    images,
+    make_member,
+    make_model,
+    save_weights,
+)
 
 from eamdeploy import export, freeze
 from eamdeploy.artifacts.card import CARD_KEY, ModelCard
@@ -38,7 +49,7 @@ from eamdeploy.passes.facts import Parts
 from eamdeploy.passes.freeze_heads import AttentionModule
 from eamdeploy.passes.order import SWITCHABLE, plan_passes, with_dependents
 from eamdeploy.stages import export as exporting
-from eamdeploy.vocabulary import GRANULARITIES, Granularity
+from eamdeploy.vocabulary import GRANULARITIES, Exporter, Granularity
 
 HALF = FreezeOptions(sparsity=0.5, score="random", seed=3)
 IMAGES = images(5).numpy()
@@ -403,6 +414,20 @@ def test_a_swin_with_a_window_larger_than_its_image_is_exported(
     assert set(left_out).isdisjoint(result.frozen.rewrites)
     np.testing.assert_allclose(run(model), reference_logits(checkpoint, frozen=True), atol=5e-5)
     np.testing.assert_allclose(run(base), reference_logits(checkpoint, frozen=False), atol=5e-5)
+
+
+@pytest.mark.parametrize("exporter", ["dynamo", "torchscript"])
+def test_a_shift_by_more_than_the_image_has_is_exported(exporter: Exporter) -> None:
+    """Of 6 tokens, where an image of the second stage has 4 × 4."""
+    model = make_model(SWIN_NAME, {"always_partition": True, "window_size": 12})
+    shifts = [module.shift_size for module in model.modules() if hasattr(module, "shift_size")]
+    stock = export_stock(model, (32, 32), batch=5, opset=18, exporter=exporter).model
+    assert [module.shift_size for module in model.modules() if hasattr(module, "shift_size")] == shifts
+    assert (6, 6) in shifts
+    session = onnxruntime.InferenceSession(stock.SerializeToString(), providers=["CPUExecutionProvider"])
+    (logits,) = session.run(["logits"], {"image": IMAGES})
+    with torch.no_grad():
+        np.testing.assert_allclose(logits, model(torch.from_numpy(IMAGES)).numpy(), atol=5e-5)
 
 
 def test_a_pass_that_does_not_exist_is_refused_before_anything_is_loaded(tmp_path: Path) -> None:
