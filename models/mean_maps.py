@@ -22,7 +22,7 @@ IMAGES = 8
 
 
 @contextmanager
-def mean_maps(attentions: list[Any], generator: torch.Generator, probability: float = 0.5) -> Iterator[None]:
+def mean_maps(attentions: list[Any], generator: torch.Generator, probability: float = 0.75) -> Iterator[None]:
     """Inside the block, each of timm's `Attention` modules computes with its mean map now and then.
 
     Args:
