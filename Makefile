@@ -23,13 +23,15 @@ demo: $(READY) ## The whole job on an embedded model; the report is demo_output/
 	$(BIN)/eamdeploy run --force models/digits_fine.toml
 
 # A worker for each core, one thread each: a test file stays with one worker, and shares what it has made
-test: lint ## Linter, type checker and all tests
-	OMP_NUM_THREADS=1 $(BIN)/pytest -n auto --dist loadfile
+PARALLEL := -n auto --dist loadfile --no-loadscope-reorder
 
-# What exports no model: most of the rules, a minute or two
+test: lint ## Linter, type checker and all tests
+	OMP_NUM_THREADS=1 $(BIN)/pytest $(PARALLEL)
+
+# What exports no model: most of the rules
 FAST := artifacts cli convert devices eam engines graph images lint/test_linter.py parity profiling reporting
 test-fast: $(READY) ## The tests that export no model
-	OMP_NUM_THREADS=1 $(BIN)/pytest -n auto --dist loadfile $(addprefix tests/,$(FAST)) tests/test_layering.py
+	OMP_NUM_THREADS=1 $(BIN)/pytest $(PARALLEL) $(addprefix tests/,$(FAST)) tests/test_layering.py
 
 lint: $(READY) ## Linter and type checker
 	$(BIN)/ruff check .

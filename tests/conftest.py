@@ -16,6 +16,19 @@ from command_line import Outcome, RunCli
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 
+LONGEST_FILES = ("test_real_data.py", "test_peers.py", "test_export_matrix.py", "test_pass_order.py")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The longest files first: one that starts last would leave the other workers without work."""
+
+    def place(item: pytest.Item) -> int:
+        name = item.path.name
+        return LONGEST_FILES.index(name) if name in LONGEST_FILES else len(LONGEST_FILES)
+
+    items.sort(key=place)
+
+
 @pytest.fixture(scope="session", autouse=True)
 def stock_exports_made_once(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     """Torch exports each model once, see `stock_exports`."""
