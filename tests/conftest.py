@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from importlib.util import find_spec
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 from command_line import Outcome, RunCli
+
+if TYPE_CHECKING:
+    from eamdeploy.host.stock_export import StockExport
 
 # Torch, here and in the processes that tests start. Models this tiny gain nothing from a second thread, and lose a
 # factor of three when it has to share its core with another program.
@@ -30,18 +34,21 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 @pytest.fixture(scope="session", autouse=True)
-def stock_exports_made_once(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """Torch exports each model once, see `stock_exports`."""
+def stock_exports_made_once(
+    tmp_path_factory: pytest.TempPathFactory,
+) -> Iterator[Callable[..., StockExport] | None]:
+    """Torch exports each model once, see `stock_exports`; gives what stands in for `export_stock`."""
     if find_spec("torch") is None:
-        yield
+        yield None
         return
     from stock_exports import made_once
 
     with pytest.MonkeyPatch.context() as patch:
         base = tmp_path_factory.getbasetemp()
         shared = base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
-        patch.setattr("eamdeploy.stages.export.export_stock", made_once(shared / "stock-exports"))
-        yield
+        once = made_once(shared / "stock-exports")
+        patch.setattr("eamdeploy.stages.export.export_stock", once)
+        yield once
 
 
 @pytest.fixture(scope="session")

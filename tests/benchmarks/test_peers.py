@@ -15,6 +15,7 @@ import numpy as np
 import onnx
 import onnxruntime
 import pytest
+import torch
 from numpy.typing import NDArray
 from onnx import parser
 from PIL import Image
@@ -31,6 +32,7 @@ sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
 import comparison
 import floor
 import our_engines
+import peer_engines
 import peers
 from candidates import Candidate, Engine, Plan, Skipped, make
 from comparison import PausableClock, Peers, Row
@@ -67,11 +69,17 @@ def vit(settings: Settings, tiny_weights: Path) -> Study:
 
 
 @pytest.fixture(scope="module")
-def measured(settings: Settings, vit: Study) -> Peers:
-    """Every row of a ViT with weights, and of a Swin with random ones."""
+def measured(settings: Settings, vit: Study, stock_exports_made_once: Any) -> Peers:
+    """Every row of a ViT with weights, and of a Swin with random ones.
+
+    Torch compiles nothing here, which takes half a minute and is tried by `make bench`: the row has the
+    model as it is.
+    """
     swin = partial(Study, ModelSpec(SWIN_NAME, RANDOM, SWIN_KWARGS), settings)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(comparison, "PEAK_SECONDS", 0.0)
+        patch.setattr(peer_engines, "export_stock", stock_exports_made_once)
+        patch.setattr(torch, "compile", lambda model, **options: model)
         return list(comparison.run([lambda: vit, swin], PLANS, [(1, 2)], QUICK, lambda _: None))[-1]
 
 
