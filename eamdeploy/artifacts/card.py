@@ -96,6 +96,12 @@ class Freezing(Record):
     ranks: dict[str, list[int | None]] = Field(default_factory=dict)
     cost: FreezingCost | None = None
 
+    @property
+    def low_rank(self) -> dict[int, int]:
+        """How many heads are frozen with which rank, ranks ascending."""
+        ranks = [rank for each in self.ranks.values() for rank in each if rank is not None]
+        return {rank: ranks.count(rank) for rank in sorted(set(ranks))}
+
     def rank_of(self, path: str, head: int) -> int | None:
         """The rank of a head; None for one that is frozen to a map, and for a live one."""
         heads = self.heads.get(path, [])
