@@ -175,7 +175,7 @@ CHECKPOINT_DAMAGE: dict[str, tuple[Callable[[Path], None], str]] = {
     ),
     "sparsity": (lambda file: edit_checkpoint(file, header={"freezing.sparsity": 0.7}), r"sparsity; expected 0\.5"),
     "format": (
-        lambda file: edit_checkpoint(file, header={"format": 3}),
+        lambda file: edit_checkpoint(file, header={"format": 4}),
         r"unknown checkpoint format; expected format 1 or 2",
     ),
     "header": (lambda file: edit_checkpoint(file, header={"colour": 1}), r"CheckpointHeader: colour: Extra inputs"),

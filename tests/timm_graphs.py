@@ -8,7 +8,7 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from functools import cache
 from types import MappingProxyType
-from typing import Any
+from typing import Any, TypeAlias
 from unittest.mock import patch
 
 import numpy as np
@@ -19,9 +19,9 @@ from attention_graphs import Floats
 from numpy.typing import NDArray
 from tiny_models import FAMILY, KWARGS, NAME, SWIN_FAMILY, SWIN_NAME, images, make_model
 
-from eamdeploy.graph.frozen import IntegerMaps
+from eamdeploy.graph.frozen import IntegerFactors, IntegerMaps
 from eamdeploy.graph.model import copy_of, to_graph
-from eamdeploy.host.attention import Constants, attention_sites, freeze_attention
+from eamdeploy.host.attention import Constants, Factors, attention_sites, freeze_attention
 from eamdeploy.host.sites import AttentionSite
 from eamdeploy.host.stock_export import export_stock
 from eamdeploy.passes.freeze_heads import AttentionModule
@@ -29,6 +29,10 @@ from eamdeploy.vocabulary import Exporter
 
 SIZE, D, H, DEPTH = KWARGS["img_size"], KWARGS["embed_dim"], KWARGS["num_heads"], KWARGS["depth"]
 HEAD_DIM = D // H
+
+ManyFactors: TypeAlias = Mapping[int, tuple[IntegerFactors, ...]]
+"""By number of the module."""
+_NONE: ManyFactors = MappingProxyType({})
 
 VARIANTS: Mapping[str, tuple[str, Mapping[str, Any]]] = MappingProxyType(
     {
@@ -142,20 +146,26 @@ def _left_as_it_is(model: Any) -> AbstractContextManager[None]:
     return nullcontext()
 
 
-def modules_of(variant: str, frozen: Mapping[int, IntegerMaps] | None = None) -> list[AttentionModule]:
+def modules_of(
+    variant: str, frozen: Mapping[int, IntegerMaps] | None = None, factors: ManyFactors = _NONE
+) -> list[AttentionModule]:
     """The attention modules, those of the given numbers frozen."""
     model = timm_model(variant)
     modules = []
     for index, site in enumerate(sites_of(variant)):
         rows = model.get_submodule(site.path).qkv.weight.detach().numpy()
-        modules.append(AttentionModule(site.path, rows[2 * len(rows) // 3 :], (frozen or {}).get(index)))
+        values, maps = rows[2 * len(rows) // 3 :], (frozen or {}).get(index)
+        modules.append(AttentionModule(site.path, values, maps, factors=factors.get(index, ())))
     return modules
 
 
-def planned_modules(variant: str, frozen: Mapping[int, IntegerMaps] | None = None) -> list[AttentionModule]:
+def planned_modules(
+    variant: str, frozen: Mapping[int, IntegerMaps] | None = None, factors: ManyFactors = _NONE
+) -> list[AttentionModule]:
     """The same with what `plan_passes` wants to know of each: the tokens that the classifier reads."""
     read = [site.read_tokens for site in sites_of(variant)]
-    return [replace(module, read_tokens=t) for module, t in zip(modules_of(variant, frozen), read, strict=True)]
+    modules = modules_of(variant, frozen, factors)
+    return [replace(module, read_tokens=t) for module, t in zip(modules, read, strict=True)]
 
 
 def tokens_of(variant: str) -> int:
@@ -182,19 +192,57 @@ def random_maps(
     return IntegerMaps(heads, integers, scales, windows, mask)
 
 
-def torch_logits(variant: str, frozen: Mapping[int, IntegerMaps], n: int = 2) -> Floats:
-    """Logits of the first n images by the reference forward with these maps in the modules of these numbers."""
+def random_factors(
+    heads: tuple[int, ...], tokens: int, rank: int, seed: int = 0, windows: tuple[int, ...] = (0,)
+) -> IntegerFactors:
+    """Factors of random squares of 4-bit codes, whose rows sum to 1."""
+    rng = np.random.default_rng(seed)
+    form = (len(heads), max(windows) + 1)
+    parts = []
+    for shape in ((*form, tokens, rank), (*form, rank, tokens)):
+        integers = (rng.integers(1, 16, shape, np.uint8) ** 2).astype(np.uint8)
+        parts += [integers, (1 / integers.sum(axis=-1)).astype(np.float32)]
+    return IntegerFactors(heads, *parts, windows)
+
+
+def torch_logits(variant: str, frozen: Mapping[int, IntegerMaps], n: int = 2, factors: ManyFactors = _NONE) -> Floats:
+    """Logits of the first n images by the reference forward with these maps and factors in the modules of these
+    numbers.
+    """
     model = copy.deepcopy(timm_model(variant))
     sites = sites_of(variant)
-    freeze_attention(model, {sites[i].path: _constants(sites[i], maps) for i, maps in frozen.items()})
+    constants = {sites[i].path: _constants(sites[i], frozen.get(i), factors.get(i, ())) for i in {*frozen, *factors}}
+    freeze_attention(model, constants)
     with torch.no_grad():
         return np.asarray(model(torch.from_numpy(images_of(variant, n))).numpy(), np.float32)
 
 
-def _constants(site: AttentionSite, maps: IntegerMaps) -> Constants:
+def _constants(site: AttentionSite, maps: IntegerMaps | None, groups: tuple[IntegerFactors, ...]) -> Constants:
+    has_windows = site.classes is not None
+    factors = tuple(
+        Factors(
+            torch.tensor(group.heads),
+            *(
+                torch.from_numpy(values if has_windows else values[:, 0])
+                for values in (
+                    group.mix * group.mix_scales[..., None],
+                    group.pool * group.pool_scales[..., None],
+                )
+            ),
+        )
+        for group in groups
+    )
+    if maps is None:
+        windows = groups[0].windows if has_windows else None
+        n_maps = () if windows is None else (max(windows) + 1,)
+        nothing = torch.zeros(0, *n_maps, site.tokens, site.tokens)
+        return Constants(torch.zeros(0, dtype=torch.int64), nothing, None, windows, factors)
     values = torch.from_numpy(maps.integers * maps.scales[..., None])
     mask = None if maps.mask is None else torch.from_numpy(maps.mask)
-    has_windows = site.classes is not None
     return Constants(
-        torch.tensor(maps.heads), values if has_windows else values[:, 0], mask, maps.windows if has_windows else None
+        torch.tensor(maps.heads),
+        values if has_windows else values[:, 0],
+        mask,
+        maps.windows if has_windows else None,
+        factors,
     )

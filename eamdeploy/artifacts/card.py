@@ -75,6 +75,8 @@ class Freezing(Record):
         window_maps: which windows share a frozen map: all (`shared`), those with the same shift mask (`class`), or
             none (`window`); None for a model without windows.
         heads: heads with at least one frozen piece by attention module path, e.g. `{"blocks.3.attn": [0, 2]}`.
+        ranks: what these heads are frozen to, e.g. `{"blocks.3.attn": [None, 4]}`: factors of that rank, or None for a
+            whole map; modules without heads of low rank are left out.
         sparsity: frozen entries ÷ all attention entries, in [0, 1]; `sparsity_asked` is what the user wanted.
         score: what the choice went by, and `scores` its value for every head of every attention module: for rows and
             entries the mean over the head's.
@@ -91,7 +93,20 @@ class Freezing(Record):
     sparsity_asked: float | None
     sparsity: float
     heads: dict[str, list[int]]
+    ranks: dict[str, list[int | None]] = Field(default_factory=dict)
     cost: FreezingCost | None = None
+
+    @property
+    def low_rank(self) -> dict[int, int]:
+        """How many heads are frozen with which rank, ranks ascending."""
+        ranks = [rank for each in self.ranks.values() for rank in each if rank is not None]
+        return {rank: ranks.count(rank) for rank in sorted(set(ranks))}
+
+    def rank_of(self, path: str, head: int) -> int | None:
+        """The rank of a head; None for one that is frozen to a map, and for a live one."""
+        heads = self.heads.get(path, [])
+        ranks = self.ranks.get(path, [None] * len(heads))
+        return dict(zip(heads, ranks, strict=True)).get(head)
 
 
 class ModelCard(Record):

@@ -46,13 +46,14 @@ def frozen_heads(freezing: Freezing, attention: Mapping[str, AttentionShape]) ->
     table.add_column("module")
     table.add_column("heads (* frozen)" if whole else f"heads (* with frozen {pieces})")
     for path, shape in attention.items():
-        frozen = freezing.heads.get(path, [])
-        table.add_row(path, " ".join(f"{head}*" if head in frozen else f"{head} " for head in range(shape.heads)))
+        table.add_row(path, " ".join(_head(freezing, path, head) for head in range(shape.heads)))
     count, total = sum(map(len, freezing.heads.values())), sum(shape.heads for shape in attention.values())
     asked = "" if freezing.sparsity_asked is None else f" (asked for {freezing.sparsity_asked:.1%})"
     what = f"{'' if whole else f'{pieces} in '}{count} of {total} heads"
     stored = f"{freezing.bits} bits {freezing.quantizer}"
     windows = "" if freezing.window_maps is None else f"; window maps: {freezing.window_maps}"
+    low_rank = [f"{number} with rank {rank}" for rank, number in freezing.low_rank.items()]
+    what += f" ({', '.join(low_rank)})" if low_rank else ""
     lines = [f"sparsity {freezing.sparsity:.1%}{asked}: {what}, by {freezing.score}; {stored}{windows}"]
     if (cost := freezing.cost) is not None:
         lines.append(
@@ -60,6 +61,14 @@ def frozen_heads(freezing: Freezing, attention: Mapping[str, AttentionShape]) ->
             f"agreement {cost.agreement:.1f} %, KL {cost.kl:.3g} nats"
         )
     return Group(table, Text("\n".join(lines)))
+
+
+def _head(freezing: Freezing, path: str, head: int) -> str:
+    """A head with a star where something of it is frozen, and its rank where it has one."""
+    if head not in freezing.heads.get(path, []):
+        return f"{head} "
+    rank = freezing.rank_of(path, head)
+    return f"{head}*" if rank is None else f"{head}*r{rank}"
 
 
 def checkpoint(header: CheckpointHeader) -> RenderableType:

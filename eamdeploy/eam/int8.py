@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from eamdeploy.eam.quantizers import integer_values, quantize_rows
-from eamdeploy.eam.records import Checkpoint, FrozenMaps
+from eamdeploy.eam.records import Checkpoint, FrozenFactors, FrozenMaps
 
 LARGEST = 127
 
@@ -55,12 +55,29 @@ def int8_checkpoint(checkpoint: Checkpoint) -> tuple[Checkpoint, int]:
         the checkpoint, and the number of rows that are quantized anew; without such rows its maps are the same.
     """
     quantizer = checkpoint.header.freezing.quantizer
-    frozen, changed = {}, 0
-    for path, item in checkpoint.frozen.items():
-        integers = integer_values(item.codes, quantizer)
+    changed = 0
+
+    def fitted(codes: NDArray[np.uint8], scales: NDArray[np.float32]) -> tuple[NDArray[np.uint8], NDArray[np.float32]]:
+        nonlocal changed
+        integers = integer_values(codes, quantizer)
         changed += rows_over_int8(integers)
-        codes, scales = fit_int8(integers, item.scales)
-        frozen[path] = FrozenMaps(item.heads, codes, scales, item.mask)
+        return fit_int8(integers, scales)
+
+    frozen = {
+        path: FrozenMaps(item.heads, *fitted(item.codes, item.scales), item.mask)
+        for path, item in checkpoint.frozen.items()
+    }
+    factors = {
+        path: tuple(
+            FrozenFactors(
+                group.heads,
+                *fitted(group.mix_codes, group.mix_scales),
+                *fitted(group.pool_codes, group.pool_scales),
+            )
+            for group in groups
+        )
+        for path, groups in checkpoint.factors.items()
+    }
     freezing = checkpoint.header.freezing.model_copy(update={"bits": 8, "quantizer": "uniform"})
     header = checkpoint.header.model_copy(update={"freezing": freezing})
-    return replace(checkpoint, frozen=frozen, header=header), changed
+    return replace(checkpoint, frozen=frozen, factors=factors, header=header), changed

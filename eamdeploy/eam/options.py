@@ -5,8 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Annotated, ClassVar
 
-from pydantic import ConfigDict, Field
+from pydantic import BeforeValidator, ConfigDict, Field
 
+from eamdeploy.eam.kinds import kinds_of
 from eamdeploy.eam.quantizers import check_quantizer
 from eamdeploy.eam.scores import check_score
 from eamdeploy.eam.selection import check_sparsity
@@ -27,6 +28,14 @@ class FreezeOptions:
         WindowMaps,
         Field(description="Swin: one frozen map for all windows, for those with the same shift mask, or for each."),
     ] = "shared"
+    rank: Annotated[
+        str,
+        BeforeValidator(lambda value: str(value) if type(value) is int else value),
+        Field(
+            description="Freeze heads to factors of that rank, which need no values of all tokens: a number, none "
+            "for whole maps, or auto for what costs least for each multiply-add that it saves."
+        ),
+    ] = "none"
     score: Annotated[
         Score,
         Field(
@@ -60,5 +69,21 @@ def check_options(options: FreezeOptions) -> None:
     if options.window_maps not in WINDOW_MAPS:
         raise ConfigError("unknown window maps", expected=f"one of {', '.join(WINDOW_MAPS)}", got=options.window_maps)
     check_quantizer(options.bits, options.quantizer)
+    _check_rank(options)
     if options.score_images is not None and options.score_images < 1:
         raise ConfigError("cannot score on that number of images", expected="at least 1", got=options.score_images)
+
+
+def _check_rank(options: FreezeOptions) -> None:
+    kinds = kinds_of(options.rank)
+    if kinds != (None,) and options.granularity != "head":
+        raise ConfigError(
+            f"rank {options.rank} needs whole heads", expected="granularity head", got=options.granularity
+        )
+    if len(kinds) > 1 and options.score != "sensitivity":
+        raise ConfigError(
+            "rank auto weighs what freezing costs, which that score does not measure",
+            expected="score sensitivity",
+            got=options.score,
+            hint="Use --score sensitivity, or name one rank.",
+        )

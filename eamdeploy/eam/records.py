@@ -7,7 +7,8 @@ model has no windows. A model with windows keeps M frozen maps per head, and eve
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Any, Final, Literal
 
 import numpy as np
@@ -19,8 +20,8 @@ from eamdeploy.artifacts.records import Record
 from eamdeploy.eam.quantizers import dequantize
 from eamdeploy.vocabulary import Quantizer
 
-FORMAT: Final = 2
-"""What `save` writes; format 1 is the same without a seal."""
+FORMAT: Final = 3
+"""What `save` writes. Format 2 is the same without heads of low rank, format 1 without a seal."""
 MASK_AXES: Final = {"row": 1, "entry": 2}  # of a mask after its heads, by granularity
 
 
@@ -93,7 +94,7 @@ class CheckpointHeader(Record):
         content_digest: the seal (see `seal`) of header and tensors; None in files of format 1, and before `save`.
     """
 
-    format: Literal[1, 2] = FORMAT
+    format: Literal[1, 2, 3] = FORMAT
     timm_model: str
     timm_kwargs: dict[str, JsonValue] = Field(default_factory=dict)
     weights: str
@@ -144,6 +145,42 @@ class FrozenMaps:
         return int(np.count_nonzero(self.frozen()))
 
 
+@dataclass(frozen=True, eq=False)
+class FrozenFactors:
+    """The heads of one attention module that are frozen with one rank r, see `eam.factors`.
+
+    Attributes:
+        heads: int64 [G], strictly ascending.
+        mix_codes: uint8 [G, *rows, r], unpacked.
+        mix_scales: float32 [G, *rows].
+        pool_codes: uint8 [G, *maps, r, N], unpacked; *maps* is (M,) with windows and () without.
+        pool_scales: float32 [G, *maps, r].
+    """
+
+    heads: NDArray[np.int64]
+    mix_codes: NDArray[np.uint8]
+    mix_scales: NDArray[np.float32]
+    pool_codes: NDArray[np.uint8]
+    pool_scales: NDArray[np.float32]
+
+    @property
+    def rank(self) -> int:
+        """r, the pooled tokens of each head."""
+        return int(self.mix_codes.shape[-1])
+
+    def mix(self, quantizer: Quantizer) -> NDArray[np.float32]:
+        """U, float32 [G, *rows, r]; rows sum to 1."""
+        return dequantize(self.mix_codes, self.mix_scales, quantizer)
+
+    def pool(self, quantizer: Quantizer) -> NDArray[np.float32]:
+        """P, float32 [G, *maps, r, N]; rows sum to 1."""
+        return dequantize(self.pool_codes, self.pool_scales, quantizer)
+
+    def maps(self, quantizer: Quantizer) -> NDArray[np.float32]:
+        """The maps U·P that the factors stand for, float32 [G, *rows, N]."""
+        return self.mix(quantizer) @ self.pool(quantizer)
+
+
 def spread_mask(mask: NDArray[np.bool_] | None, shape: tuple[int, ...]) -> NDArray[np.bool_]:
     """`mask` of a `FrozenMaps` as bool of `shape` [F, *rows, N] (a read-only view): the same in every window map.
 
@@ -163,9 +200,51 @@ class Checkpoint:
 
     Attributes:
         weights: the timm state dict; float16, float32 or float64 parameters, integer and boolean buffers.
-        frozen: by attention module path, only modules with something frozen.
+        frozen: whole maps, rows or entries by attention module path; only modules that have some.
+        factors: heads of low rank by attention module path, ranks ascending; only modules that have
+            some.
     """
 
     weights: dict[str, NDArray[Any]]
     frozen: dict[str, FrozenMaps]
     header: CheckpointHeader
+    factors: dict[str, tuple[FrozenFactors, ...]] = field(default_factory=dict)
+
+    @property
+    def shares(self) -> dict[str, list[float]]:
+        """For every head in `freezing.heads` the share of its entries that is frozen, in (0, 1]."""
+        shares: dict[str, list[float]] = {}
+        for path, heads in self.header.freezing.heads.items():
+            maps = self.frozen.get(path)
+            parts = {} if maps is None else dict(zip(maps.heads.tolist(), maps.shares, strict=True))
+            shares[path] = [parts.get(head, 1.0) for head in heads]
+        return shares
+
+
+def heads_of(
+    frozen: Mapping[str, FrozenMaps], factors: Mapping[str, tuple[FrozenFactors, ...]]
+) -> dict[str, list[int]]:
+    """The heads with something frozen, of either kind, ascending, by attention module path."""
+    return {path: sorted(ranks) for path, ranks in _kinds(frozen, factors).items()}
+
+
+def ranks_of(
+    frozen: Mapping[str, FrozenMaps], factors: Mapping[str, tuple[FrozenFactors, ...]]
+) -> dict[str, list[int | None]]:
+    """The rank of every head in `heads_of`, None for one that is no head of low rank; modules
+    without heads of low rank are left out.
+    """
+    kinds = _kinds(frozen, factors)
+    return {path: [kinds[path][head] for head in sorted(kinds[path])] for path in factors}
+
+
+def _kinds(
+    frozen: Mapping[str, FrozenMaps], factors: Mapping[str, tuple[FrozenFactors, ...]]
+) -> dict[str, dict[int, int | None]]:
+    """By module path and head, the rank, or None for whole maps and parts of them."""
+    found: dict[str, dict[int, int | None]] = {}
+    for path in sorted({*frozen, *factors}):
+        found[path] = dict.fromkeys(frozen[path].heads.tolist()) if path in frozen else {}
+        for group in factors.get(path, ()):
+            found[path] |= dict.fromkeys(group.heads.tolist(), group.rank)
+    return found

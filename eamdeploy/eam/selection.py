@@ -17,12 +17,13 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Final
 
 import numpy as np
 from numpy.typing import NDArray
 
-from eamdeploy.eam.records import AttentionShape, FrozenMaps
+from eamdeploy.eam.records import AttentionShape, FrozenFactors, FrozenMaps
 from eamdeploy.errors import ConfigError
 from eamdeploy.vocabulary import Granularity
 
@@ -183,21 +184,28 @@ def _selection(
     )
 
 
-def sparsity_of(frozen: Mapping[str, FrozenMaps], attention: Mapping[str, AttentionShape]) -> float:
+def sparsity_of(
+    frozen: Mapping[str, FrozenMaps],
+    attention: Mapping[str, AttentionShape],
+    factors: Mapping[str, tuple[FrozenFactors, ...]] = MappingProxyType({}),
+) -> float:
     """Share of all attention entries that is frozen, in [0, 1]; what `select` calls sparsity.
 
     Args:
         frozen: by attention module path, of modules in `attention`.
         attention: every attention module of the model.
+        factors: heads of low rank, by module path too; all entries of such a head are frozen.
 
     Raises:
-        ConfigError: the model has no attention module, or `frozen` has a module that is none of the model's.
+        ConfigError: the model has no attention module, or one with something frozen is none of the model's.
     """
-    if unknown := sorted(set(frozen) - set(attention)):
+    if unknown := sorted({*frozen, *factors} - set(attention)):
         raise ConfigError("frozen maps of unknown modules", expected=sorted(attention), got=unknown)
     if not attention:
         raise ConfigError("the model has no attention to freeze")
     entries = sum(maps.frozen_entries * attention[path].n_windows for path, maps in frozen.items())
+    for path, groups in factors.items():
+        entries += sum(len(each.heads) for each in groups) * attention[path].entries_per_head
     return entries / sum(shape.heads * shape.entries_per_head for shape in attention.values())
 
 

@@ -9,7 +9,17 @@ from numpy.typing import NDArray
 
 from eamdeploy.artifacts.card import Freezing
 from eamdeploy.eam.quantizers import integer_values
-from eamdeploy.eam.records import MASK_AXES, AttentionShape, Checkpoint, CheckpointHeader, FrozenMaps, spread_mask
+from eamdeploy.eam.records import (
+    MASK_AXES,
+    AttentionShape,
+    Checkpoint,
+    CheckpointHeader,
+    FrozenFactors,
+    FrozenMaps,
+    heads_of,
+    ranks_of,
+    spread_mask,
+)
 from eamdeploy.eam.selection import sparsity_of
 from eamdeploy.errors import CheckpointError
 
@@ -30,14 +40,20 @@ def validate(checkpoint: Checkpoint, where: str = "checkpoint") -> None:
     for key, weight in checkpoint.weights.items():
         _check_weight(weight, f"{where}: model.{key}")
     header = checkpoint.header
-    for path, frozen in checkpoint.frozen.items():
+    for path in (*checkpoint.frozen, *checkpoint.factors):
         if path not in header.attention:
             raise CheckpointError(
                 f"{where}: eam.{path} belongs to no attention module of {header.timm_model}",
                 expected=f"one of {', '.join(header.attention)}",
                 got=path,
             )
+    for path, frozen in checkpoint.frozen.items():
         _check_maps(frozen, header.attention[path], header.freezing, f"{where}: eam.{path}")
+    for path, groups in checkpoint.factors.items():
+        for group in groups:
+            name = f"{where}: eam.{path}.rank{group.rank}"
+            _check_factors(group, header.attention[path], header.freezing, name)
+        _check_apart(checkpoint, path, f"{where}: eam.{path}")
     _check_freezing(checkpoint, where)
 
 
@@ -114,6 +130,17 @@ def _check_weight(weight: NDArray[Any], name: str) -> None:
 
 def _check_maps(frozen: FrozenMaps, attention: AttentionShape, freezing: Freezing, name: str) -> None:
     heads, tokens = frozen.heads, attention.tokens
+    _check_heads(heads, attention, name)
+    _check_mask(frozen, tokens, freezing, f"{name}.mask")
+    _check_form(frozen.codes, np.uint8, (len(heads), *attention.rows, tokens), f"{name}.codes")
+    _check_form(frozen.scales, np.float32, (len(heads), *attention.rows), f"{name}.scales")
+    mask = spread_mask(frozen.mask, frozen.codes.shape)
+    _check_codes(frozen.codes, mask, 2**freezing.bits - 1, freezing, f"{name}.codes")
+    _check_scales(frozen.scales, np.count_nonzero(mask, axis=-1) > 0, f"{name}.scales")
+    _check_row_sums(frozen.codes, frozen.scales, mask, freezing, name)
+
+
+def _check_heads(heads: NDArray[np.int64], attention: AttentionShape, name: str) -> None:
     _check_form(heads, np.int64, (len(heads) if heads.ndim else 1,), f"{name}.heads")
     if len(heads) == 0:
         raise CheckpointError(f"{name}.heads is empty", expected="at least one frozen head, or no tensors for it")
@@ -123,13 +150,40 @@ def _check_maps(frozen: FrozenMaps, attention: AttentionShape, freezing: Freezin
             expected=f"strictly ascending head indices in 0…{attention.heads - 1}",
             got=heads.tolist(),
         )
-    _check_mask(frozen, tokens, freezing, f"{name}.mask")
-    _check_form(frozen.codes, np.uint8, (len(heads), *attention.rows, tokens), f"{name}.codes")
-    _check_form(frozen.scales, np.float32, (len(heads), *attention.rows), f"{name}.scales")
-    mask = spread_mask(frozen.mask, frozen.codes.shape)
-    _check_codes(frozen.codes, mask, 2**freezing.bits - 1, freezing, f"{name}.codes")
-    _check_scales(frozen.scales, np.count_nonzero(mask, axis=-1) > 0, f"{name}.scales")
-    _check_row_sums(frozen, mask, freezing, name)
+
+
+def _check_factors(group: FrozenFactors, attention: AttentionShape, freezing: Freezing, name: str) -> None:
+    """Mix and pool have the forms of their rank, and rows that sum to 1."""
+    if freezing.granularity != "head":
+        raise CheckpointError(f"{name} does not fit granularity {freezing.granularity}", expected="granularity head")
+    rank, tokens = group.rank, attention.tokens
+    if not 1 <= rank <= tokens:
+        raise CheckpointError(f"{name}: the rank", expected=f"a number in 1…{tokens}, the tokens", got=rank)
+    _check_heads(group.heads, attention, name)
+    mix_rows = (len(group.heads), *attention.rows)
+    pool_rows = (len(group.heads), *attention.rows[:-1], rank)
+    for part, codes, scales, rows, keys in (
+        ("mix", group.mix_codes, group.mix_scales, mix_rows, rank),
+        ("pool", group.pool_codes, group.pool_scales, pool_rows, tokens),
+    ):
+        _check_form(codes, np.uint8, (*rows, keys), f"{name}.{part}_codes")
+        _check_form(scales, np.float32, rows, f"{name}.{part}_scales")
+        everything = spread_mask(None, codes.shape)
+        _check_codes(codes, everything, 2**freezing.bits - 1, freezing, f"{name}.{part}_codes")
+        _check_scales(scales, np.ones(rows, np.bool_), f"{name}.{part}_scales")
+        _check_row_sums(codes, scales, everything, freezing, f"{name}.{part}")
+
+
+def _check_apart(checkpoint: Checkpoint, path: str, name: str) -> None:
+    """Ranks ascend, and no head of the module is frozen twice."""
+    groups = checkpoint.factors[path]
+    ranks = [group.rank for group in groups]
+    if ranks != sorted(set(ranks)) or not ranks:
+        raise CheckpointError(f"{name}: ranks", expected="at least one, each once, ascending", got=ranks)
+    maps = [checkpoint.frozen[path].heads] if path in checkpoint.frozen else []
+    heads = np.concatenate([*maps, *(group.heads for group in groups)]).tolist()
+    if len(set(heads)) < len(heads):
+        raise CheckpointError(f"{name} freezes a head twice", expected="every head once", got=sorted(heads))
 
 
 def _check_mask(frozen: FrozenMaps, tokens: int, freezing: Freezing, name: str) -> None:
@@ -179,10 +233,16 @@ def _check_scales(scales: NDArray[np.float32], in_use: NDArray[np.bool_], name: 
         )
 
 
-def _check_row_sums(frozen: FrozenMaps, mask: NDArray[np.bool_], freezing: Freezing, name: str) -> None:
+def _check_row_sums(
+    codes: NDArray[np.uint8],
+    scales: NDArray[np.float32],
+    mask: NDArray[np.bool_],
+    freezing: Freezing,
+    name: str,
+) -> None:
     """Rows frozen whole sum to 1; the frozen part of others, to at most 1."""
-    integers = integer_values(frozen.codes, freezing.quantizer).sum(axis=-1, dtype=np.int64)
-    row_sums = integers * frozen.scales.astype(np.float64)
+    integers = integer_values(codes, freezing.quantizer).sum(axis=-1, dtype=np.int64)
+    row_sums = integers * scales.astype(np.float64)
     excess = row_sums - 1
     whole = np.count_nonzero(mask, axis=-1) == mask.shape[-1]
     for errors, rule, range_ in (
@@ -195,7 +255,7 @@ def _check_row_sums(frozen: FrozenMaps, mask: NDArray[np.bool_], freezing: Freez
                 f"{name}: {np.count_nonzero(errors > _ROW_SUM_TOLERANCE)} of {errors.size} rows {rule}",
                 expected=f"scale · Σ {'code²' if freezing.quantizer == 'squared' else 'code'}"
                 f" {range_.format(_ROW_SUM_TOLERANCE)} for quantizer {freezing.quantizer}",
-                got=f"{row_sums[worst]:.7g} at {_AXES[frozen.codes.ndim]}) {_place(worst)}",
+                got=f"{row_sums[worst]:.7g} at {_AXES[codes.ndim]}) {_place(worst)}",
             )
 
 
@@ -214,7 +274,7 @@ def _place(index: tuple[np.intp, ...]) -> tuple[int, ...]:
 
 def _check_freezing(checkpoint: Checkpoint, where: str) -> None:
     freezing, attention = checkpoint.header.freezing, checkpoint.header.attention
-    tensors = {path: frozen.heads.tolist() for path, frozen in checkpoint.frozen.items()}
+    tensors = heads_of(checkpoint.frozen, checkpoint.factors)
     if tensors != freezing.heads:
         paths = set(tensors) | set(freezing.heads)
         path = min(path for path in paths if tensors.get(path) != freezing.heads.get(path))
@@ -223,7 +283,12 @@ def _check_freezing(checkpoint: Checkpoint, where: str) -> None:
             expected=f"{freezing.heads.get(path, 'no frozen heads')} as in the header",
             got=tensors.get(path, "no such tensor"),
         )
-    sparsity = sparsity_of(checkpoint.frozen, attention)
+    ranks = ranks_of(checkpoint.frozen, checkpoint.factors)
+    if ranks != freezing.ranks:
+        raise CheckpointError(
+            f"{where}: header key freezing.ranks and the tensors disagree", expected=ranks, got=freezing.ranks
+        )
+    sparsity = sparsity_of(checkpoint.frozen, attention, checkpoint.factors)
     if not abs(freezing.sparsity - sparsity) <= _SPARSITY_TOLERANCE:  # true for NaN too
         raise CheckpointError(
             f"{where}: header key freezing.sparsity", expected=f"{sparsity} for what is frozen", got=freezing.sparsity

@@ -17,7 +17,7 @@ these stands in front of Wq, and R < N; keys and values are those of all tokens.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 import onnx_graphsurgeon as gs
 
@@ -37,15 +37,21 @@ def is_canonical(attention: Attention) -> bool:
     return attention.layout == (_SPLIT_HEADS, keys, _SPLIT_HEADS) and attention.score_layout in _SCORES
 
 
-def emit_attention(writer: GraphWriter, attention: Attention, frozen: IntegerMaps | None) -> gs.Tensor:
+def emit_attention(
+    writer: GraphWriter,
+    attention: Attention,
+    frozen: IntegerMaps | None,
+    low_rank: Collection[int] = (),
+) -> gs.Tensor:
     """The merged heads `[B·W, R, H·d]` of `attention` in canonical form, in the order of `head_groups`.
 
     Nothing of the original is removed or rewired: that is the caller's.
 
     Args:
         frozen: what is frozen of the rows that `attention` has, see `IntegerMaps.of_rows`.
+        low_rank: heads that are left out, some but not all: `graph.emit_factors` writes them.
     """
-    groups = head_groups(attention.heads, frozen)
+    groups = head_groups(attention.heads, frozen, low_rank)
     contexts = []
     if groups.live:
         contexts.append(_live_context(writer, attention, groups.live))
@@ -81,13 +87,13 @@ def _frozen_context(writer: GraphWriter, attention: Attention, frozen: IntegerMa
 
 
 def _merge_heads(writer: GraphWriter, attention: Attention, contexts: Sequence[gs.Variable]) -> gs.Tensor:
-    """`contexts`, `[B·W, some heads, R, d]` each, one behind the other as `[B·W, R, H·d]`."""
+    """`contexts`, `[B·W, some heads, R, d]` each, one behind the other as `[B·W, R, heads·d]`."""
     batch, rows, head_dim = attention.x.shape[0], attention.rows, attention.head_dim
-    context = contexts[0]
+    context, heads = contexts[0], sum(each.shape[1] for each in contexts)
     if len(contexts) > 1:
-        context = writer.node("heads", "Concat", contexts, [batch, attention.heads, rows, head_dim], axis=1)
-    by_token = [batch, rows, attention.heads, head_dim]
+        context = writer.node("heads", "Concat", contexts, [batch, heads, rows, head_dim], axis=1)
+    by_token = [batch, rows, heads, head_dim]
     transposed = writer.node("tokens_first", "Transpose", [context], by_token, perm=[0, 2, 1, 3])
-    width = attention.heads * head_dim
+    width = heads * head_dim
     shape = writer.integers("merged_shape", 0, 0, width)
     return writer.node("merged", "Reshape", [transposed, shape], [batch, rows, width])

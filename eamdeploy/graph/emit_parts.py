@@ -83,14 +83,25 @@ def emit_maps(
 ) -> gs.Tensor:
     """Maps `[M, P, R, N]` from integers `[P, M, R, N]`, one constant, and scales `[P, M, R]`, one per row."""
     by_map = integers.swapaxes(0, 1)
-    flat = by_map.reshape(-1, by_map.shape[-1])
+    rows = by_map.reshape(-1, by_map.shape[-1])
+    return emit_rows(writer, name, rows, scales.swapaxes(0, 1).reshape(-1), by_map.shape)
+
+
+def emit_rows(
+    writer: GraphWriter,
+    name: str,
+    integers: NDArray[np.unsignedinteger],
+    scales: NDArray[np.float32],
+    shape: tuple[int, ...],
+) -> gs.Tensor:
+    """Integers `[rows, N]`, one constant, times one scale for each row, in another `shape`."""
     quantized = [
-        writer.constant(f"{name}_integers", flat),
-        writer.constant(f"{name}_scales", np.where(scales == 0, 1, scales).swapaxes(0, 1).reshape(-1)),
-        writer.constant(f"{name}_zero_points", np.zeros(len(flat), dtype=flat.dtype)),
+        writer.constant(f"{name}_integers", integers),
+        writer.constant(f"{name}_scales", np.where(scales == 0, 1, scales)),
+        writer.constant(f"{name}_zero_points", np.zeros(len(integers), dtype=integers.dtype)),
     ]
-    values = writer.node(f"{name}_rows", "DequantizeLinear", quantized, flat.shape, axis=0)
-    return writer.reshape(name, values, by_map.shape)
+    values = writer.node(f"{name}_rows", "DequantizeLinear", quantized, integers.shape, axis=0)
+    return writer.reshape(name, values, shape)
 
 
 def by_window(writer: GraphWriter, name: str, constants: gs.Tensor, kinds: tuple[int, ...]) -> gs.Tensor:

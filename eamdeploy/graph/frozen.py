@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -55,9 +55,77 @@ class IntegerMaps:
         return cut.take(some) if some else None
 
 
+@dataclass(frozen=True, eq=False)
+class IntegerFactors:
+    """The heads of one attention module that are frozen with one rank r, see `eam.factors`.
+
+    Attributes:
+        heads: ascending.
+        mix: uint8 or uint16 `[G, M, R, r]`; R is N but behind `of_rows`.
+        mix_scales: float32 `[G, M, R]`.
+        pool: uint8 or uint16 `[G, M, r, N]`.
+        pool_scales: float32 `[G, M, r]`.
+        windows: as of `IntegerMaps`.
+    """
+
+    heads: tuple[int, ...]
+    mix: NDArray[np.unsignedinteger]
+    mix_scales: NDArray[np.float32]
+    pool: NDArray[np.unsignedinteger]
+    pool_scales: NDArray[np.float32]
+    windows: tuple[int, ...] = (0,)
+
+    @property
+    def rank(self) -> int:
+        """r, the pooled tokens of each head."""
+        return int(self.mix.shape[-1])
+
+    def of_rows(self, rows: Sequence[int] | None) -> IntegerFactors:
+        """The factors for these rows of the maps, in that order, or for all if None."""
+        if rows is None:
+            return self
+        return replace(self, mix=self.mix[:, :, rows], mix_scales=self.mix_scales[:, :, rows])
+
+
+@dataclass(frozen=True, eq=False)
+class Rows:
+    """Integer rows as one constant holds them, and the shape in which they are used.
+
+    Attributes:
+        heads: the heads that the rows belong to.
+        integers: uint8 or uint16 `[rows, K]`.
+        scales: float32 `[rows]`.
+        shape: whose elements are those of `integers`, in the same order.
+    """
+
+    heads: tuple[int, ...]
+    integers: NDArray[np.unsignedinteger]
+    scales: NDArray[np.float32]
+    shape: tuple[int, ...]
+
+
+def pool_rows(groups: Sequence[IntegerFactors]) -> Rows:
+    """The pools of all groups in one constant, used as `[M, Σr, N]`: group by group, head by head."""
+    n_maps, tokens = groups[0].pool.shape[1], groups[0].pool.shape[3]
+    pools = [group.pool.swapaxes(0, 1).reshape(n_maps, -1, tokens) for group in groups]
+    scales = [group.pool_scales.swapaxes(0, 1).reshape(n_maps, -1) for group in groups]
+    integers = np.concatenate(pools, axis=1)
+    heads = tuple(head for group in groups for head in group.heads)
+    flat_scales = np.concatenate(scales, axis=1).reshape(-1)
+    return Rows(heads, integers.reshape(-1, tokens), flat_scales, integers.shape)
+
+
+def mix_rows(group: IntegerFactors) -> Rows:
+    """The mixes of one rank, used as `[M, R, G·r]`: behind each other in the order of heads."""
+    count, n_maps, rows, rank = group.mix.shape
+    integers = group.mix.transpose(1, 2, 0, 3).reshape(-1, rank)
+    scales = group.mix_scales.transpose(1, 2, 0).reshape(-1)
+    return Rows(group.heads, integers, scales, (n_maps, rows, count * rank))
+
+
 @dataclass(frozen=True)
 class HeadGroups:
-    """The heads of a module by how much of them is frozen, each ascending.
+    """The heads of a module by how much of them is frozen, each ascending; without those of low rank.
 
     Attributes:
         live: nothing.
@@ -75,13 +143,13 @@ class HeadGroups:
         return [*self.live, *self.partial, *self.whole]
 
 
-def head_groups(heads: int, frozen: IntegerMaps | None) -> HeadGroups:
-    """The groups of a module with that many heads."""
+def head_groups(heads: int, frozen: IntegerMaps | None, low_rank: Collection[int] = ()) -> HeadGroups:
+    """The groups of a module with that many heads, of which those in `low_rank` are in none."""
     some = frozen.heads if frozen else ()
     whole = some
     if frozen is not None and frozen.mask is not None:
         whole = tuple(head for head, mask in zip(some, frozen.mask, strict=True) if mask.all())
-    live = tuple(head for head in range(heads) if head not in some)
+    live = tuple(head for head in range(heads) if head not in some and head not in low_rank)
     return HeadGroups(live, tuple(head for head in some if head not in whole), whole)
 
 

@@ -49,6 +49,20 @@ _REASONS_BY_PARAMETER = {
 }
 
 
+class Factors(NamedTuple):
+    """The heads of one attention module that are frozen with one rank r, see `eam.factors`.
+
+    Attributes:
+        heads: int64 `[G]`.
+        mix: float `[G, N, r]`, or `[G, M, N, r]` in a model with windows.
+        pool: float `[G, r, N]`, or `[G, M, r, N]`.
+    """
+
+    heads: torch.Tensor
+    mix: torch.Tensor
+    pool: torch.Tensor
+
+
 class Constants(NamedTuple):
     """What is frozen in one attention module.
 
@@ -57,12 +71,14 @@ class Constants(NamedTuple):
         maps: float `[F, N, N]`, or `[F, M, N, N]` in a model with windows.
         mask: bool `[F, N]` (rows) or `[F, N, N]` (entries), true where frozen; None: everything of these heads.
         windows: for every window of an image which of the M maps it uses; None without windows.
+        factors: heads of low rank, which are others than `heads`.
     """
 
     heads: torch.Tensor
     maps: torch.Tensor
     mask: torch.Tensor | None = None
     windows: tuple[int, ...] | None = None
+    factors: tuple[Factors, ...] = ()
 
 
 def attention_sites(model: Any) -> list[AttentionSite]:
@@ -181,9 +197,11 @@ class FrozenAttention(nn.Module):
 
         A[w, h] ← mask[h] · F[h, windows[w]] + (1 − mask[h]) · A[w, h](x)
 
+    and in heads of low rank  A[w, h] · V  by  U[h, windows[w]] · (P[h, windows[w]] · V).
+
     Args:
         attention: the module to stand in for.
-        heads, maps, mask, windows: what is frozen in it, see `Constants`.
+        heads, maps, mask, windows, factors: what is frozen in it, see `Constants`.
     """
 
     def __init__(
@@ -193,9 +211,11 @@ class FrozenAttention(nn.Module):
         maps: torch.Tensor,
         mask: torch.Tensor | None = None,
         windows: tuple[int, ...] | None = None,
+        factors: tuple[Factors, ...] = (),
     ) -> None:
         super().__init__()
         self.attention: Any = attention
+        self.has_windows = windows is not None
         self.windows = [0] if windows is None else list(windows)
         self.heads: torch.Tensor
         self.maps: torch.Tensor  # [F, M, N, N]
@@ -204,6 +224,7 @@ class FrozenAttention(nn.Module):
         self.register_buffer("maps", maps[:, None] if windows is None else maps, persistent=False)
         rows = mask[..., None] if mask is not None and mask.ndim == 2 else mask
         self.register_buffer("mask", rows, persistent=False)
+        self.factors = factors
 
     def forward(
         self,
@@ -220,8 +241,18 @@ class FrozenAttention(nn.Module):
         if self.mask is not None:
             constants = torch.where(self.mask, constants, by_image[:, :, self.heads])
         by_image[:, :, self.heads] = constants
-        merged: torch.Tensor = self.attention.proj(merge_heads(maps @ value))
+        context = maps @ value
+        by_window = (-1, len(self.windows), *value.shape[1:])  # [B, W, H, N, d]
+        for heads, mix, pool in self.factors:
+            mixes, pools = self._of_windows(mix), self._of_windows(pool)  # [W, G, …]
+            context.view(by_window)[:, :, heads] = mixes @ (pools @ value.reshape(by_window)[:, :, heads])
+        merged: torch.Tensor = self.attention.proj(merge_heads(context))
         return merged
+
+    def _of_windows(self, constants: torch.Tensor) -> torch.Tensor:
+        """`[G, M, …]`, or `[G, …]` of a model without windows, as `[W, G, …]`."""
+        by_map = constants if self.has_windows else constants[:, None]
+        return by_map[:, self.windows].transpose(0, 1)
 
 
 def freeze_attention(model: nn.Module, frozen: Mapping[str, Constants]) -> None:

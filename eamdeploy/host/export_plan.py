@@ -12,18 +12,19 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
+from numpy.typing import NDArray
 
 from eamdeploy.artifacts.card import ModelCard
 from eamdeploy.artifacts.files import digest_file
 from eamdeploy.devices.provenance import package_versions
 from eamdeploy.eam import checkpoint as checkpoints
-from eamdeploy.eam.checkpoint import AttentionShape, Checkpoint, FrozenMaps
+from eamdeploy.eam.checkpoint import AttentionShape, Checkpoint, FrozenFactors, FrozenMaps
 from eamdeploy.eam.int8 import int8_checkpoint
 from eamdeploy.eam.quantizers import integer_values
 from eamdeploy.eam.records import CheckpointHeader
 from eamdeploy.engines.trt.versions import TrtVersion, capabilities
 from eamdeploy.errors import ConfigError
-from eamdeploy.graph.frozen import IntegerMaps
+from eamdeploy.graph.frozen import IntegerFactors, IntegerMaps
 from eamdeploy.host.attention import parts
 from eamdeploy.host.reference import LoadedModel, load_reference
 from eamdeploy.host.sites import AttentionSite
@@ -134,7 +135,7 @@ def make_plan(checkpoint: Path, options: ExportOptions, *, verify: bool) -> Expo
             load_reference(loaded, frozen=True, where=str(checkpoint)),
             card.model_copy(update={"freezing": header.freezing, "rewrites": rewrites}),
         ),
-        twin=Variant(tuple(replace(module, frozen=None) for module in modules), live, card),
+        twin=Variant(tuple(replace(module, frozen=None, factors=()) for module in modules), live, card),
     )
 
 
@@ -172,7 +173,11 @@ def _attention_modules(
         shape = checkpoint.header.attention[site.path]
         maps = None if frozen is None else _integer_maps(frozen, shape, checkpoint.header.freezing.quantizer, opset)
         read = None if _computes_all_rows(site, left_out) else site.read_tokens
-        modules.append(AttentionModule(site.path, weight[2 * len(weight) // 3 :], maps, read))
+        factors = tuple(
+            _integer_factors(group, shape, checkpoint.header.freezing.quantizer, opset)
+            for group in checkpoint.factors.get(site.path, ())
+        )
+        modules.append(AttentionModule(site.path, weight[2 * len(weight) // 3 :], maps, read, factors))
     return tuple(modules)
 
 
@@ -185,14 +190,7 @@ def _computes_all_rows(site: AttentionSite, left_out: frozenset[str]) -> bool:
 
 
 def _integer_maps(frozen: FrozenMaps, shape: AttentionShape, quantizer: Quantizer, opset: int) -> IntegerMaps:
-    integers = integer_values(frozen.codes, quantizer)
-    if integers.dtype == np.uint16 and opset < _UINT16_OPSET:
-        raise ConfigError(
-            "squared 8-bit codes need UINT16 constants",
-            expected=f"opset {_UINT16_OPSET} or higher",
-            got=opset,
-            hint="Freeze with --bits 4 or --quantizer uniform.",
-        )
+    integers = _integers(frozen.codes, quantizer, opset)
     rows = (len(frozen.heads), shape.n_maps, shape.tokens)
     return IntegerMaps(
         heads=tuple(frozen.heads.tolist()),
@@ -201,3 +199,33 @@ def _integer_maps(frozen: FrozenMaps, shape: AttentionShape, quantizer: Quantize
         windows=tuple(shape.windows or [0]),
         mask=frozen.mask,
     )
+
+
+def _integer_factors(group: FrozenFactors, shape: AttentionShape, quantizer: Quantizer, opset: int) -> IntegerFactors:
+    mix, pool = (_integers(codes, quantizer, opset) for codes in (group.mix_codes, group.pool_codes))
+    of_map = (len(group.heads), shape.n_maps)
+    return IntegerFactors(
+        heads=tuple(group.heads.tolist()),
+        mix=mix.reshape(*of_map, shape.tokens, group.rank),
+        mix_scales=group.mix_scales.reshape(*of_map, shape.tokens),
+        pool=pool.reshape(*of_map, group.rank, shape.tokens),
+        pool_scales=group.pool_scales.reshape(*of_map, group.rank),
+        windows=tuple(shape.windows or [0]),
+    )
+
+
+def _integers(codes: NDArray[np.uint8], quantizer: Quantizer, opset: int) -> NDArray[np.unsignedinteger]:
+    """What the graph stores of `codes`.
+
+    Raises:
+        ConfigError: no type of that operator set's constants holds them.
+    """
+    integers = integer_values(codes, quantizer)
+    if integers.dtype == np.uint16 and opset < _UINT16_OPSET:
+        raise ConfigError(
+            "squared 8-bit codes need UINT16 constants",
+            expected=f"opset {_UINT16_OPSET} or higher",
+            got=opset,
+            hint="Freeze with --bits 4 or --quantizer uniform.",
+        )
+    return integers

@@ -10,6 +10,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from eamdeploy.artifacts.card import Preprocessing
+from eamdeploy.eam.factors import check_rank
+from eamdeploy.eam.kinds import kinds_of
 from eamdeploy.eam.options import FreezeOptions, check_options
 from eamdeploy.eam.records import Calibration
 from eamdeploy.host.attention import attention_sites
@@ -54,6 +56,7 @@ def calibrate(
     check_options(options)
     model = load_model(spec)
     sites = attention_sites(model)
+    _check_ranks(options, sites)
     check_class_names(class_names, model.num_classes)
     how = preprocessing_of(model, overrides)
     seen = look(
@@ -91,8 +94,22 @@ def calibrate(
             options,
             observer,
             always_measure=always_measure,
+            kinds=scores.kinds,
+            saved=scores.saved,
         ),
     )
+
+
+def _check_ranks(options: FreezeOptions, sites: list[AttentionSite]) -> None:
+    """The one rank that is asked for is none above a module's tokens.
+
+    Raises:
+        ConfigError: it is.
+    """
+    kinds = kinds_of(options.rank)
+    if len(kinds) == 1 and kinds[0] is not None:
+        for site in sites:
+            check_rank(kinds[0], site.tokens, site.path)
 
 
 def head_means(scores: Mapping[str, NDArray[np.float64]]) -> dict[str, list[float]]:

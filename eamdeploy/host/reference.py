@@ -4,13 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any
 
+import numpy as np
 import torch
 
-from eamdeploy.eam.checkpoint import AttentionShape, Checkpoint, CheckpointHeader, FrozenMaps
+from eamdeploy.eam.checkpoint import (
+    AttentionShape,
+    Checkpoint,
+    CheckpointHeader,
+    FrozenFactors,
+    FrozenMaps,
+)
 from eamdeploy.errors import CheckpointError
-from eamdeploy.host.attention import Constants, attention_sites, freeze_attention
+from eamdeploy.host.attention import Constants, Factors, attention_sites, freeze_attention
 from eamdeploy.host.model import RANDOM, ModelSpec, load_model, load_weights
 from eamdeploy.host.sites import AttentionSite, window_maps
 from eamdeploy.vocabulary import Quantizer
@@ -46,27 +54,46 @@ def load_reference(checkpoint: Checkpoint, *, frozen: bool, where: str) -> Loade
     sites = attention_sites(model)
     _check_sites(header, sites, where)
     if frozen:
-        freeze_attention(model, constants_of(checkpoint.frozen, header.freezing.quantizer, header.attention))
+        constants = constants_of(checkpoint.frozen, header.freezing.quantizer, header.attention, checkpoint.factors)
+        freeze_attention(model, constants)
     return LoadedModel(model, sites)
 
 
 def constants_of(
-    frozen: Mapping[str, FrozenMaps], quantizer: Quantizer, attention: Mapping[str, AttentionShape]
+    frozen: Mapping[str, FrozenMaps],
+    quantizer: Quantizer,
+    attention: Mapping[str, AttentionShape],
+    factors: Mapping[str, tuple[FrozenFactors, ...]] = MappingProxyType({}),
 ) -> dict[str, Constants]:
-    """The frozen maps as torch's attention takes them, by module path.
+    """What is frozen as torch's attention takes it, by module path.
 
     Args:
         attention: of every module, for the windows that share a map.
+        factors: heads of low rank.
     """
-    return {
-        path: Constants(
-            heads=torch.from_numpy(item.heads),
-            maps=torch.from_numpy(item.maps(quantizer)),
-            mask=None if item.mask is None else torch.from_numpy(item.mask),
-            windows=None if (used := attention[path].windows) is None else tuple(used),
+    found = {}
+    for path in (path for path in attention if path in frozen or path in factors):
+        shape, item = attention[path], frozen.get(path)
+        no_maps = np.zeros((0, *shape.rows, shape.tokens), np.float32)
+        heads = np.zeros(0, np.int64) if item is None else item.heads
+        maps = no_maps if item is None else item.maps(quantizer)
+        mask = None if item is None else item.mask
+        found[path] = Constants(
+            heads=torch.from_numpy(heads),
+            maps=torch.from_numpy(maps),
+            mask=None if mask is None else torch.from_numpy(mask),
+            windows=None if shape.windows is None else tuple(shape.windows),
+            factors=tuple(_factors(group, quantizer) for group in factors.get(path, ())),
         )
-        for path, item in frozen.items()
-    }
+    return found
+
+
+def _factors(group: FrozenFactors, quantizer: Quantizer) -> Factors:
+    return Factors(
+        torch.from_numpy(group.heads),
+        torch.from_numpy(group.mix(quantizer)),
+        torch.from_numpy(group.pool(quantizer)),
+    )
 
 
 def _check_sites(header: CheckpointHeader, sites: list[AttentionSite], where: str) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 from eamdeploy.artifacts.card import Freezing, Preprocessing
 from eamdeploy.devices.provenance import package_versions
 from eamdeploy.eam import checkpoint as checkpoints
-from eamdeploy.eam.records import Calibration, Checkpoint, CheckpointHeader, FrozenMaps
+from eamdeploy.eam.records import Calibration, Checkpoint, CheckpointHeader, FrozenFactors, FrozenMaps
 from eamdeploy.errors import ConfigError
 from eamdeploy.host.model import (
     ModelSpec,
@@ -32,6 +32,7 @@ def save_checkpoint(
     frozen: dict[str, FrozenMaps],
     calibration: Calibration | None,
     output: Path,
+    factors: dict[str, tuple[FrozenFactors, ...]] | None = None,
 ) -> CheckpointHeader:
     header = CheckpointHeader(
         timm_model=spec.name,
@@ -45,4 +46,4 @@ def save_checkpoint(
         calibration=calibration,
         versions=package_versions(),
     )
-    return checkpoints.save(Checkpoint(to_numpy(model), frozen, header), output)
+    return checkpoints.save(Checkpoint(to_numpy(model), frozen, header, factors or {}), output)

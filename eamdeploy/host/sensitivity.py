@@ -10,6 +10,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -37,20 +38,21 @@ def head_effects(
     *,
     windows: WindowMaps = "shared",
 ) -> HeadEffects:
-    """What freezing each head alone does to the logits over the images, the heads of all sites in order.
+    """What freezing each head alone does to the logits over the images, the maps of all sites in order.
 
     Args:
-        maps: by module path, the maps to freeze, float32 `[H, N, N]`, or `[H, M, N, N]` in a model with windows.
+        maps: by module path, the maps to freeze, float32 `[H, N, N]`, or `[H, M, N, N]` in a model with windows; or
+            several maps for each head, `[K·H, …]`: one for each head, then a second one for each, and so on.
         batches: normalized images, float32 `[B, 3, H, W]`, and how many images each of the B stands for.
         n_images: how many images to expect, for the progress only.
         on_progress: called with (units done, units in all, seconds left by the speed so far) after every head and
             batch; a unit is an image through one step of the model: a transformer block, or Swin's merging of patches.
         windows: which windows share a map, see `window_maps`.
     """
-    effects = HeadEffects.none(sum(site.heads for site in sites))
+    effects = HeadEffects.none(sum(len(maps[site.path]) for site in sites))
     numbers = {f"{path}.attn": number for number, (path, _) in enumerate(steps(model))}
     depth = len(numbers)
-    units = n_images * (depth + sum(site.heads * (depth - numbers[site.path]) for site in sites))
+    units = n_images * (depth + sum(len(maps[site.path]) * (depth - numbers[site.path]) for site in sites))
     done, started = 0, time.monotonic()
     for images, weights in batches:
         record = _record_forward(model, sites, images)
@@ -66,9 +68,15 @@ def head_effects(
     return effects
 
 
-def by_module(sites: list[AttentionSite], values: NDArray[np.float64]) -> dict[str, NDArray[np.float64]]:
-    """`values` `[heads of all sites]` as `[H]` for every module path."""
-    ends = np.cumsum([site.heads for site in sites])
+def by_module(
+    sites: list[AttentionSite], values: NDArray[np.float64], kinds: Mapping[str, int] = MappingProxyType({})
+) -> dict[str, NDArray[np.float64]]:
+    """`values` `[maps of all sites]` as `[K·H]` for every module path.
+
+    Args:
+        kinds: K by module path; 1 for a path that is not there.
+    """
+    ends = np.cumsum([site.heads * kinds.get(site.path, 1) for site in sites])
     return dict(zip((site.path for site in sites), np.split(values, ends[:-1]), strict=True))
 
 
@@ -116,10 +124,11 @@ def _record_forward(model: nn.Module, sites: list[AttentionSite], images: torch.
 def _changes(
     model: Any, site: AttentionSite, number: int, record: _Forward, constants: torch.Tensor
 ) -> Iterator[torch.Tensor]:
-    """For each head of `site`, in step `number`, how freezing it changes the log-softmax, float64 `[B, classes]`.
+    """For each map of `site`, in step `number`, how freezing its head to it changes the log-softmax, float64
+    `[B, classes]`.
 
     Args:
-        constants: `[H, W, N, N]`.
+        constants: `[K·H, W, N, N]`, see `head_effects`.
     """
     attention = model.get_submodule(site.path)
     live, value = attend(attention, *record.attention[site.path])
@@ -127,9 +136,10 @@ def _changes(
     width = value.shape[-1]
     given = _Given()
     with replaced_attention(model, {site.path: given}):
-        for head in range(site.heads):
+        for index, constant in enumerate(constants):
+            head = index % site.heads
             live_head = live[:, head].reshape(-1, site.n_windows, site.tokens, site.tokens)
-            difference = (constants[head] - live_head).flatten(0, 1) @ value[:, head]
+            difference = (constant - live_head).flatten(0, 1) @ value[:, head]
             given.output = unfrozen + difference @ attention.proj.weight[:, head * width : (head + 1) * width].T
             x = record.inputs[number]
             for _, step in steps(model)[number:]:

@@ -9,6 +9,7 @@ from typing import Any, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
+from eamdeploy.eam.kinds import HeadSize
 from eamdeploy.eam.records import AttentionShape
 from eamdeploy.errors import UnsupportedGraph
 from eamdeploy.vocabulary import WindowMaps
@@ -74,6 +75,13 @@ def attention_shapes(sites: Sequence[AttentionSite], mode: WindowMaps | None) ->
         )
         for site in sites
     }
+
+
+def head_size(model: Any, site: AttentionSite) -> HeadSize:
+    """What the multiply-adds of a head of `site` follow from."""
+    columns, channels = model.get_submodule(site.path).qkv.weight.shape  # 3·H·d, D
+    rows = site.tokens if site.read_tokens is None else len(site.read_tokens)
+    return HeadSize(site.tokens, rows, channels, columns // (3 * site.heads), site.n_windows)
 
 
 def refuse_unless(supported: bool, reason: str, hint: str | None = None) -> None:

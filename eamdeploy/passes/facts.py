@@ -77,7 +77,7 @@ def facts_of(modules: Sequence[AttentionModule], parts: Parts = UNKNOWN) -> Fact
         parts=parts,
         attentions=len(modules),
         shortened=sum(module.read_tokens is not None for module in modules),
-        frozen=sum(module.frozen is not None for module in modules),
+        frozen=sum(module.has_frozen for module in modules),
     )
 
 

@@ -3,11 +3,15 @@
 Before:  o = concat_h softmax(s·q_h·k_hᵀ + b_h)·v_h ; y = o·Wo
 After:   o = concat(live heads as before, heads with frozen rows or entries, F_h·v_h of frozen heads)
          y = o·Wo with its rows in that order of heads
+         heads of low rank F_h = U_h·P_h are not in o:  y + Σ_h U_h·((P_h·x)·Wv_h·Wo_h)
+         where all heads are of low rank, the sum is y, and there is no Wo of N tokens
 Shapes:  q [B·W,L,R,d]  k [B·W,L,N,d]  F [M,F,R,N] = scales·integers  v of frozen heads [B·W,F,N,d]  Wo [H·d,D];
+         U [M,R,Σr]  P [M,Σr,N] of all heads of low rank;
          R = N, or fewer where only some tokens have queries: the other rows of frozen maps are left out
 Needs:   the attention's value projection is the checkpoint's, head for head, with as many tokens and windows
 Exact:   against the reference forward of the checkpoint, up to float32 reassociation (tolerance f32-reassoc)
-Source:  docs/design.md, Freeze heads; rows and entries in `graph.emit_partial`
+Source:  docs/design.md, Freeze heads and Heads of low rank; rows and entries in `graph.emit_partial`, low rank in
+         `graph.emit_factors`
 """
 
 from __future__ import annotations
@@ -23,7 +27,16 @@ from numpy.typing import NDArray
 from eamdeploy.errors import UnsupportedGraph
 from eamdeploy.graph.attention import Attention, find_attention
 from eamdeploy.graph.emit import emit_attention
-from eamdeploy.graph.frozen import IntegerMaps, head_groups, padded
+from eamdeploy.graph.emit_factors import emit_factors
+from eamdeploy.graph.frozen import (
+    IntegerFactors,
+    IntegerMaps,
+    head_groups,
+    mix_rows,
+    padded,
+    pool_rows,
+)
+from eamdeploy.graph.nodes import redirect
 from eamdeploy.graph.skip import Skip
 from eamdeploy.graph.writer import GraphWriter
 
@@ -37,12 +50,24 @@ class AttentionModule:
         value_weight: float32 `[H·d, D]`, the rows of the checkpoint that compute values: how the module is recognised.
         frozen: its frozen maps, or None.
         read_tokens: the tokens whose rows anything reads, at most half of them; None for all.
+        factors: its heads of low rank, one group for each rank.
     """
 
     path: str
     value_weight: NDArray[np.float32]
     frozen: IntegerMaps | None
     read_tokens: tuple[int, ...] | None = None
+    factors: tuple[IntegerFactors, ...] = ()
+
+    @property
+    def has_frozen(self) -> bool:
+        """Whether any head has something frozen."""
+        return self.frozen is not None or bool(self.factors)
+
+    @property
+    def low_rank(self) -> tuple[int, ...]:
+        """The heads of low rank, in the order in which they are computed."""
+        return tuple(head for group in self.factors for head in group.heads)
 
 
 @dataclass(frozen=True, eq=False)
@@ -78,26 +103,38 @@ class FreezeHeads:
             attention = next((item for item in unclaimed if _is_module(item, module)), None)
             if attention is not None:
                 unclaimed.remove(attention)
-            if module.frozen is None:
+            if not module.has_frozen:
                 continue
             if attention is None:
                 result.append(Skip(f"no attention of the graph has the value weights of {module.path}", module.path))
                 continue
-            _check_maps(module.path, module.frozen, attention)
+            if module.frozen is not None:
+                _check_maps(module.path, module.frozen, attention)
+            if module.factors:
+                _check_factors(module, attention)
             result.append(_Match(module, attention))
         return result
 
     def rewrite(self, graph: gs.Graph, match: _Match) -> None:
         """The output projection reads live heads, then partly and wholly frozen ones; its rows follow that order."""
-        maps, attention = match.module.frozen, match.attention
-        assert maps is not None, "match only returns modules with frozen maps"
-        frozen = maps.of_rows(attention.query_tokens)
-        writer = GraphWriter(graph, match.module.path)
-        projection = attention.projection
-        projection.inputs[0] = emit_attention(writer, attention, frozen)
-        rows_of_heads = projection.inputs[1].values.reshape(attention.heads, attention.head_dim, -1)
-        ordered = rows_of_heads[head_groups(attention.heads, frozen).order].reshape(projection.inputs[1].values.shape)
-        projection.inputs[1] = writer.constant("proj_weight", ordered)
+        module, attention = match.module, match.attention
+        frozen = None if module.frozen is None else module.frozen.of_rows(attention.query_tokens)
+        writer = GraphWriter(graph, module.path)
+        projection, low_rank = attention.projection, module.low_rank
+        result = projection.outputs[0]
+        readers, weight = list(result.outputs), projection.inputs[1].values
+        rows_of_heads = weight.reshape(attention.heads, attention.head_dim, -1)  # [H, d, D]
+        rest = head_groups(attention.heads, frozen, low_rank).order
+        if rest:
+            projection.inputs[0] = emit_attention(writer, attention, frozen, low_rank)
+            rows = rows_of_heads[rest].reshape(-1, weight.shape[1])
+            projection.inputs[1] = writer.constant("proj_weight", rows)
+        if low_rank:
+            groups = [group.of_rows(attention.query_tokens) for group in module.factors]
+            added = emit_factors(writer, attention, groups, rows_of_heads)
+            if rest:
+                added = writer.node("with_low_rank", "Add", [result, added], result.shape)
+            redirect(result, added, readers)
 
 
 def _is_module(attention: Attention, module: AttentionModule) -> bool:
@@ -120,6 +157,31 @@ def _check_maps(path: str, frozen: IntegerMaps, attention: Attention) -> None:
     got = _form(len(frozen.windows), *(None if array is None else list(array.shape) for array in arrays))
     if got != expected:
         raise UnsupportedGraph(f"the frozen maps of {path} do not fit the graph", expected=expected, got=got)
+
+
+def _check_factors(module: AttentionModule, attention: Attention) -> None:
+    """The factors are of some of the attention's heads that have no map, and of its size."""
+    heads = list(module.low_rank)
+    maps = set() if module.frozen is None else {*module.frozen.heads}
+    free = sorted({*range(attention.heads)} - maps)
+    if len({*heads}) < len(heads) or not {*heads} <= {*free}:
+        raise UnsupportedGraph(
+            f"the heads of low rank of {module.path} do not fit the graph",
+            expected=f"some of {free}, each once",
+            got=heads,
+        )
+    for group in module.factors:
+        count, n_maps, rank = len(group.heads), max(group.windows) + 1, group.rank
+        mix, pool = [count, n_maps, attention.tokens], [count, n_maps, rank]
+        expected = [attention.windows, [*mix, rank], mix, [*pool, attention.tokens], pool]
+        arrays = (group.mix, group.mix_scales, group.pool, group.pool_scales)
+        got = [len(group.windows), *(list(array.shape) for array in arrays)]
+        if got != expected:
+            raise UnsupportedGraph(
+                f"the factors of rank {rank} of {module.path} do not fit the graph",
+                expected=f"windows, mix, its scales, pool, its scales of {expected}",
+                got=got,
+            )
 
 
 def _form(windows: int, integers: list[int] | None, scales: list[int] | None, mask: list[int] | None) -> str:
@@ -154,6 +216,10 @@ def stored_maps(
 
     Of maps of which only some rows are read, the integers are those of these rows.
     """
+    if module.factors:
+        factors = [group.of_rows(module.read_tokens) for group in module.factors]
+        for rows in (pool_rows(factors), *map(mix_rows, factors)):
+            yield rows.heads, rows.integers
     frozen = None if module.frozen is None else module.frozen.of_rows(module.read_tokens)
     if frozen is None:
         return

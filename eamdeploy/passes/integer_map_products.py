@@ -17,6 +17,7 @@ kernels, 1.007x (1.000 to 1.013) with dynamic ranges, as quantizing v and scalin
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -106,6 +107,8 @@ def _product_of(item: DequantizedRows) -> tuple[tuple[int, ...], gs.Node] | None
         tensor = reshape.outputs[0]
     if len(tensor.outputs) != 1 or min(shape) < 1:
         return None
+    if len(item.scales) != math.prod(shape[:-1]):
+        return None  # a row of the operand has several scales: the mix of heads of low rank
     product = tensor.outputs[0]
     if product.op != "MatMul" or product.inputs[0] is not tensor or isinstance(product.inputs[1], gs.Constant):
         return None

@@ -152,7 +152,7 @@ def _fold_value_bias(given: Given) -> FoldValueBias | None:
 
 def _freeze_heads(given: Given) -> FreezeHeads | None:
     """None for the unfrozen twin."""
-    frozen = any(module.frozen is not None for module in given.modules)
+    frozen = any(module.has_frozen for module in given.modules)
     return FreezeHeads(given.modules) if frozen else None
 
 

@@ -8,7 +8,7 @@ from eamdeploy.artifacts.card import Freezing
 from eamdeploy.artifacts.files import require_output
 from eamdeploy.eam import checkpoint as checkpoints
 from eamdeploy.eam.options import DEFAULT_OPTIONS, FreezeOptions
-from eamdeploy.eam.records import CheckpointHeader
+from eamdeploy.eam.records import CheckpointHeader, ranks_of
 from eamdeploy.host.freezing import calibrate, head_means
 from eamdeploy.host.model import ModelSpec
 from eamdeploy.host.saving import save_checkpoint
@@ -45,10 +45,20 @@ def freeze(
         sparsity_asked=options.sparsity,
         sparsity=done.chosen.selection.sparsity,
         heads={path: list(heads) for path, heads in done.chosen.selection.heads.items()},
+        ranks=ranks_of(done.chosen.frozen, done.chosen.factors),
         cost=done.chosen.cost,
     )
     return save_checkpoint(
-        spec, done.model, done.sites, done.how, class_names, freezing, done.chosen.frozen, done.provenance, output
+        spec,
+        done.model,
+        done.sites,
+        done.how,
+        class_names,
+        freezing,
+        done.chosen.frozen,
+        done.provenance,
+        output,
+        done.chosen.factors,
     )
 
 
@@ -60,4 +70,4 @@ def read_shares(path: Path) -> dict[str, list[float]]:
     Raises:
         CheckpointError, ConfigError: as `checkpoint.load`.
     """
-    return {module: item.shares for module, item in checkpoints.load(path).frozen.items()}
+    return checkpoints.load(path).shares

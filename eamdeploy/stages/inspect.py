@@ -109,7 +109,10 @@ def _frozen_maps(loaded: Checkpoint) -> dict[str, JsonValue]:
         packed_size(item.frozen_entries * attention[path].n_maps, freezing.bits) for path, item in loaded.frozen.items()
     )
     if freezing.granularity == "head":
-        return {"frozen map bytes": codes}
+        groups = [group for each in loaded.factors.values() for group in each]
+        sizes = [part.size for group in groups for part in (group.mix_codes, group.pool_codes)]
+        factors = sum(packed_size(size, freezing.bits) for size in sizes)
+        return {"frozen map bytes": codes, **({"factor bytes": factors} if groups else {})}
     masks = {path: item.mask for path, item in loaded.frozen.items() if item.mask is not None}
     counts = {path: (np.count_nonzero(mask), attention[path].heads * mask[0].size) for path, mask in masks.items()}
     return {
@@ -213,12 +216,23 @@ def _freezing(freezing: Freezing) -> dict[str, JsonValue]:
     return {
         "sparsity": freezing.sparsity,
         heads: [f"{path}: {frozen}" for path, frozen in freezing.heads.items()],
+        **({"heads of low rank": _low_rank(freezing)} if freezing.ranks else {}),
         "granularity": freezing.granularity,
         **({} if freezing.window_maps is None else {"window maps": freezing.window_maps}),
         "bits": freezing.bits,
         "quantizer": freezing.quantizer,
         "score": freezing.score,
     }
+
+
+def _low_rank(freezing: Freezing) -> list[JsonValue]:
+    """The heads of every module that are frozen with a rank."""
+    lines: list[JsonValue] = []
+    for path in freezing.ranks:
+        ranks = [(head, freezing.rank_of(path, head)) for head in freezing.heads[path]]
+        told = [f"{head} with rank {rank}" for head, rank in ranks if rank is not None]
+        lines.append(f"{path}: {', '.join(told)}")
+    return lines
 
 
 def _reference(path: Path, verify: bool) -> tuple[str, dict[str, JsonValue]]:

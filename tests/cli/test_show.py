@@ -53,6 +53,13 @@ def test_frozen_heads(granularity: Granularity, title: str, column: str, what: s
     ]
 
 
+def test_ranks_are_named() -> None:
+    made = freezing("head", ranks={"blocks.1.attn": [None, 4]})
+    lines = lines_of(show.frozen_heads(made, {"blocks.1.attn": SHAPE}))
+    assert lines[2] == "blocks.1.attn  0* 1  2*r4"
+    assert "2 of 3 heads (1 with rank 4), by variance" in lines[-1]
+
+
 def test_window_maps_are_named() -> None:
     windowed = AttentionShape(heads=3, tokens=5, windows=[0, 1])
     made = freezing("head", window_maps="class", sparsity_asked=None)

@@ -26,7 +26,7 @@ from eamdeploy.vocabulary import BITS, GRANULARITIES, QUANTIZERS, Bits, Granular
 
 Tensors = dict[str, NDArray[Any]]
 
-UNSAVED = {"format": 2, "content_digest": None}
+UNSAVED = {"format": 3, "content_digest": None}
 """What a header has before it is saved."""
 EMBEDDED = Path(__file__).parents[2] / "models" / "digits_deit.eam.safetensors"
 
@@ -73,7 +73,7 @@ def test_the_file_is_laid_out_as_documented(checkpoint: Checkpoint, saved: Path)
     assert tensors["eam.blocks.1.attn.heads"].tolist() == [0, 2]
     assert list(metadata) == ["eam"]
     header = json.loads(metadata["eam"])
-    assert header["format"] == 2
+    assert header["format"] == 3
     assert header["freezing"]["heads"] == {"blocks.1.attn": [0, 2]}
     assert header["class_names"] == ["cat", "dög"]
     assert header["timm_kwargs"] == {"embed_dim": 8, "img_size": [8, 8]}
@@ -581,7 +581,7 @@ def test_a_granularity_that_is_not_the_files_is_noticed(
 @pytest.mark.parametrize(
     ("edit", "message"),
     [
-        ({"format": 3}, "unknown checkpoint format; expected format 1 or 2; got 3"),
+        ({"format": 4}, "unknown checkpoint format; expected format 1 or 2 or 3; got 4"),
         ({"format": None}, "unknown checkpoint format.*got None"),
         ({"format": True}, "unknown checkpoint format.*got True"),
         ({"format": 2.0}, "unknown checkpoint format.*got 2.0"),

@@ -49,6 +49,17 @@ def test_every_frozen_head_and_no_other_is_marked_once(tmp_path: Path) -> None:
     assert sorted(marks) == ["frozen:blocks.0:0", "frozen:blocks.0:2", "frozen:blocks.1:1"]
 
 
+def test_a_head_of_low_rank_has_its_rank_in_its_cell(tmp_path: Path) -> None:
+    heads = {module: len(values) for module, values in SCORES.items()}
+    shares = {module: [1.0] * len(indices) for module, indices in FROZEN.items()}
+    ranks = {("blocks.0.attn", 2): 4, ("blocks.1.attn", 1): 1}
+    drawn = of_heads("m", "entropy", heads, SCORES, FROZEN, shares, planned=False, ranks=ranks)
+    write_heat_map(drawn, tmp_path / "map.svg")
+    shown = words(tmp_path / "map.svg")
+    assert shown.count("r4") == shown.count("r1") == 1
+    assert "frozen (r1, r4: with that rank): 3 of 6 heads" in shown
+
+
 def test_a_frozen_head_given_twice_counts_once(tmp_path: Path) -> None:
     svg = draw(tmp_path / "map.svg", frozen={"blocks.0.attn": [1, 1]})
     assert ids(svg, "frozen:") == ["frozen:blocks.0:1"]

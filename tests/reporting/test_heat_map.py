@@ -6,6 +6,7 @@ import pytest
 from report_records import analysis, freezing
 
 from eamdeploy.errors import ConfigError
+from eamdeploy.reporting.draw import heat_svg
 from eamdeploy.reporting.records.heat_map import Head, HeatMap, of_analysis, of_freezing, of_heads
 
 HEADS = {"blocks.0.attn": 3, "blocks.1.attn": 3}
@@ -22,6 +23,20 @@ def test_heads_have_their_score_and_what_is_frozen_of_them() -> None:
     )
     assert [head.mark for head in made.heads] == ["bar", "nothing", "snowflake", "nothing", "bar", "nothing"]
     assert (made.marked("bar"), made.marked("snowflake")) == (2, 1)
+
+
+def test_heads_of_low_rank_show_it() -> None:
+    by_head = freezing()
+    (path, *_), heads = by_head.heads, {path: len(s) for path, s in by_head.scores.items()}
+    count = len(by_head.heads[path])
+    ranked = by_head.model_copy(update={"ranks": {path: [4, *[None] * (count - 1)]}})
+    made = of_freezing("m", ranked, heads, None)
+    assert [head.rank for head in made.heads if head.kind] == [4]
+    assert next(head for head in made.heads if head.rank).kind == "r4"
+    assert made.snowflake_means == "frozen (r4: with that rank)"
+    drawn = heat_svg.heat_map(made)
+    assert drawn.count('class="rank"') == 1 and ", frozen with rank 4" in drawn
+    assert "rank" not in heat_svg.heat_map(of_freezing("m", by_head, heads, None))
 
 
 def test_modules_without_scores_are_shown() -> None:

@@ -219,12 +219,22 @@ def _draw_cell(axes: Axes, cell: _Cell) -> None:
     elif mark == "snowflake":
         _draw_snowflake(axes, x, y - 0.075, 0.1, cell.gid)
         y += 0.12
+    if cell.head.kind and cell.text:
+        right, top = cell.x + 0.46 * cell.width, cell.y - 0.3 * cell.height
+        label = axes.text(right, top, cell.head.kind, ha="right", va="center_baseline", fontsize=6)
+        label.set_color(_text_colour(cell))
     if cell.colour is None:
         return
+    size = 9 if wide else 7.5
+    axes.text(x, y, cell.text, ha="center", va="center_baseline", fontsize=size, color=_text_colour(cell))
+
+
+def _text_colour(cell: _Cell) -> str:
+    """Dark on light cells, white on dark ones."""
+    if cell.colour is None:
+        return _INK
     red, green, blue, _ = cell.colour
-    dark_text = 0.299 * red + 0.587 * green + 0.114 * blue > 0.5
-    colour = _INK if dark_text else "white"
-    axes.text(x, y, cell.text, ha="center", va="center_baseline", fontsize=9 if wide else 7.5, color=colour)
+    return _INK if 0.299 * red + 0.587 * green + 0.114 * blue > 0.5 else "white"
 
 
 def _draw_box(axes: Axes, cell: _Cell, *, inset: float, facecolor: _Colour | str, edgecolor: str) -> None:

@@ -85,6 +85,9 @@ def _cell(drawn: HeatMap, name: str, head: Head, column: int, top: float) -> str
     ]
     if head.mark == "snowflake":
         parts.append(f'<use href="#flake" x="{middle:.3f}%" y="{top + 15}"/>')
+        if head.kind:
+            right = left + width * (1 - 2 * _GAP_SHARE)
+            parts.append(f'<text class="rank" x="{right:.3f}%" y="{top + 11}">{head.kind}</text>')
     elif head.mark == "bar":
         inner = width * 0.8
         place = f'x="{middle - inner / 2:.3f}%" y="{top + _ROW - _GAP - 7}" height="4"'
@@ -97,4 +100,6 @@ def _cell(drawn: HeatMap, name: str, head: Head, column: int, top: float) -> str
 def _told(head: Head) -> str:
     if head.frozen == "part":
         return ", frozen in part" if head.share is None else f", {numbers.share(head.share)} frozen"
+    if head.rank is not None:
+        return f", frozen with rank {head.rank}"
     return ", frozen" if head.frozen == "whole" else ""

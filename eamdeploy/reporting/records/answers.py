@@ -76,6 +76,7 @@ def _frozen(frozen: Frozen) -> Figure:
     heads = f"{frozen.heads} of {frozen.all_heads} heads" if frozen.all_heads else numbers.plural(frozen.heads, "head")
     asked = "" if frozen.sparsity_asked is None else f" ({numbers.share(frozen.sparsity_asked)} asked for)"
     details = [f"sparsity {numbers.share(frozen.sparsity)} of all attention entries{asked}"]
+    details += [f"{numbers.plural(count, 'head')} with rank {rank}" for rank, count in frozen.low_rank]
     if frozen.bits is not None:
         details.append(f"{frozen.bits}-bit codes, {frozen.quantizer}")
     if frozen.score is not None:

@@ -6,6 +6,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from types import MappingProxyType
 from typing import Literal
 
 from eamdeploy.artifacts.card import Freezing
@@ -23,11 +24,13 @@ class Head:
         score: None where none is recorded.
         frozen: how much of it is, or would be, frozen.
         share: the frozen share of its entries, in [0, 1]; None where some of it is frozen and no record says how much.
+        rank: of a head that is frozen to factors; None for every other head.
     """
 
     score: float | None
     frozen: Literal["nothing", "part", "whole"]
     share: float | None
+    rank: int | None = None
 
     @property
     def mark(self) -> Literal["nothing", "snowflake", "bar"]:
@@ -35,6 +38,11 @@ class Head:
         if self.frozen == "nothing":
             return "nothing"
         return "snowflake" if self.frozen == "whole" or self.share is None else "bar"
+
+    @property
+    def kind(self) -> str:
+        """The rank as a cell shows it, such as r4; empty where there is none."""
+        return "" if self.rank is None else f"r{self.rank}"
 
 
 @dataclass(frozen=True)
@@ -93,7 +101,9 @@ class HeatMap:
     def snowflake_means(self) -> str:
         if any(head.frozen == "part" and head.share is None for head in self.heads):
             return "frozen in part; how much is not recorded"
-        return "would be frozen" if self.planned else "frozen"
+        kinds = sorted({head.rank for head in self.heads if head.rank is not None})
+        ranks = f" ({', '.join(f'r{rank}' for rank in kinds)}: with that rank)" if kinds else ""
+        return f"{'would be frozen' if self.planned else 'frozen'}{ranks}"
 
     @property
     def bar_means(self) -> str:
@@ -109,6 +119,7 @@ def of_heads(
     shares: Mapping[str, Sequence[float | None]],
     *,
     planned: bool,
+    ranks: Mapping[tuple[str, int], int] = MappingProxyType({}),
 ) -> HeatMap:
     """The heads of a model with their scores and what of them is, or would be, frozen.
 
@@ -117,6 +128,7 @@ def of_heads(
         scores: one for every head of a module; a module without scores may be absent.
         frozen: heads of which something is frozen, by module; a module without any may be absent.
         shares: for each of these heads the frozen share of its entries, in (0, 1]; None where that is not recorded.
+        ranks: of heads of low rank, by module and head.
 
     Raises:
         ConfigError: there is no head, a score is not finite, or heads, scores and shares contradict each other.
@@ -129,7 +141,7 @@ def of_heads(
         _check_frozen(path, indices, shares.get(path, ()), heads)
     known = {path: dict(zip(indices, shares[path], strict=True)) for path, indices in frozen.items()}
     layers = [
-        (name, _layer(scores.get(path, [None] * count), known.get(path, {})))
+        (name, _layer(scores.get(path, [None] * count), known.get(path, {}), path, ranks))
         for name, (path, count) in zip(layer_names(heads), heads.items(), strict=True)
     ]
     return HeatMap(title, score, planned, tuple(layers))
@@ -146,7 +158,13 @@ def of_freezing(
     """
     unknown = 1.0 if freezing.granularity == "head" else None
     known = {path: [unknown] * len(frozen) for path, frozen in freezing.heads.items()} if shares is None else shares
-    return of_heads(title, freezing.score, heads, freezing.scores, freezing.heads, known, planned=False)
+    ranks = {
+        (path, head): rank
+        for path, frozen in freezing.heads.items()
+        for head in frozen
+        if (rank := freezing.rank_of(path, head)) is not None
+    }
+    return of_heads(title, freezing.score, heads, freezing.scores, freezing.heads, known, planned=False, ranks=ranks)
 
 
 def of_checkpoint(header: CheckpointHeader, shares: Mapping[str, Sequence[float]]) -> HeatMap:
@@ -187,9 +205,14 @@ def _check_frozen(path: str, frozen: Sequence[int], shares: Sequence[float | Non
         raise ConfigError(f"frozen shares of {path}", expected=f"{len(frozen)} numbers in (0, 1]", got=[*shares])
 
 
-def _layer(scores: Sequence[float | None], shares: Mapping[int, float | None]) -> tuple[Head, ...]:
-    return tuple(_head(score, shares.get(head, 0.0)) for head, score in enumerate(scores))
+def _layer(
+    scores: Sequence[float | None],
+    shares: Mapping[int, float | None],
+    path: str,
+    ranks: Mapping[tuple[str, int], int],
+) -> tuple[Head, ...]:
+    return tuple(_head(score, shares.get(head, 0.0), ranks.get((path, head))) for head, score in enumerate(scores))
 
 
-def _head(score: float | None, share: float | None) -> Head:
-    return Head(score, "nothing" if share == 0 else "whole" if share == 1 else "part", share)
+def _head(score: float | None, share: float | None, rank: int | None) -> Head:
+    return Head(score, "nothing" if share == 0 else "whole" if share == 1 else "part", share, rank)

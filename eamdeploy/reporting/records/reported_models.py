@@ -34,6 +34,7 @@ class Frozen:
         granularity: None where no record says it.
         planned: it would be frozen, by an analysis.
         cost: what the frozen set costs on its calibration images, where that was measured.
+        low_rank: how many of these heads are frozen with which rank, ranks ascending.
     """
 
     heads: int
@@ -47,6 +48,7 @@ class Frozen:
     sparsity_asked: float | None = None
     planned: bool = False
     cost: FreezingCost | None = None
+    low_rank: tuple[tuple[int, int], ...] = ()
 
     @property
     def summary(self) -> tuple[object, ...]:
@@ -222,6 +224,7 @@ def _frozen(freezing: Freezing, all_heads: int | None) -> Frozen:
         window_maps=freezing.window_maps,
         sparsity_asked=freezing.sparsity_asked,
         cost=freezing.cost,
+        low_rank=tuple((rank, count) for rank, count in freezing.low_rank.items()),
     )
 
 

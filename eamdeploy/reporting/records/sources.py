@@ -160,8 +160,7 @@ def _read(path: Path, *, verify: bool) -> Sourced[Record]:
     suffix = path.suffix.lower()
     if suffix == _CHECKPOINT:
         loaded = checkpoints.load(path, verify=verify)
-        shares = {module: item.shares for module, item in loaded.frozen.items()}
-        return CheckpointFile(_text(path), "EAM checkpoint", loaded.header, digest_file(path), shares)
+        return CheckpointFile(_text(path), "EAM checkpoint", loaded.header, digest_file(path), loaded.shares)
     kind = read_document(path)[0] if suffix == _DOCUMENT else None
     record_type = None if kind is None else _record_types().get(kind)
     if kind is None or record_type is None:

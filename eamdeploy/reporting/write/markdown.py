@@ -101,13 +101,16 @@ def _heads(drawn: HeatMap) -> str:
     rows = [(name, *map(_head, heads), *[""] * (drawn.columns - len(heads))) for name, heads in drawn.layers]
     frozen = "would be frozen" if drawn.planned else "is frozen"
     caption = f"{_plain(drawn.title)}: {drawn.score} of every head; ❄ {frozen}, with the share where it is not all."
+    if any(head.kind for head in drawn.heads):
+        caption += " r4: with rank 4, and so on."
     return f"{caption}\n\n{_table(Table(('layer', *map(str, range(drawn.columns))), tuple(rows)))}"
 
 
 def _head(head: Head) -> str:
     score = "–" if head.score is None else f"{head.score:.3g}"
     share = f" {head.share:.0%}" if head.mark == "bar" else ""
-    return score if head.mark == "nothing" else f"{score} ❄{share}"
+    kind = f" {head.kind}" if head.kind else ""
+    return score if head.mark == "nothing" else f"{score} ❄{share}{kind}"
 
 
 def _table(shown: Table) -> str:
