@@ -17,7 +17,7 @@ from torch import nn
 
 from eamdeploy.errors import UnsupportedGraph
 from eamdeploy.host import swin, vit
-from eamdeploy.host.sites import AttentionSite, refuse_unless
+from eamdeploy.host.sites import AttentionSite, Half, refuse_unless
 from eamdeploy.passes.facts import Parts
 
 _FAMILIES: tuple[ModuleType, ...] = (vit, swin)
@@ -114,6 +114,23 @@ def steps(model: Any) -> list[tuple[str, nn.Module]]:
     The module `x.attn` is in the step `x`, wherever `model` has an attention site of that path.
     """
     found: list[tuple[str, nn.Module]] = _BY_MODEL[type(model)].steps(model)
+    return found
+
+
+def halves(model: Any) -> list[tuple[str, Half]]:
+    """Everything between embedding and final norm, every block as its two halves: path and what is there.
+
+    The path of a half is that of the linear layer at its end, as the model has it without frozen attention.
+    """
+    family, found = _BY_MODEL[type(model)], []
+    for path, module in steps(model):
+        if not hasattr(module, "attn"):
+            found.append((path, Half(None, module, None, lambda x: x)))
+            continue
+        attention = module.attn.attention if isinstance(module.attn, FrozenAttention) else module.attn
+        attend_half, mlp_half = family.halves(module, attention.proj)
+        last = next(name for name, each in module.mlp.named_modules() if each is mlp_half.linear)
+        found += [(f"{path}.attn.proj", attend_half), (f"{path}.mlp.{last}", mlp_half)]
     return found
 
 
