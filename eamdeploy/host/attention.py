@@ -122,15 +122,17 @@ def halves(model: Any) -> list[tuple[str, Half]]:
 
     The path of a half is that of the linear layer at its end, as the model has it without frozen attention.
     """
-    family, found = _BY_MODEL[type(model)], []
+    family = _BY_MODEL[type(model)]
+    found: list[tuple[str, Half]] = []
     for path, module in steps(model):
-        if not hasattr(module, "attn"):
-            found.append((path, Half(None, module, None, lambda x: x)))
+        block: Any = module  # its attributes are timm's
+        if not hasattr(block, "attn"):
+            found.append((path, Half(None, block, None, lambda x: x)))
             continue
-        attention = module.attn.attention if isinstance(module.attn, FrozenAttention) else module.attn
-        attend_half, mlp_half = family.halves(module, attention.proj)
-        last = next(name for name, each in module.mlp.named_modules() if each is mlp_half.linear)
-        found += [(f"{path}.attn.proj", attend_half), (f"{path}.mlp.{last}", mlp_half)]
+        attention = block.attn.attention if isinstance(block.attn, FrozenAttention) else block.attn
+        with_attention, with_mlp = family.halves(block, attention.proj)
+        last = next(name for name, each in block.mlp.named_modules() if each is with_mlp.linear)
+        found += [(f"{path}.attn.proj", with_attention), (f"{path}.mlp.{last}", with_mlp)]
     return found
 
 

@@ -114,9 +114,11 @@ def solve(
     layers: dict[str, RecoveredLayer] = {}
     changed: dict[str, NDArray[Any]] = {}
     for number, place in enumerate(places):
-        learnt, checked = _products(place), _products(place)
-        then = [_pass(fit, place, folder, learnt), _pass(held, place, folder, checked)]
-        if place.layer is not None:
+        if place.layer is None:
+            then = [_pass(stream, place, folder) for stream in (fit, held)]
+        else:
+            learnt, checked = (Products(place.layer.in_features, place.layer.out_features) for _ in range(2))
+            then = [_pass(fit, place, folder, learnt), _pass(held, place, folder, checked)]
             found = best_correction(learnt, checked, has_bias=place.layer.bias is not None)
             new = {} if found is None else _corrected(place, found, weights)
             cost = best
@@ -129,9 +131,9 @@ def solve(
                 then = [_pass_again(*each, place, folder) for each in zip((fit, held), then, strict=True)]
             else:
                 _set(place, weights)
-            layers[place.name] = RecoveredLayer(
-                strength=None if found is None else found.strength, changed=cost is best and bool(new), kl=best.kl
-            )
+                new = {}
+            strength = None if found is None else found.strength
+            layers[place.name] = RecoveredLayer(strength=strength, changed=bool(new), kl=best.kl)
         fit.close()
         held.close()
         fit, held = then
@@ -198,11 +200,7 @@ def _first_input(model: Any, images: torch.Tensor) -> torch.Tensor:
 # --- how images pass ----------------------------------------------------------------------------
 
 
-def _products(place: _Place) -> Products | None:
-    return None if place.layer is None else Products(place.layer.in_features, place.layer.out_features)
-
-
-def _pass(stream: _Stream, place: _Place, folder: Path, into: Products | None) -> _Stream:
+def _pass(stream: _Stream, place: _Place, folder: Path, into: Products | None = None) -> _Stream:
     """The images behind `place`; what its layer was given, and what it lacks, is in the sums `into`.
 
     Raises:

@@ -47,7 +47,7 @@ class Spool:
             self._file.seek(0)
             for shape in self._shapes:
                 array = np.empty(tuple(shape), np.float32)
-                self._file.readinto(array.data)  # type: ignore[attr-defined]
+                self._file.readinto(array.data)
                 yield torch.from_numpy(array)
         except OSError as err:
             raise self._failed(err) from err

@@ -3,6 +3,7 @@ from __future__ import annotations
 import copy
 import tracemalloc
 from collections.abc import Iterator, Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,6 @@ import torch
 from tiny_models import FAMILY, SWIN_FAMILY, images, make_member, make_model
 
 from eamdeploy.errors import CheckpointError, ConfigError
-from eamdeploy.host import spool
 from eamdeploy.host.attention import Constants, attention_sites, freeze_attention, halves, steps
 from eamdeploy.host.model import to_numpy
 from eamdeploy.host.recovering import Solved, solve
@@ -128,7 +128,7 @@ def test_recovery_is_never_worse_on_the_images_held_back(kind: str, tmp_path: Pa
     before = copy.deepcopy(teacher.state_dict())
     found = recovered(teacher, student, frozen, tmp_path)
     costs = [found.before.kl, *(layer.kl for layer in found.layers.values())]
-    assert all(later <= earlier for earlier, later in zip(costs, costs[1:], strict=False))
+    assert all(later <= earlier for earlier, later in pairwise(costs))
     assert found.after.kl == costs[-1] < found.before.kl, "two heads of each module are frozen"
     changed = {name for name, layer in found.layers.items() if layer.changed}
     assert {name.rpartition(".")[0] for name in found.weights} == changed
@@ -209,9 +209,10 @@ def test_a_spool_holds_one_tensor_in_memory(tmp_path: Path) -> None:
 
 
 def test_a_full_disk_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(spool.tempfile, "TemporaryFile", lambda dir: Path("/dev/full").open("r+b", buffering=0))  # noqa: A006
-    with Spool(tmp_path) as kept, pytest.raises(ConfigError, match="No space left"):
-        kept.append(torch.zeros(4))
+    with Path("/dev/full").open("r+b", buffering=0) as full:
+        monkeypatch.setattr("eamdeploy.host.spool.tempfile.TemporaryFile", lambda **_: full)
+        with Spool(tmp_path) as kept, pytest.raises(ConfigError, match="No space left"):
+            kept.append(torch.zeros(4))
     with pytest.raises(ConfigError, match="cannot keep activations"):
         monkeypatch.undo()
         Spool(tmp_path / "nowhere")

@@ -120,11 +120,10 @@ def _parts(
     sources: Sources, measurements: Sequence[Measurement], exports: Sequence[Exported], names: Mapping[str, str]
 ) -> Iterator[ReportedModel]:
     """What every record says of a model; those that tie digests together first."""
-    teachers = {item.record.content_digest: item.digest for item in sources.checkpoints}
-    recovered = [item.record.recovery.teacher for item in sources.checkpoints if item.record.recovery is not None]
-    for item in sources.checkpoints:
-        if item.record.content_digest not in recovered:
-            yield _of_checkpoint(item, teachers)
+    seals = {item.record.content_digest: item.digest for item in sources.checkpoints}
+    teachers = [item.record.recovery.teacher for item in sources.checkpoints if item.record.recovery is not None]
+    deployed = [item for item in sources.checkpoints if item.record.content_digest not in teachers]
+    yield from (_of_checkpoint(item, seals) for item in deployed)
     for manifest in sources.of(Manifest):
         yield from _of_manifest(manifest.record)
     for measurement in measurements:
