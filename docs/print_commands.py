@@ -28,6 +28,7 @@ GUIDES = {
     "analyze": "[Choosing what is frozen](../guides/sparsity.md)",
     "freeze": "[Choosing what is frozen](../guides/sparsity.md), [Images](../guides/images.md)",
     "pack": "[Pack your own frozen maps](../guides/own-maps.md)",
+    "recover": "[Freezing more](../guides/recovering.md)",
     "export": "[ONNX Runtime](../guides/onnx-runtime.md), [TensorRT](../guides/tensorrt.md)",
     "lint": "[TensorRT](../guides/tensorrt.md)",
     "build-ort": "[ONNX Runtime](../guides/onnx-runtime.md), [INT8](../guides/int8.md)",

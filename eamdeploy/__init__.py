@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from eamdeploy.stages.inspect import inspect as inspect
     from eamdeploy.stages.pack import pack as pack
     from eamdeploy.stages.profile import profile as profile
+    from eamdeploy.stages.recover import recover as recover
     from eamdeploy.stages.report import report as report
 
 try:
@@ -34,6 +35,7 @@ _STAGES = {
     "analyze": "eamdeploy.stages.analyze",
     "freeze": "eamdeploy.stages.freeze",
     "pack": "eamdeploy.stages.pack",
+    "recover": "eamdeploy.stages.recover",
     "export": "eamdeploy.stages.export",
     "build_ort": "eamdeploy.stages.build_ort",
     "build_trt": "eamdeploy.stages.build_trt",

@@ -36,6 +36,9 @@ Quantizer: TypeAlias = Literal["uniform", "squared"]
 Spacing: TypeAlias = Literal["uniform", "squared"]
 """Where the edges of a histogram's n bins lie: at i/n, or at (i/n)²."""
 
+RecoveryMethod: TypeAlias = Literal["solve"]
+"""How a frozen model recovers: linear layers solved in closed form, layer by layer."""
+
 Precision: TypeAlias = Literal["fp32", "fp16", "bf16"]
 """The lowest floating-point type that an engine may compute in."""
 

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 COMMANDS = (
-    *("analyze", "freeze", "pack", "export", "lint", "build-ort", "build-trt", "evaluate"),
+    *("analyze", "freeze", "pack", "recover", "export", "lint", "build-ort", "build-trt", "evaluate"),
     *("profile", "report", "run", "inspect", "doctor"),
 )
 

@@ -72,7 +72,7 @@ ROOMS: dict[str, set[str]] = {
 HOST_ONLY = {
     *("graph", "passes", "host", "lint"),
     *("convert.ort", "convert.ort_int8", "convert.trt", "convert.trt_half", "convert.trt_passes"),
-    *("stages.analyze", "stages.freeze", "stages.pack", "stages.export"),
+    *("stages.analyze", "stages.freeze", "stages.pack", "stages.recover", "stages.export"),
 }
 
 # Where a package may be imported: modules, folders of modules, or whole rooms.
@@ -406,6 +406,7 @@ def test_a_board_builds_evaluates_profiles_and_inspects(
         "freeze": ["freeze", "--model", NAME, "--data", pictures, "-o", tmp_path / "x.eam.safetensors"],
         "analyze": ["analyze", "--model", NAME, "--data", pictures, "-o", tmp_path / "x.json"],
         "pack": ["pack", "--model", NAME, "--maps", tmp_path / "m.npz", "-o", tmp_path / "x.eam.safetensors"],
+        "recover": ["recover", eam_checkpoint, "--data", pictures, "-o", tmp_path / "y.eam.safetensors"],
         "run": ["-q", "run", config],
         "export": ["export", eam_checkpoint, "-o", tmp_path / "x.onnx"],
         "evaluate checkpoint": ["evaluate", eam_checkpoint, "--data", pictures],
@@ -434,7 +435,7 @@ def test_a_board_builds_evaluates_profiles_and_inspects(
     code, out, err = outcomes["wrong engine"]
     assert (code, out) == (3, "") and err.startswith("error: parity of ") and err.count("\n") == 1
     for name, package in (
-        *dict.fromkeys(("freeze", "analyze", "pack", "export", "evaluate checkpoint"), "torch").items(),
+        *dict.fromkeys(("freeze", "analyze", "pack", "recover", "export", "evaluate checkpoint"), "torch").items(),
         ("run", "timm"),
         ("inspect checkpoint", "safetensors"),
         ("report", "jinja2"),

@@ -109,12 +109,58 @@ class Freezing(Record):
         return dict(zip(heads, ranks, strict=True)).get(head)
 
 
+class RecoveredLayer(Record):
+    """What recovery did to one linear layer.
+
+    Attributes:
+        strength: of the ridge, in units of the mean eigenvalue of the inputs' covariance; None where no strength
+            lessened the error on the images held back.
+        changed: whether the layer has new weights; otherwise it kept its own.
+        kl: of the whole model on the images held back once this layer was done with.
+    """
+
+    strength: float | None
+    changed: bool
+    kl: float = Field(ge=0, allow_inf_nan=False)
+
+
+class Recovery(Record):
+    """How a model recovered from freezing. Its weights are no longer those of the unfrozen model, its teacher.
+
+    Attributes:
+        teacher: the seal of the checkpoint that has the teacher's weights; None for one of format 1.
+        n_images: how many images, of which `n_held_back` only checked what was learnt from the others.
+        digest, source, exif_transpose: of the images, as in the header's `calibration`.
+        layers: every layer that was tried, by its path, in the order of the work.
+        before, after: what freezing costs against the teacher on the images held back.
+    """
+
+    method: Literal["solve"]
+    teacher: str | None
+    n_images: int = Field(ge=2)
+    n_held_back: int = Field(ge=1)
+    digest: str
+    source: str
+    exif_transpose: bool = False
+    seed: int
+    layers: dict[str, RecoveredLayer]
+    before: FreezingCost
+    after: FreezingCost
+
+    @property
+    def n_changed(self) -> int:
+        """How many layers have new weights."""
+        return sum(layer.changed for layer in self.layers.values())
+
+
 class ModelCard(Record):
     """What a board must know about an ONNX model without torch; stored under `CARD_KEY` in its metadata.
 
     Attributes:
         weights: where the weights came from; `random` marks a model that is good for latency only.
         freezing: None for an unfrozen model.
+        recovery: how the weights were changed after freezing; None where they were not. A model with `recovery` and
+            without `freezing` is no reference for accuracy.
         checkpoint_digest: SHA-256 of the EAM checkpoint this was exported from.
         rewrites: names of the passes applied, in order.
         takes_pixels: the input is uint8 [B, 3, H, W], and the graph normalizes it as `preprocessing` says; otherwise
@@ -127,6 +173,7 @@ class ModelCard(Record):
     class_names: list[str] | None = None
     preprocessing: Preprocessing
     freezing: Freezing | None = None
+    recovery: Recovery | None = None
     checkpoint_digest: str | None = None
     rewrites: list[str] = Field(default_factory=list)
     takes_pixels: bool = False

@@ -10,13 +10,14 @@ import typer
 from rich.console import Console
 
 from eamdeploy.artifacts.records import printable
-from eamdeploy.cli import build, export, freeze, measure, options, overview
+from eamdeploy.cli import build, export, freeze, measure, options, overview, recover
 from eamdeploy.cli.console import Terminal
 from eamdeploy.cli.spread import spread
 from eamdeploy.errors import EamDeployError
 
 COMMANDS = (
     *(freeze.analyze, freeze.freeze, freeze.pack),
+    recover.recover,
     *(export.export, export.lint),
     *(build.build_ort, build.build_trt),
     *(measure.evaluate, measure.profile),

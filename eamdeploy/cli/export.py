@@ -35,6 +35,10 @@ def export(
     stock: Annotated[
         Path | None, typer.Option(help="Also write the unfrozen model as torch exports it, without any pass.")
     ] = None,
+    teacher: Annotated[
+        Path | None,
+        typer.Option(help="Of a recovered checkpoint, the one it was made of: the twin has that one's weights."),
+    ] = None,
     batch: Annotated[str, typer.Option(help="'dynamic', or one fixed batch size.")] = "dynamic",
     opset: Annotated[
         int | None,
@@ -77,6 +81,7 @@ def export(
             output,
             baseline=baseline,
             stock=stock,
+            teacher=teacher,
             batch=options.parse_batch(batch),
             opset=opset,
             exporter=exporter,

@@ -23,6 +23,9 @@ def evaluate(
         Path | None,
         typer.Option(help="Checkpoint or engine to agree with; a checkpoint's default is its own unfrozen model."),
     ] = None,
+    live: Annotated[
+        bool, typer.Option("--live", help="The reference is a checkpoint: take its model with all attention live.")
+    ] = False,
     output: Annotated[Path | None, typer.Option("--output", "-o", help="Also write the JSON here.")] = None,
     class_order: options.LabelOrder = None,
     class_names: options.LabelNames = None,
@@ -39,7 +42,14 @@ def evaluate(
     source = replace(images.source, class_order=class_order, class_names=names)
     with context.obj as terminal:
         result = run_evaluate(
-            model, source, reference=reference, threads=threads, verify=verify, check=check, observer=terminal
+            model,
+            source,
+            reference=reference,
+            live=live,
+            threads=threads,
+            verify=verify,
+            check=check,
+            observer=terminal,
         )
     if output is not None:
         result.write(output)

@@ -9,7 +9,7 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from eamdeploy.artifacts.card import RANDOM_WARNING, Freezing
+from eamdeploy.artifacts.card import RANDOM_WARNING, Freezing, Recovery
 from eamdeploy.cli import show_profile
 from eamdeploy.cli.show_profile import SLOWEST
 from eamdeploy.eam.records import AttentionShape, CheckpointHeader
@@ -72,8 +72,31 @@ def _head(freezing: Freezing, path: str, head: int) -> str:
 
 
 def checkpoint(header: CheckpointHeader) -> RenderableType:
-    """What was frozen, and a warning where the weights mean nothing."""
-    return _with_warning(frozen_heads(header.freezing, header.attention), header.weights)
+    """What was frozen, whether it recovered, and a warning where the weights mean nothing."""
+    recovered = [] if header.recovery is None else [Text(_recovered(header.recovery))]
+    return _with_warning(Group(frozen_heads(header.freezing, header.attention), *recovered), header.weights)
+
+
+def recovery(header: CheckpointHeader) -> RenderableType:
+    """What recovery changed, layer by layer, and what it gained."""
+    found = header.recovery
+    assert found is not None, "the stage records it"
+    table = Table(title="Recovered", title_justify="left", box=None, padding=(0, 2, 0, 0))
+    for name in ("layer", "new weights", "KL afterwards"):
+        table.add_column(name)
+    for path, layer in found.layers.items():
+        table.add_row(path, f"ridge {layer.strength:.2g}" if layer.changed else "kept its own", f"{layer.kl:.3g} nats")
+    return _with_warning(Group(table, Text(_recovered(found))), header.weights)
+
+
+def _recovered(found: Recovery) -> str:
+    before, after = found.before, found.after
+    return (
+        f"recovered by {found.method} from {found.n_images - found.n_held_back} images: "
+        f"{found.n_changed} of {len(found.layers)} layers have new weights\n"
+        f"against the unfrozen model on {found.n_held_back} other images: agreement {before.agreement:.1f} → "
+        f"{after.agreement:.1f} %, KL {before.kl:.3g} → {after.kl:.3g} nats"
+    )
 
 
 def analysis(result: Analysis) -> RenderableType:

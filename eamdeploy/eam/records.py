@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import Field, JsonValue, field_validator
 
-from eamdeploy.artifacts.card import Freezing, Preprocessing
+from eamdeploy.artifacts.card import Freezing, Preprocessing, Recovery
 from eamdeploy.artifacts.records import Record
 from eamdeploy.eam.quantizers import dequantize
 from eamdeploy.vocabulary import Quantizer
@@ -90,6 +90,7 @@ class CheckpointHeader(Record):
         weights: where the weights came from; `random` marks a model that is good for latency only.
         attention: every attention module by its path, in the model's order, frozen or not.
         calibration: None when the maps came from the user's own training.
+        recovery: how the weights were changed after freezing; None where they are the unfrozen model's own.
         versions: version by package name.
         content_digest: the seal (see `seal`) of header and tensors; None in files of format 1, and before `save`.
     """
@@ -104,6 +105,7 @@ class CheckpointHeader(Record):
     attention: dict[str, AttentionShape]
     freezing: Freezing
     calibration: Calibration | None = None
+    recovery: Recovery | None = None
     versions: dict[str, str] = Field(default_factory=dict)
     content_digest: str | None = None
 

@@ -17,7 +17,7 @@ from torch import nn
 
 from eamdeploy.errors import UnsupportedGraph
 from eamdeploy.host import swin, vit
-from eamdeploy.host.sites import AttentionSite, refuse_unless
+from eamdeploy.host.sites import AttentionSite, Half, refuse_unless
 from eamdeploy.passes.facts import Parts
 
 _FAMILIES: tuple[ModuleType, ...] = (vit, swin)
@@ -130,6 +130,25 @@ def steps(model: Any) -> list[tuple[str, nn.Module]]:
     The module `x.attn` is in the step `x`, wherever `model` has an attention site of that path.
     """
     found: list[tuple[str, nn.Module]] = _BY_MODEL[type(model)].steps(model)
+    return found
+
+
+def halves(model: Any) -> list[tuple[str, Half]]:
+    """Everything between embedding and final norm, every block as its two halves: path and what is there.
+
+    The path of a half is that of the linear layer at its end, as the model has it without frozen attention.
+    """
+    family = _BY_MODEL[type(model)]
+    found: list[tuple[str, Half]] = []
+    for path, module in steps(model):
+        block: Any = module  # its attributes are timm's
+        if not hasattr(block, "attn"):
+            found.append((path, Half(None, block, None, lambda x: x)))
+            continue
+        attention = block.attn.attention if isinstance(block.attn, FrozenAttention) else block.attn
+        with_attention, with_mlp = family.halves(block, attention.proj)
+        last = next(name for name, each in block.mlp.named_modules() if each is with_mlp.linear)
+        found += [(f"{path}.attn.proj", with_attention), (f"{path}.mlp.{last}", with_mlp)]
     return found
 
 

@@ -118,6 +118,7 @@ def make_plan(checkpoint: Path, options: ExportOptions, *, verify: bool) -> Expo
         num_classes=header.num_classes,
         class_names=header.class_names,
         preprocessing=header.preprocessing,
+        recovery=header.recovery,
         checkpoint_digest=digest_file(checkpoint),
         takes_pixels=options.fold_preprocess,
         versions=package_versions(),

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
+from torch import nn
 
 from eamdeploy.eam.kinds import HeadSize
 from eamdeploy.eam.records import AttentionShape
@@ -46,6 +48,22 @@ class AttentionSite:
     def entries_per_head(self) -> int:
         """Values in one head's maps of one image: W·N²."""
         return self.n_windows * self.tokens**2
+
+
+class Half(NamedTuple):
+    """Half a transformer block: x ↦ x + γ·(W·f(x) + b), moved from the order of W's inputs back to that of x.
+
+    Attributes:
+        linear: the layer W, b at its end; None where the module is no such half.
+        run: the whole half.
+        scale: γ `[D]`; None for 1.
+        arrange: a tensor in the order of x in the order of `linear`'s inputs, with 0 where they have padding.
+    """
+
+    linear: nn.Linear | None
+    run: Callable[[torch.Tensor], torch.Tensor]
+    scale: torch.Tensor | None
+    arrange: Callable[[torch.Tensor], torch.Tensor]
 
 
 def window_maps(site: AttentionSite, mode: WindowMaps) -> tuple[int, ...] | None:

@@ -17,7 +17,7 @@ from timm.models.swin_transformer import (
 )
 from torch import nn
 
-from eamdeploy.host.sites import AttentionSite, refuse_other_modules, refuse_unless
+from eamdeploy.host.sites import AttentionSite, Half, refuse_other_modules, refuse_unless
 from eamdeploy.passes.facts import Parts
 
 MODELS = (SwinTransformer,)
@@ -160,3 +160,37 @@ def _mask_classes(block: Any) -> tuple[int, ...]:
     numbers: dict[bytes, int] = {}
     masks: list[torch.Tensor] = list(block.attn_mask)
     return tuple(numbers.setdefault((mask != 0).numpy().tobytes(), len(numbers)) for mask in masks)
+
+
+class _Windows(nn.Module):
+    """Stands in for a block's attention, and keeps the windows that the block makes of its tokens."""
+
+    seen: torch.Tensor
+
+    def forward(self, x: torch.Tensor, mask: torch.Tensor | None = None) -> torch.Tensor:
+        self.seen = x
+        return x
+
+
+def halves(block: Any, projection: nn.Linear) -> tuple[Half, Half]:
+    """Attention and MLP of `block`, each with its residual; together they are the block.
+
+    Args:
+        projection: the output projection of the block's attention.
+
+    Source: `timm.models.swin_transformer.SwinTransformerBlock.forward`.
+    """
+
+    def arrange(x: torch.Tensor) -> torch.Tensor:
+        attention, windows = block.attn, _Windows()
+        block.attn = windows
+        try:
+            block._attn(x)
+        finally:
+            block.attn = attention
+        return windows.seen  # [B·W, N, D]
+
+    return (
+        Half(projection, lambda x: x + block._attn(block.norm1(x)), None, arrange),
+        Half(block.mlp.fc2, lambda x: x + block.mlp(block.norm2(x)), None, lambda x: x),
+    )

@@ -8,9 +8,10 @@ from typing import Any
 import torch
 from timm.models.deit import VisionTransformerDistilled
 from timm.models.vision_transformer import Attention, Block, LayerScale, VisionTransformer
+from timm.models.vitamin import GeGluMlp
 from torch import nn
 
-from eamdeploy.host.sites import AttentionSite, refuse_other_modules, refuse_unless
+from eamdeploy.host.sites import AttentionSite, Half, refuse_other_modules, refuse_unless
 from eamdeploy.passes.facts import Parts
 
 MODELS = (VisionTransformer, VisionTransformerDistilled)
@@ -123,3 +124,22 @@ def attend(attention: Any, x: torch.Tensor, mask: torch.Tensor | None) -> tuple[
 def steps(model: Any) -> list[tuple[str, nn.Module]]:
     """Module path and module of everything between embedding and final norm, in forward order."""
     return [(f"blocks.{index}", block) for index, block in enumerate(model.blocks)]
+
+
+def halves(block: Any, projection: nn.Linear) -> tuple[Half, Half]:
+    """Attention and MLP of `block`, each with its residual; together they are the block.
+
+    Args:
+        projection: the output projection of the block's attention.
+
+    Source: `timm.models.vision_transformer.Block.forward`.
+    """
+    last = block.mlp.w2 if isinstance(block.mlp, GeGluMlp) else block.mlp.fc2
+    return (
+        Half(projection, lambda x: x + block.ls1(block.attn(block.norm1(x))), _gamma(block.ls1), lambda x: x),
+        Half(last, lambda x: x + block.ls2(block.mlp(block.norm2(x))), _gamma(block.ls2), lambda x: x),
+    )
+
+
+def _gamma(scale: nn.Module) -> torch.Tensor | None:
+    return scale.gamma.detach() if isinstance(scale, LayerScale) else None

@@ -14,6 +14,7 @@ from eamdeploy.artifacts.file_kinds import text_in_words
 from eamdeploy.artifacts.records import Record
 from eamdeploy.convert.ort_form import OrtForm, forms_for
 from eamdeploy.eam.options import DEFAULT_OPTIONS, FreezeOptions
+from eamdeploy.eam.recovery import RecoverOptions
 from eamdeploy.errors import ConfigError
 from eamdeploy.images.options import TIMM_PREPROCESSING, ImageOptions, PreprocessingOverrides
 from eamdeploy.images.source import ImageSource, read_class_names
@@ -136,6 +137,7 @@ class RunConfig(Record):
 
     Attributes:
         output: folder for everything that the stages write.
+        recover: with the images of `calibrate`; None leaves recovery out.
         evaluate: None leaves the accuracy out.
     """
 
@@ -144,6 +146,7 @@ class RunConfig(Record):
     preprocessing: PreprocessingOverrides = TIMM_PREPROCESSING
     calibrate: ImageOptions
     freeze: FreezeOptions = DEFAULT_OPTIONS
+    recover: RecoverOptions | None = None
     export: ExportConfig = ExportConfig()
     build: BuildConfig = BuildConfig()
     evaluate: EvaluateOptions | None = None

@@ -14,7 +14,7 @@ from eamdeploy.images.folder import folder_digest
 from eamdeploy.observer import Observer
 from eamdeploy.parity.reference_set import reference_path
 from eamdeploy.pipeline.config import RunConfig
-from eamdeploy.pipeline.stage import Stage, engine_inputs, engines, models, runtime_versions, versions_of
+from eamdeploy.pipeline.stage import Stage, checkpoint_of, engine_inputs, engines, models, runtime_versions, versions_of
 from eamdeploy.profiling.timing import Schedule
 from eamdeploy.stages.build_ort import build_ort
 from eamdeploy.stages.evaluate import evaluate
@@ -94,7 +94,7 @@ def evaluate_stage(config: RunConfig, observer: Observer) -> Stage | None:
     def action() -> None:
         evaluate(engine, images, reference=baseline, observer=observer).write(output)
 
-    header = checkpoints.load(config.output / "model.eam.safetensors").header
+    header = checkpoints.load(checkpoint_of(config)).header
     folder = images.open_labelled(header.num_classes, header.class_names)
     asked = {} if images.class_order is None else {"class_order": images.class_order}  # which the report records
     inputs = {"images": folder_digest(folder, with_labels=True), **asked, **engine_inputs(config)}

@@ -1,4 +1,4 @@
-"""The stages of `eamdeploy run` that need torch: freeze and export."""
+"""The stages of `eamdeploy run` that need torch: freeze, recover and export."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from eamdeploy.images.source import read_class_names
 from eamdeploy.observer import Observer
 from eamdeploy.parity.reference_set import REFERENCE_IMAGES, reference_path
 from eamdeploy.pipeline.config import RunConfig
-from eamdeploy.pipeline.stage import Stage, models, versions_of
+from eamdeploy.pipeline.stage import Stage, checkpoint_of, models, teacher_of, versions_of
 
 
 def freeze_stage(config: RunConfig, observer: Observer) -> Stage:
-    output, model = config.output / "model.eam.safetensors", config.model
+    output, model = teacher_of(config), config.model
     heatmap = config.output / "heatmap.png"
     images = config.calibrate.source
 
@@ -48,8 +48,30 @@ def freeze_stage(config: RunConfig, observer: Observer) -> Stage:
     return Stage(inputs, [output, heatmap], action)
 
 
+def recover_stage(config: RunConfig, observer: Observer) -> Stage | None:
+    """None where the configuration does not ask for it."""
+    options = config.recover
+    if options is None:
+        return None
+    teacher, output, images = teacher_of(config), checkpoint_of(config), config.calibrate.source
+
+    def action() -> None:
+        with host_packages("recovering"):
+            from eamdeploy.stages.recover import recover
+        recover(teacher, images, output, options, observer=observer)
+
+    inputs = {
+        "config": config.model_dump(mode="json", include={"recover"}),
+        "checkpoint": digest_file(teacher),
+        "images": [images.root.name, images.skip_bad, folder_digest(images.open())],
+        "versions": versions_of("eamdeploy", "torch", "timm"),
+    }
+    return Stage(inputs, [output], action)
+
+
 def export_stage(config: RunConfig, observer: Observer) -> Stage:
-    checkpoint = config.output / "model.eam.safetensors"
+    checkpoint, teacher = checkpoint_of(config), teacher_of(config)
+    recovered = teacher != checkpoint
     files = models(config)
     model, baseline, *stock = files
     images = replace(config.calibrate.source, limit=REFERENCE_IMAGES)
@@ -62,6 +84,7 @@ def export_stage(config: RunConfig, observer: Observer) -> Stage:
             model,
             baseline=baseline,
             stock=stock[0] if stock else None,
+            teacher=teacher if recovered else None,
             batch=config.export.batch,
             opset=config.export.opset,
             exporter=config.export.exporter,
@@ -75,6 +98,7 @@ def export_stage(config: RunConfig, observer: Observer) -> Stage:
     inputs = {
         "config": config.export.model_dump(mode="json", exclude=unset),
         "checkpoint": digest_file(checkpoint),
+        **({"teacher": digest_file(teacher)} if recovered else {}),
         "images": folder_digest(images.open()),
         "versions": versions_of("eamdeploy", "torch", "onnx", "onnxscript"),
     }

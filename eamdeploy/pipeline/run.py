@@ -1,8 +1,8 @@
 """All stages in order, from a configuration file, each run only when something it depends on has changed.
 
-    freeze ─▶ export ─▶ build ─▶ evaluate ─▶ profile ─▶ report
-    model,    ONNX and  engine   accuracy    latency,   one page
-    images    its twin  and twin             memory     of all
+    freeze ─▶ recover ─▶ export ─▶ build ─▶ evaluate ─▶ profile ─▶ report
+    model,    if asked   ONNX and  engine   accuracy    latency,   one page
+    images    for        its twin  and twin             memory     of all
 
 `run.json` in the output folder remembers, for every stage, a digest of all that went into it and the digests of what
 came out. A stage whose inputs are the same and whose outputs are still there, untouched, is not run again.
@@ -25,8 +25,8 @@ from eamdeploy.errors import CheckpointError, ConfigError, EamDeployError
 from eamdeploy.observer import SILENT, Observer
 from eamdeploy.pipeline.config import RunConfig
 from eamdeploy.pipeline.engines import build_stage, evaluate_stage, profile_stage
-from eamdeploy.pipeline.host import export_stage, freeze_stage
-from eamdeploy.pipeline.stage import Stage, engines, versions_of
+from eamdeploy.pipeline.host import export_stage, freeze_stage, recover_stage
+from eamdeploy.pipeline.stage import Stage, checkpoint_of, engines, versions_of
 from eamdeploy.records.evaluation import EvaluationReport
 from eamdeploy.records.profile import Profile
 from eamdeploy.stages.report import report
@@ -87,7 +87,7 @@ def run(config: RunConfig, *, force: bool = False, observer: Observer = SILENT) 
         ran=ran,
         reused=reused,
         files=files,
-        freezing=checkpoints.load(config.output / "model.eam.safetensors").header,
+        freezing=checkpoints.load(checkpoint_of(config)).header,
         evaluation=EvaluationReport.read(evaluated) if config.evaluate else None,
         profile=Profile.read(config.output / "profile.json"),
     )
@@ -96,7 +96,7 @@ def run(config: RunConfig, *, force: bool = False, observer: Observer = SILENT) 
 def _report_stage(config: RunConfig, observer: Observer) -> Stage:
     output, state = config.output / "report.html", config.output / RUN_STATE
     manifests = [manifest_path(engine).name for engine in engines(config)]
-    shown = ["model.eam.safetensors", *manifests, "profile.json"]
+    shown = [checkpoint_of(config).name, *manifests, "profile.json"]
     shown += [] if config.evaluate is None else ["evaluation.json"]
 
     def action() -> None:
@@ -111,6 +111,7 @@ def _report_stage(config: RunConfig, observer: Observer) -> Stage:
 
 _STAGES: Mapping[str, Callable[[RunConfig, Observer], Stage | None]] = {
     "freeze": freeze_stage,
+    "recover": recover_stage,
     "export": export_stage,
     "build": build_stage,
     "evaluate": evaluate_stage,

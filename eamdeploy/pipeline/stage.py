@@ -31,6 +31,16 @@ class Stage:
     action: Callable[[], object]
 
 
+def checkpoint_of(config: RunConfig) -> Path:
+    """The checkpoint that is exported: the recovered one, where the configuration has `[recover]`."""
+    return config.output / "model.eam.safetensors"
+
+
+def teacher_of(config: RunConfig) -> Path:
+    """The checkpoint with the weights of the unfrozen model: what `freeze` writes."""
+    return checkpoint_of(config) if config.recover is None else config.output / "frozen.eam.safetensors"
+
+
 def models(config: RunConfig) -> list[Path]:
     """The exported model, its unfrozen twin and, where it is asked for, the model as torch exports it."""
     names = ["model", "baseline", *(["stock"] if config.export.stock else [])]

@@ -42,6 +42,7 @@ class EvaluationReport(Evaluation):
         image_source: the same as fields; None in an older report.
         reference_is_live: the reference is the checkpoint's own model with all attention live,
             and `reference` names no other file; None in an older report.
+        reference_all_live: the reference is the model of the checkpoint in `reference`, with all attention live.
         class_order: how the user said that labels are to be read; None if not.
         labels_in_doubt: the reference, or without one the model, is no better than guessing at the labels, so that they
             probably do not belong to the model. Never for random weights.
@@ -55,6 +56,7 @@ class EvaluationReport(Evaluation):
     images: str
     image_source: EvaluatedImages | None = None
     reference_is_live: bool | None = None
+    reference_all_live: bool = False
     class_order: ClassOrder | None = None
     labels_in_doubt: bool = False
 

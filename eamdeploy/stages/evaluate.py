@@ -32,6 +32,7 @@ class _Model:
     class_names: list[str] | None
     weights: str | None
     takes_pixels: bool = False
+    is_changed: bool = False  # weights of a recovered model, and nothing frozen
 
 
 def evaluate(
@@ -39,6 +40,7 @@ def evaluate(
     images: ImageSource,
     *,
     reference: Path | None = None,
+    live: bool = False,
     threads: int | None = None,
     verify: bool = True,
     check: bool = True,
@@ -48,17 +50,26 @@ def evaluate(
 
     Args:
         model: an EAM checkpoint (needs the host packages) or an engine.
-        reference: another checkpoint or engine; for a checkpoint by default its own model with all attention live.
+        reference: another checkpoint or engine; for a checkpoint by default its own model with all attention live,
+            unless that has recovered: its weights with all attention live are no model that anybody trained.
+        live: the reference is a checkpoint, and its model with all attention live is meant, not its frozen one.
         verify: checkpoints and exported models must be as they were written; False for one that was changed on
             purpose.
         check: prove an engine anew that was proved on another kind of processor, see `engines.proof`.
 
     Raises:
-        ConfigError: a file or the images can't be used, or the two models don't go together.
+        ConfigError: a file or the images can't be used, the two models don't go together, or the reference has the
+            weights of a recovered model and nothing frozen.
         CheckpointError, EngineError: a model is damaged or can't be run.
         ParityError: a model returns NaN, or an engine from another kind of processor is not what it was there.
         MissingDependency: a checkpoint is given and torch is not installed.
     """
+    if live and (reference is None or not _is_checkpoint(reference)):
+        raise ConfigError(
+            "--live is about a checkpoint as the reference",
+            expected="--reference x.eam.safetensors",
+            got=reference or "no --reference",
+        )
     for path in (model, reference):
         if path is not None and not _is_checkpoint(path):
             prove_here(path, threads, check=check, note=observer.note)
@@ -67,11 +78,13 @@ def evaluate(
         model_digest = digest_model(model)
         other, other_name, other_digest = None, None, None
         if reference is not None:
-            other = stack.enter_context(_open(reference, threads, frozen=True, verify=verify))
+            other = stack.enter_context(_open(reference, threads, frozen=not live, verify=verify))
             other_name, other_digest = str(reference), digest_model(reference)
         elif _is_checkpoint(model):
             other = stack.enter_context(_open(model, threads, frozen=False, verify=verify))
             other_name, other_digest = f"{model} with all attention live", model_digest
+        if other is not None and other.is_changed:
+            raise _no_teacher(reference or model)
         how = _preprocessing(model, candidate, other)
         class_names = candidate.class_names or (other.class_names if other else None)
         num_classes = candidate.num_classes or (other.num_classes if other else None)
@@ -108,6 +121,7 @@ def evaluate(
         images=used.in_words,
         image_source=used,
         reference_is_live=other is not None and reference is None,
+        reference_all_live=live,
         class_order=images.class_order,
         labels_in_doubt=not random and _labels_in_doubt(result),
     )
@@ -118,6 +132,14 @@ def _labels_in_doubt(found: Evaluation) -> bool:
     if top1 is None:
         return False
     return is_no_better_than_guessing(round(top1 * found.n_images / 100), found.n_images, found.num_classes)
+
+
+def _no_teacher(path: Path) -> ConfigError:
+    return ConfigError(
+        f"{path} has recovered: its weights with all attention live are not the unfrozen model, and no reference",
+        hint="Compare with the checkpoint that it was made of: --reference x.eam.safetensors --live, or with an engine "
+        "of the unfrozen twin of that checkpoint.",
+    )
 
 
 def _is_checkpoint(path: Path) -> bool:
@@ -139,6 +161,7 @@ def _open(path: Path, threads: int | None, *, frozen: bool, verify: bool) -> Ite
             None if card is None else card.class_names,
             None if card is None else card.weights,
             runner.io.takes_pixels,
+            card is not None and card.recovery is not None and card.freezing is None,
         )
 
 
@@ -155,6 +178,7 @@ def _open_checkpoint(path: Path, *, frozen: bool, verify: bool) -> _Model:
         loaded.header.num_classes,
         loaded.header.class_names,
         loaded.header.weights,
+        is_changed=loaded.header.recovery is not None and not frozen,
     )
 
 

@@ -82,6 +82,12 @@ def _checkpoint(path: Path, verify: bool) -> tuple[str, dict[str, JsonValue]]:
     }
     if header.calibration is not None:
         details["calibration"] = f"{header.calibration.n_images} images of {header.calibration.source}"
+    if (recovery := header.recovery) is not None:
+        details["recovery"] = (
+            f"{recovery.method}: new weights in {recovery.n_changed} of {len(recovery.layers)} layers, "
+            f"from {recovery.n_images} images of {recovery.source}; agreement with the unfrozen model "
+            f"{recovery.before.agreement:.1f} → {recovery.after.agreement:.1f} %"
+        )
     return "EAM checkpoint", details
 
 

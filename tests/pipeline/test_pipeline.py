@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 
+import numpy as np
 import onnx
 import pytest
 from notebook import Notebook
@@ -203,6 +204,21 @@ def test_the_stock_export_is_built_and_measured_too_and_is_what_speed_ups_are_ag
     names = ["model.ort.onnx", "baseline.ort.onnx"]
     assert [each.digest for each in measured.engines] == [digest_file(out / name) for name in names]
     assert run_again(project, {"export": {"stock": True}}).ran == []
+
+
+def test_a_run_with_recovery_compares_with_the_model_before_freezing(project: Path) -> None:
+    twin = ReferenceSet.load(project / "out" / "baseline.reference.npz").logits
+    report = run_again(project, {"recover": {"held_back": 0.3}})
+    assert report.ran == ["freeze", "recover", "export", "build", "evaluate", "profile", "report"]
+    out = project / "out"
+    before, after = (checkpoints.load(out / f"{name}.eam.safetensors").header for name in ("frozen", "model"))
+    assert before.recovery is None and after.recovery is not None and report.freezing == after
+    assert after.recovery.teacher == before.content_digest and after.recovery.n_held_back == 3
+    np.testing.assert_allclose(ReferenceSet.load(out / "baseline.reference.npz").logits, twin, atol=1e-6)
+    assert "recovered (solve)" in (out / "report.html").read_text()
+    assert run_again(project, {"recover": {"held_back": 0.3}}).ran == []
+    assert run_again(project, {"recover": {"held_back": 0.3, "seed": 5}}).ran[0] == "recover"
+    assert run_again(project, {}).ran[0] == "freeze", "model.eam.safetensors is what freeze writes again"
 
 
 def test_force_runs_everything(project: Path) -> None:

@@ -7,10 +7,10 @@ command.
 from __future__ import annotations
 
 import shlex
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from eamdeploy.artifacts.card import Preprocessing
+from eamdeploy.artifacts.card import Preprocessing, Recovery
 from eamdeploy.artifacts.run_state import RunState
 from eamdeploy.eam.analysis import Analysis
 from eamdeploy.eam.records import CheckpointHeader
@@ -34,7 +34,7 @@ def commands(sources: Sources) -> list[Command]:
     return [
         *(_run(item) for item in sources.of(RunState)),
         *(_analyze(item) for item in sources.of(Analysis)),
-        *(_freeze(item) for item in sources.checkpoints),
+        *(_freeze(item, sources.checkpoints) for item in sources.checkpoints),
         *(_export(item, sources) for item in sources.of(Export)),
         *(_build(item, models) for item in sources.of(Manifest)),
         *(_evaluate(item) for item in sources.of(EvaluationReport)),
@@ -85,9 +85,12 @@ def _analyze(item: Sourced[Analysis]) -> Command:
     )
 
 
-def _freeze(item: Sourced[CheckpointHeader]) -> Command:
+def _freeze(item: Sourced[CheckpointHeader], others: Sequence[Sourced[CheckpointHeader]]) -> Command:
     header = item.record
     freezing, calibration = header.freezing, header.calibration
+    if header.recovery is not None:
+        teacher = next((each.file for each in others if each.record.content_digest == header.recovery.teacher), None)
+        return _recover(item.file, header.recovery, teacher)
     model: dict[str, Any] = {
         "--model": header.timm_model,
         "--weights": header.weights,
@@ -111,6 +114,22 @@ def _freeze(item: Sourced[CheckpointHeader]) -> Command:
     unknown = "folders of images and weights, --split, --images, --bins, --spacing, --seed, --score-images"
     text = command_line("freeze", {**model, **chosen, **stored})
     return Command(item.file, text, f"{unknown}; {calibration.n_images} images were used")
+
+
+def _recover(file: str, found: Recovery, teacher: str | None) -> Command:
+    options: dict[str, Any] = {
+        "--data": found.source,
+        "--exif-transpose": found.exif_transpose,
+        "--method": found.method,
+        "--seed": found.seed,
+        "-o": file,
+    }
+    missing = [
+        *([] if teacher else ["the checkpoint before recovery"]),
+        "where the folder of images lies, --split, --images, --held-back",
+    ]
+    text = command_line("recover", options, teacher or "CHECKPOINT")
+    return Command(file, text, f"{', '.join(missing)}; {found.n_images} images were used")
 
 
 def _export(item: Sourced[Export], sources: Sources) -> Command:
@@ -213,6 +232,7 @@ def _evaluate(item: Sourced[EvaluationReport]) -> Command:
     reference_known = _is_reference_known(record)
     options: dict[str, Any] = {
         "--reference": _reference(record) if reference_known else "REFERENCE",
+        "--live": record.reference_all_live,
         **_evaluated_images(record.image_source),
         "--skip-bad": record.n_skipped > 0,
         "--class-order": record.class_order,

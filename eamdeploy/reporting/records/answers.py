@@ -84,6 +84,13 @@ def _frozen(frozen: Frozen) -> Figure:
     if (cost := frozen.cost) is not None:
         images = numbers.plural(cost.n_images, "calibration image")
         details.append(f"agreement {numbers.percent(cost.agreement)}, KL {cost.kl:.3g} nats on {images}")
+    if (recovery := frozen.recovery) is not None:
+        before, after = recovery.before, recovery.after
+        images = numbers.plural(after.n_images, "image")
+        details.append(
+            f"recovered ({recovery.method}): agreement {numbers.percent(before.agreement)} before, "
+            f"{numbers.percent(after.agreement)} after, on {images} held back"
+        )
     if frozen.window_maps is not None:
         details.append(f"window maps: {frozen.window_maps}")
     return Figure(heads, _how(frozen), tuple(details))

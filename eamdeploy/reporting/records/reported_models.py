@@ -11,7 +11,7 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from eamdeploy.artifacts.card import Freezing, FreezingCost
+from eamdeploy.artifacts.card import Freezing, FreezingCost, Recovery
 from eamdeploy.eam.analysis import Analysis
 from eamdeploy.engines.manifest import Manifest
 from eamdeploy.records.evaluation import EvaluationReport
@@ -35,6 +35,7 @@ class Frozen:
         planned: it would be frozen, by an analysis.
         cost: what the frozen set costs on its calibration images, where that was measured.
         low_rank: how many of these heads are frozen with which rank, ranks ascending.
+        recovery: how the model recovered from it; None where it did not.
     """
 
     heads: int
@@ -49,6 +50,7 @@ class Frozen:
     planned: bool = False
     cost: FreezingCost | None = None
     low_rank: tuple[tuple[int, int], ...] = ()
+    recovery: Recovery | None = None
 
     @property
     def summary(self) -> tuple[object, ...]:
@@ -120,7 +122,10 @@ def _parts(
     sources: Sources, measurements: Sequence[Measurement], exports: Sequence[Exported], names: Mapping[str, str]
 ) -> Iterator[ReportedModel]:
     """What every record says of a model; those that tie digests together first."""
-    yield from map(_of_checkpoint, sources.checkpoints)
+    seals = {item.record.content_digest: item.digest for item in sources.checkpoints}
+    teachers = [item.record.recovery.teacher for item in sources.checkpoints if item.record.recovery is not None]
+    deployed = [item for item in sources.checkpoints if item.record.content_digest not in teachers]
+    yield from (_of_checkpoint(item, seals) for item in deployed)
     for manifest in sources.of(Manifest):
         yield from _of_manifest(manifest.record)
     for measurement in measurements:
@@ -160,12 +165,19 @@ def _joined(reported: ReportedModel, part: ReportedModel) -> ReportedModel:
     )
 
 
-def _of_checkpoint(item: CheckpointFile) -> ReportedModel:
-    header = item.record
+def _of_checkpoint(item: CheckpointFile, seals: Mapping[str | None, str]) -> ReportedModel:
+    """What a checkpoint says; what its unfrozen teacher was made into belongs to the same model.
+
+    Args:
+        seals: the digests of all checkpoints by their seals.
+    """
+    header, digests = item.record, [item.digest]
+    if header.recovery is not None and header.recovery.teacher in seals:
+        digests.append(seals[header.recovery.teacher])
     return ReportedModel(
         header.timm_model,
-        digests=frozenset({item.digest}),
-        frozen=_frozen(header.freezing, sum(shape.heads for shape in header.attention.values())),
+        digests=frozenset(digests),
+        frozen=_frozen(header.freezing, sum(shape.heads for shape in header.attention.values()), header.recovery),
         heat=heat_map.of_checkpoint(header, item.shares),
     )
 
@@ -184,7 +196,7 @@ def _of_manifest(manifest: Manifest) -> Iterator[ReportedModel]:
     yield ReportedModel(
         card.timm_model,
         digests=frozenset(filter(None, digests)),
-        frozen=_frozen(card.freezing, sum(heads.values()) or None),
+        frozen=_frozen(card.freezing, sum(heads.values()) or None, card.recovery),
         heat=picture,
     )
 
@@ -212,7 +224,7 @@ def _planned(analysis: Analysis) -> ReportedModel:
     return ReportedModel(analysis.timm_model, frozen=frozen)
 
 
-def _frozen(freezing: Freezing, all_heads: int | None) -> Frozen:
+def _frozen(freezing: Freezing, all_heads: int | None, recovery: Recovery | None) -> Frozen:
     return Frozen(
         heads=sum(map(len, freezing.heads.values())),
         sparsity=freezing.sparsity,
@@ -225,6 +237,7 @@ def _frozen(freezing: Freezing, all_heads: int | None) -> Frozen:
         sparsity_asked=freezing.sparsity_asked,
         cost=freezing.cost,
         low_rank=tuple((rank, count) for rank, count in freezing.low_rank.items()),
+        recovery=recovery,
     )
 
 

@@ -1,0 +1,61 @@
+"""How a frozen model recovers: the section `[recover]` of a configuration, the options of `recover`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Annotated, ClassVar
+
+import numpy as np
+from pydantic import ConfigDict, Field
+
+from eamdeploy.errors import ConfigError
+from eamdeploy.vocabulary import RecoveryMethod
+
+_FEWEST_IMAGES = 2  # one to learn from, one to check on
+
+
+@dataclass(frozen=True)
+class RecoverOptions:
+    """How to recover; each field's description is also the help of its option."""
+
+    method: Annotated[
+        RecoveryMethod,
+        Field(description="solve: linear layers behind frozen maps in closed form, layer by layer, without training."),
+    ] = "solve"
+    held_back: Annotated[
+        float, Field(description="Share of the images that only checks what was learnt from the others, in (0, 1).")
+    ] = 0.2
+    seed: Annotated[int, Field(description="Draws the images that are held back.")] = 0
+
+    __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(extra="forbid")
+
+
+DEFAULT_RECOVERY = RecoverOptions()
+
+
+def check_recovery(options: RecoverOptions) -> None:
+    """`options` can be used.
+
+    Raises:
+        ConfigError: they can't.
+    """
+    if options.method != "solve":
+        raise ConfigError("unknown method of recovery", expected="solve", got=options.method)
+    if not 0 < options.held_back < 1:
+        raise ConfigError("the share of images held back", expected="between 0 and 1", got=options.held_back)
+
+
+def held_back_images(count: int, options: RecoverOptions) -> frozenset[int]:
+    """The numbers of those of `count` images that are held back, drawn by the seed; at least one, and never all.
+
+    Raises:
+        ConfigError: there are fewer than two images.
+    """
+    if count < _FEWEST_IMAGES:
+        raise ConfigError(
+            "too few images to recover with",
+            expected=f"at least {_FEWEST_IMAGES}: some to learn from, some to check on",
+            got=count,
+        )
+    held = min(max(round(options.held_back * count), 1), count - 1)
+    return frozenset(np.random.default_rng(options.seed).permutation(count)[:held].tolist())
