@@ -198,11 +198,12 @@ def random_factors(
     """Factors of random squares of 4-bit codes, whose rows sum to 1."""
     rng = np.random.default_rng(seed)
     form = (len(heads), max(windows) + 1)
-    parts = []
-    for shape in ((*form, tokens, rank), (*form, rank, tokens)):
-        integers = (rng.integers(1, 16, shape, np.uint8) ** 2).astype(np.uint8)
-        parts += [integers, (1 / integers.sum(axis=-1)).astype(np.float32)]
-    return IntegerFactors(heads, *parts, windows)
+    mix, pool = (
+        (rng.integers(1, 16, shape, np.uint8) ** 2).astype(np.uint8)
+        for shape in ((*form, tokens, rank), (*form, rank, tokens))
+    )
+    scales = [(1 / part.sum(axis=-1)).astype(np.float32) for part in (mix, pool)]
+    return IntegerFactors(heads, mix, scales[0], pool, scales[1], windows)
 
 
 def torch_logits(variant: str, frozen: Mapping[int, IntegerMaps], n: int = 2, factors: ManyFactors = _NONE) -> Floats:
