@@ -50,7 +50,7 @@ def test_ranks_are_for_whole_heads_and_auto_needs_costs() -> None:
 
 def test_kinds_that_do_not_fit_or_save_nothing_are_left_out() -> None:
     assert fitting(AUTO_KINDS, HeadSize(4, 4, 64, 32)) == (None, 1, 2, 4)
-    assert fitting(AUTO_KINDS, HeadSize(16, 16, 64, 1)) == (None, 1)
+    assert fitting(AUTO_KINDS, HeadSize(16, 16, 64, 1)) == (None, 1, 2)
     assert fitting((8,), HeadSize(4, 4, 64, 32)) == (8,), "one that is asked for is not left out in silence"
 
 

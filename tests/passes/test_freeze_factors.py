@@ -190,10 +190,10 @@ def test_a_second_run_changes_nothing() -> None:
 
 
 def test_one_matrix_where_it_has_fewer_weights() -> None:
-    weights = attention_graphs.make_weights()
+    weights = attention_graphs.WEIGHTS  # biased
     group = random_factors((0, 2), attention_graphs.N, 2)
     module = AttentionModule("m", weights.value_rows, None, factors=(group,))
-    stock = attention_graphs.Stack((weights,)).model()
+    stock = attention_graphs.Spelling().model()
     model, _ = rewritten(stock, FreezeHeads([module]), 1)
     shapes = {name: a.shape for name, a in initializers(model).items()}
     channels = attention_graphs.D  # at most twice the head's 5
