@@ -10,8 +10,8 @@ Shapes:  q [B·W,L,R,d]  k [B·W,L,N,d]  F [M,F,R,N] = scales·integers  v of fr
          R = N, or fewer where only some tokens have queries: the other rows of frozen maps are left out
 Needs:   the attention's value projection is the checkpoint's, head for head, with as many tokens and windows
 Exact:   against the reference forward of the checkpoint, up to float32 reassociation (tolerance f32-reassoc)
-Source:  docs/design.md, Freeze heads and Heads of low rank; rows and entries in `graph.emit_partial`, low rank in
-         `graph.emit_factors`
+Source:  docs/design.md, Freeze heads; docs/design.md, Heads of low rank;
+         rows and entries in `graph.emit_partial`, low rank in `graph.emit_factors`
 """
 
 from __future__ import annotations

@@ -27,7 +27,7 @@ from eamdeploy.host.reference import load_reference
 from eamdeploy.images.source import ImageSource
 from eamdeploy.stages.freeze import read_shares
 from eamdeploy.stages.inspect import inspect
-from eamdeploy.vocabulary import Exporter
+from eamdeploy.vocabulary import Bits, Exporter
 
 FAST = FreezeOptions(sparsity=0.7, score="row-entropy", rank="4")
 
@@ -82,7 +82,7 @@ def test_more_rank_is_nearer_to_the_map(spec: ModelSpec, source: ImageSource, tm
         with torch.inference_mode():
             logits[rank] = model(images).numpy()
     far = [np.abs(logits[r] - logits["none"]).mean() for r in ("1", "4", str(TOKENS))]
-    assert far[0] > 2 * far[1] > 10 * far[2]
+    assert far[0] > 1.5 * far[1] and far[1] > 5 * far[2]
 
 
 def test_auto_weighs_what_each_kind_costs_and_saves(spec: ModelSpec, source: ImageSource, tmp_path: Path) -> None:
@@ -150,7 +150,8 @@ def test_tensorrts_exports_are_clean(
 ) -> None:
     spec = request.getfixturevalue("spec" if kind == "vit" else "swin")
     checkpoint, output = tmp_path / "x.eam.safetensors", tmp_path / "x.onnx"
-    freeze(spec, source, checkpoint, replace(FAST, window_maps="window", bits=8, rank="3"))
+    bits: Bits = 8 if version == "10.3" else 4  # floats of 8 squared bits need UINT16 constants first
+    freeze(spec, source, checkpoint, replace(FAST, window_maps="window", bits=bits, rank="3"))
     done = export(checkpoint, output, trt=TrtVersion.parse(version), images=source)
     assert done.frozen.parity.passed
     model = onnx.load(output)
