@@ -125,7 +125,7 @@ def run_again(project: Path, changes: Mapping[str, Mapping[str, object]] | None 
     config = load_config(project / "run.toml")
     document = config.model_dump()
     for section, values in (changes or {}).items():
-        document[section].update(values)
+        document[section] = {**(document[section] or {}), **values}
     return run(RunConfig.model_validate(document))
 
 
