@@ -11,6 +11,7 @@ from typing import Literal
 from pydantic import Field, field_validator
 
 from eamdeploy.artifacts.records import Record
+from eamdeploy.vocabulary import Bits, Granularity, Quantizer, RecoveryMethod, WindowMaps
 
 
 class Preprocessing(Record):
@@ -84,10 +85,10 @@ class Freezing(Record):
             it was measured.
     """
 
-    granularity: Literal["head", "row", "entry"] = "head"
-    window_maps: Literal["shared", "class", "window"] | None = None
-    bits: Literal[2, 3, 4, 8]
-    quantizer: Literal["uniform", "squared"]
+    granularity: Granularity = "head"
+    window_maps: WindowMaps | None = None
+    bits: Bits
+    quantizer: Quantizer
     score: str
     scores: dict[str, list[float]] = Field(default_factory=dict)
     sparsity_asked: float | None
@@ -135,7 +136,7 @@ class Recovery(Record):
         before, after: what freezing costs against the teacher on the images held back.
     """
 
-    method: Literal["solve"]
+    method: RecoveryMethod
     teacher: str | None
     n_images: int = Field(ge=2)
     n_held_back: int = Field(ge=1)

@@ -9,7 +9,7 @@ import numpy as np
 from pydantic import ConfigDict, Field
 
 from eamdeploy.errors import ConfigError
-from eamdeploy.vocabulary import RecoveryMethod
+from eamdeploy.vocabulary import RECOVERY_METHODS, RecoveryMethod
 
 _FEWEST_IMAGES = 2  # one to learn from, one to check on
 
@@ -39,8 +39,8 @@ def check_recovery(options: RecoverOptions) -> None:
     Raises:
         ConfigError: they can't.
     """
-    if options.method != "solve":
-        raise ConfigError("unknown method of recovery", expected="solve", got=options.method)
+    if options.method not in RECOVERY_METHODS:
+        raise ConfigError("unknown method of recovery", expected=", ".join(RECOVERY_METHODS), got=options.method)
     if not 0 < options.held_back < 1:
         raise ConfigError("the share of images held back", expected="between 0 and 1", got=options.held_back)
 
