@@ -30,7 +30,7 @@ PREPROCESSING = Preprocessing(size=(32, 32), mean=(0.5, 0.5, 0.5), std=(0.5, 0.5
 
 @dataclass(frozen=True)
 class Digits:
-    """scikit-learn's handwritten digits as 32×32 images: `pixels` uint8 [B,32,32], `labels` int64 [B]."""
+    """scikit-learn's handwritten digits as grey images: `pixels` uint8 [B,H,W], `labels` int64 [B]."""
 
     pixels: NDArray[np.uint8]
     labels: NDArray[np.int64]
@@ -51,9 +51,7 @@ def load_digits() -> Digits:
 
     bunch = sklearn_digits()
     levels = np.rint(bunch.images * (255 / 16)).astype(np.uint8)
-    height, width = PREPROCESSING.size
-    enlarged = [Image.fromarray(image).resize((width, height), Image.Resampling.BICUBIC) for image in levels]
-    return Digits(np.stack([np.asarray(image) for image in enlarged]), bunch.target.astype(np.int64))
+    return resized(Digits(levels, bunch.target.astype(np.int64)), PREPROCESSING.size)
 
 
 def resized(digits: Digits, size: tuple[int, int]) -> Digits:

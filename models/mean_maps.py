@@ -3,7 +3,7 @@
     live step:     out = softmax(q·kᵀ·s)·v        and the running mean of the map moves towards this batch's
     frozen step:   out = mean map·v               queries and keys are not computed
 
-A coin decides at every step and for every layer. The values and the layers behind them learn to live
+A draw decides at every step and for every layer. The values and the layers behind them learn to live
 with either, so that freezing the layer later changes little.
 """
 
@@ -23,7 +23,7 @@ IMAGES = 8
 
 @contextmanager
 def mean_maps(attentions: list[Any], generator: torch.Generator, probability: float = 0.75) -> Iterator[None]:
-    """Inside the block, each of timm's `Attention` modules computes with its mean map now and then.
+    """Inside the block, each of timm's `Attention` modules computes with its mean map in some steps.
 
     Args:
         probability: how often a training step takes the mean map. In `eval` mode every map is live.

@@ -26,7 +26,6 @@ def recover(
     """Bring a frozen model closer to its unfrozen self with images that need no labels; write an EAM checkpoint."""
     with host_packages("recover"):
         from eamdeploy.stages.recover import recover as run_recover
-    options.require_outputs([output], [checkpoint])
     with context.obj as terminal:
         header = run_recover(checkpoint, images.source, output, settings, verify=verify, observer=terminal)
     print_result(header, show.recovery(header), as_json=as_json)

@@ -68,9 +68,10 @@ def fill_in_shapes(graph: gs.Graph) -> None:
     ]
     if not unknown:
         return
-    two, three = _measured(graph, [tensor.name for tensor in unknown], [PROBE_BATCH, PROBE_BATCH + 1])
+    batches = [PROBE_BATCH] if images_of(graph) else [PROBE_BATCH, PROBE_BATCH + 1]
+    shapes = _measured(graph, [tensor.name for tensor in unknown], batches)
     for tensor in unknown:
-        sizes = zip(two[tensor.name], three[tensor.name], strict=True)
+        sizes = zip(shapes[0][tensor.name], shapes[-1][tensor.name], strict=True)
         tensor.shape = [a if a == b else f"{tensor.name}/{axis}" for axis, (a, b) in enumerate(sizes)]
 
 

@@ -52,14 +52,6 @@ class Spool:
         except OSError as err:
             raise self._failed(err) from err
 
-    def __len__(self) -> int:
-        return len(self._shapes)
-
-    @property
-    def images(self) -> int:
-        """How many images all tensors have together."""
-        return sum(shape[0] for shape in self._shapes)
-
     def close(self) -> None:
         """The room on the disk is free again."""
         with suppress(OSError):  # what was not written yet is not wanted any more
