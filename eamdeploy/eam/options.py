@@ -44,7 +44,9 @@ class FreezeOptions:
         ),
     ] = "sensitivity"
     bits: Annotated[Bits, Field(description="Bits of a frozen map's codes: 2, 3, 4 or 8.")] = 4
-    quantizer: Annotated[Quantizer, Field(description="A code stands for scale·code² or scale·code.")] = "squared"
+    quantizer: Annotated[
+        Quantizer, Field(description="A code stands for scale·code (uniform) or scale·code² (squared).")
+    ] = "squared"
     bins: Annotated[int, Field(description="Bins of the histograms behind the score entropy.")] = 16
     spacing: Annotated[Spacing, Field(description="Where the bins' edges lie: i/n or (i/n)².")] = "uniform"
     seed: Annotated[int, Field(description="For --weights random, --score random, and sensitivity of parts.")] = 0
