@@ -36,8 +36,15 @@ Quantizer: TypeAlias = Literal["uniform", "squared"]
 Spacing: TypeAlias = Literal["uniform", "squared"]
 """Where the edges of a histogram's n bins lie: at i/n, or at (i/n)²."""
 
-RecoveryMethod: TypeAlias = Literal["solve"]
-"""How a frozen model recovers: linear layers solved in closed form, layer by layer."""
+RecoveryMethod: TypeAlias = Literal["solve", "distill"]
+"""How a frozen model recovers.
+
+- `solve`: linear layers in closed form, layer by layer
+- `distill`: weights and frozen maps are trained to give what the unfrozen model gives
+"""
+
+TrainingDevice: TypeAlias = Literal["auto", "cpu", "cuda"]
+"""Where a frozen model is trained; `auto` is a GPU where there is one."""
 
 Precision: TypeAlias = Literal["fp32", "fp16", "bf16"]
 """The lowest floating-point type that an engine may compute in."""
@@ -99,6 +106,7 @@ SCORES: Final[tuple[Score, ...]] = get_args(Score)
 MAP_SCORES: Final[tuple[MapScore, ...]] = get_args(MapScore)
 BITS: Final[tuple[Bits, ...]] = get_args(Bits)
 QUANTIZERS: Final[tuple[Quantizer, ...]] = get_args(Quantizer)
+TRAINING_DEVICES: Final[tuple[TrainingDevice, ...]] = get_args(TrainingDevice)
 RECOVERY_METHODS: Final[tuple[RecoveryMethod, ...]] = get_args(RecoveryMethod)
 SPACINGS: Final[tuple[Spacing, ...]] = get_args(Spacing)
 PROVIDER_NAMES: Final[tuple[ProviderName, ...]] = get_args(ProviderName)

@@ -125,6 +125,41 @@ class RecoveredLayer(Record):
     kl: float = Field(ge=0, allow_inf_nan=False)
 
 
+class TrainedEpoch(Record):
+    """What one epoch of training did.
+
+    Attributes:
+        loss: mean over the epoch's steps of what training lowers.
+        kl, agreement: against the teacher on the images held back, as in `FreezingCost`.
+    """
+
+    loss: float = Field(allow_inf_nan=False)
+    kl: float = Field(ge=0, allow_inf_nan=False)
+    agreement: float = Field(ge=0, le=100)
+
+
+class Training(Record):
+    """How a frozen model was trained.
+
+    Attributes:
+        epochs_asked: how often every image was to be seen.
+        batch: images of one step.
+        learning_rate: Adam's largest step of a weight.
+        steps: how many there were.
+        epochs: what each did that came to its end.
+        kept_epoch: the one whose model was kept, from 1; 0 where none was better than the frozen model.
+        stopped: why training ended early; None where it did not.
+    """
+
+    epochs_asked: int = Field(ge=1)
+    batch: int = Field(ge=1)
+    learning_rate: float = Field(gt=0, allow_inf_nan=False)
+    steps: int = Field(ge=0)
+    epochs: list[TrainedEpoch]
+    kept_epoch: int = Field(ge=0)
+    stopped: str | None = None
+
+
 class Recovery(Record):
     """How a model recovered from freezing. Its weights are no longer those of the unfrozen model, its teacher.
 
@@ -132,7 +167,8 @@ class Recovery(Record):
         teacher: the seal of the checkpoint that has the teacher's weights; None for one of format 1.
         n_images: how many images, of which `n_held_back` only checked what was learnt from the others.
         digest, source, exif_transpose: of the images, as in the header's `calibration`.
-        layers: every layer that was tried, by its path, in the order of the work.
+        layers: every layer that was tried, by its path, in the order of the work; empty where all were trained.
+        training: None for a method that does not train.
         before, after: what freezing costs against the teacher on the images held back.
     """
 
@@ -144,7 +180,8 @@ class Recovery(Record):
     source: str
     exif_transpose: bool = False
     seed: int
-    layers: dict[str, RecoveredLayer]
+    layers: dict[str, RecoveredLayer] = Field(default_factory=dict)
+    training: Training | None = None
     before: FreezingCost
     after: FreezingCost
 
@@ -152,6 +189,16 @@ class Recovery(Record):
     def n_changed(self) -> int:
         """How many layers have new weights."""
         return sum(layer.changed for layer in self.layers.values())
+
+    @property
+    def what_changed(self) -> str:
+        """In words, for a person."""
+        if self.training is None:
+            return f"{self.n_changed} of {len(self.layers)} layers have new weights"
+        epochs = f"{len(self.training.epochs)} epochs of {self.training.batch} images a step"
+        kept = f"that of epoch {self.training.kept_epoch}" if self.training.kept_epoch else "the one that was frozen"
+        early = "" if self.training.stopped is None else f", stopped early: {self.training.stopped}"
+        return f"{epochs}{early}; the best model is {kept}"
 
 
 class ModelCard(Record):

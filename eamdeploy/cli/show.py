@@ -82,10 +82,15 @@ def recovery(header: CheckpointHeader) -> RenderableType:
     found = header.recovery
     assert found is not None, "the stage records it"
     table = Table(title="Recovered", title_justify="left", box=None, padding=(0, 2, 0, 0))
-    for name in ("layer", "new weights", "KL afterwards"):
+    names = (
+        ("layer", "new weights", "KL afterwards") if found.training is None else ("epoch", "loss", "KL", "agreement")
+    )
+    for name in names:
         table.add_column(name)
     for path, layer in found.layers.items():
         table.add_row(path, f"ridge {layer.strength:.2g}" if layer.changed else "kept its own", f"{layer.kl:.3g} nats")
+    for number, epoch in enumerate(found.training.epochs if found.training else (), start=1):
+        table.add_row(str(number), f"{epoch.loss:.4g}", f"{epoch.kl:.3g} nats", f"{epoch.agreement:.1f} %")
     return _with_warning(Group(table, Text(_recovered(found))), header.weights)
 
 
@@ -93,7 +98,7 @@ def _recovered(found: Recovery) -> str:
     before, after = found.before, found.after
     return (
         f"recovered by {found.method} from {found.n_images - found.n_held_back} images: "
-        f"{found.n_changed} of {len(found.layers)} layers have new weights\n"
+        f"{found.what_changed}\n"
         f"against the unfrozen model on {found.n_held_back} other images: agreement {before.agreement:.1f} → "
         f"{after.agreement:.1f} %, KL {before.kl:.3g} → {after.kl:.3g} nats"
     )

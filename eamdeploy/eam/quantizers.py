@@ -85,17 +85,40 @@ def _quantize_chunk(
     codes = np.zeros(rows.shape, np.uint8)
     scales = np.where(mask.any(axis=-1), 1.0, 0.0)
     kept = sums > _LEAST_SUM
-    codes[kept] = _nearest_codes(part[kept], largest, quantizer)
+    codes[kept], _ = _nearest_codes(part[kept], largest, quantizer)
     scales[kept] = sums[kept] / integer_values(codes[kept], quantizer).sum(axis=-1, dtype=np.int64)
     return codes, scales
 
 
-def _nearest_codes(rows: NDArray[np.float64], largest: int, quantizer: Quantizer) -> NDArray[np.uint8]:
-    """Codes [rows, N] with the least squared error over `_PEAKS`."""
+def nearest_codes(
+    rows: NDArray[Any], bits: Bits, quantizer: Quantizer
+) -> tuple[NDArray[np.uint8], NDArray[np.float64]]:
+    """Codes as `quantize_rows` chooses them, for rows that may have any sum; a row that sums to 0 has codes 0.
+
+    Args:
+        rows: floating point [..., N], none negative.
+
+    Returns:
+        codes uint8 [..., N]; peaks float64 [...], the row's maximum divided by what the largest code stands for.
+    """
+    flat = rows.reshape(-1, rows.shape[-1]).astype(np.float64)
+    codes, peaks = np.zeros(flat.shape, np.uint8), np.ones(len(flat))
+    kept = np.flatnonzero(flat.sum(axis=-1) > _LEAST_SUM)
+    for start in range(0, len(kept), _CHUNK_ROWS):
+        chunk = kept[start : start + _CHUNK_ROWS]
+        codes[chunk], peaks[chunk] = _nearest_codes(flat[chunk], 2**bits - 1, quantizer)
+    return codes.reshape(rows.shape), peaks.reshape(rows.shape[:-1])
+
+
+def _nearest_codes(
+    rows: NDArray[np.float64], largest: int, quantizer: Quantizer
+) -> tuple[NDArray[np.uint8], NDArray[np.float64]]:
+    """Codes [rows, N] with the least squared error over `_PEAKS`, and the peak of each row."""
     rows = rows / rows.sum(axis=-1, keepdims=True)
     peak_value = largest if quantizer == "uniform" else largest**2
     in_steps = rows * (peak_value / rows.max(axis=-1, keepdims=True))
     best = np.zeros(rows.shape, np.uint8)
+    peaks = np.ones(len(rows))
     least = np.full(len(rows), np.inf)
     for peak in _PEAKS:
         steps = in_steps * peak
@@ -107,7 +130,8 @@ def _nearest_codes(rows: NDArray[np.float64], largest: int, quantizer: Quantizer
         better = errors < least
         least[better] = errors[better]
         best[better] = codes[better].astype(np.uint8)
-    return best
+        peaks[better] = peak
+    return best, peaks
 
 
 def integer_values(codes: NDArray[np.uint8], quantizer: Quantizer) -> NDArray[np.uint8] | NDArray[np.uint16]:

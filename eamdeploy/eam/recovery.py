@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Annotated, ClassVar
 
@@ -9,7 +10,7 @@ import numpy as np
 from pydantic import ConfigDict, Field
 
 from eamdeploy.errors import ConfigError
-from eamdeploy.vocabulary import RECOVERY_METHODS, RecoveryMethod
+from eamdeploy.vocabulary import RECOVERY_METHODS, TRAINING_DEVICES, RecoveryMethod, TrainingDevice
 
 _FEWEST_IMAGES = 2  # one to learn from, one to check on
 
@@ -20,12 +21,21 @@ class RecoverOptions:
 
     method: Annotated[
         RecoveryMethod,
-        Field(description="solve: linear layers behind frozen maps in closed form, layer by layer, without training."),
+        Field(
+            description="solve: linear layers behind frozen maps in closed form, layer by layer, without training. "
+            "distill: weights and frozen maps are trained."
+        ),
     ] = "solve"
     held_back: Annotated[
         float, Field(description="Share of the images that only checks what was learnt from the others, in (0, 1).")
     ] = 0.2
-    seed: Annotated[int, Field(description="Draws the images that are held back.")] = 0
+    seed: Annotated[int, Field(description="Draws the images that are held back; for distill, order and crops.")] = 0
+    epochs: Annotated[int, Field(description="distill: how often every image is seen.")] = 30
+    batch: Annotated[int, Field(description="distill: images of one step, of all processes together.")] = 32
+    learning_rate: Annotated[float, Field(description="distill: Adam's largest step of a weight.")] = 3e-5
+    device: Annotated[
+        TrainingDevice, Field(description="distill: where to train; auto takes a GPU where there is one.")
+    ] = "auto"
 
     __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(extra="forbid")
 
@@ -41,8 +51,15 @@ def check_recovery(options: RecoverOptions) -> None:
     """
     if options.method not in RECOVERY_METHODS:
         raise ConfigError("unknown method of recovery", expected=", ".join(RECOVERY_METHODS), got=options.method)
+    if options.device not in TRAINING_DEVICES:
+        raise ConfigError("cannot train there", expected=", ".join(TRAINING_DEVICES), got=options.device)
     if not 0 < options.held_back < 1:
         raise ConfigError("the share of images held back", expected="between 0 and 1", got=options.held_back)
+    for name, value, least in (("seed", options.seed, 0), ("epochs", options.epochs, 1), ("batch", options.batch, 1)):
+        if value < least:
+            raise ConfigError(f"{name} of recovery", expected=f"{least} or more", got=value)
+    if not 0 < options.learning_rate < math.inf:
+        raise ConfigError("the learning rate of recovery", expected="a number above 0", got=options.learning_rate)
 
 
 def held_back_images(count: int, options: RecoverOptions) -> frozenset[int]:

@@ -80,6 +80,12 @@ class Constants(NamedTuple):
     windows: tuple[int, ...] | None = None
     factors: tuple[Factors, ...] = ()
 
+    def on(self, device: torch.device) -> Constants:
+        """The same on another device."""
+        mask = None if self.mask is None else self.mask.to(device)
+        factors = tuple(Factors(*(each.to(device) for each in group)) for group in self.factors)
+        return Constants(self.heads.to(device), self.maps.to(device), mask, self.windows, factors)
+
 
 def attention_sites(model: Any) -> list[AttentionSite]:
     """Every attention module of `model`, in forward order.
@@ -220,30 +226,19 @@ class FrozenAttention(nn.Module):
 
     Args:
         attention: the module to stand in for.
-        heads, maps, mask, windows, factors: what is frozen in it, see `Constants`.
+        frozen: what is frozen in it.
     """
 
-    def __init__(
-        self,
-        attention: nn.Module,
-        heads: torch.Tensor,
-        maps: torch.Tensor,
-        mask: torch.Tensor | None = None,
-        windows: tuple[int, ...] | None = None,
-        factors: tuple[Factors, ...] = (),
-    ) -> None:
+    def __init__(self, attention: nn.Module, frozen: Constants) -> None:
         super().__init__()
         self.attention: Any = attention
-        self.has_windows = windows is not None
-        self.windows = [0] if windows is None else list(windows)
-        self.heads: torch.Tensor
-        self.maps: torch.Tensor  # [F, M, N, N]
-        self.mask: torch.Tensor | None  # [F, N, 1 or N]
-        self.register_buffer("heads", heads, persistent=False)
-        self.register_buffer("maps", maps[:, None] if windows is None else maps, persistent=False)
-        rows = mask[..., None] if mask is not None and mask.ndim == 2 else mask
-        self.register_buffer("mask", rows, persistent=False)
-        self.factors = factors
+        self._frozen = frozen
+        self.has_windows = frozen.windows is not None
+        self.windows = [0] if frozen.windows is None else list(frozen.windows)
+
+    def constants(self) -> Constants:
+        """What is frozen."""
+        return self._frozen
 
     def forward(
         self,
@@ -254,19 +249,25 @@ class FrozenAttention(nn.Module):
     ) -> torch.Tensor:
         """`[B·W, N, D]` to `[B·W, N, D]`; `mask` is Swin's, `attn_mask` and `is_causal` are ViT's and unused."""
         assert attn_mask is None and not is_causal, "image models pass no mask"
+        frozen = self.constants().on(x.device)
         maps, value = attend(self.attention, x, mask)
-        by_image = maps.view(-1, len(self.windows), *maps.shape[1:])  # [B, W, H, N, N]
-        constants = self.maps[:, self.windows].transpose(0, 1)  # [W, F, N, N]
-        if self.mask is not None:
-            constants = torch.where(self.mask, constants, by_image[:, :, self.heads])
-        by_image[:, :, self.heads] = constants
         context = maps @ value
-        by_window = (-1, len(self.windows), *value.shape[1:])  # [B, W, H, N, d]
-        for heads, mix, pool in self.factors:
-            mixes, pools = self._of_windows(mix), self._of_windows(pool)  # [W, G, …]
-            context.view(by_window)[:, :, heads] = mixes @ (pools @ value.reshape(by_window)[:, :, heads])
+        values = self._by_window(value)  # [B, W, H, N, d]
+        contexts = self._by_window(context)
+        if len(frozen.heads):
+            constants = self._of_windows(frozen.maps)  # [W, F, N, N]
+            if frozen.mask is not None:
+                rows = frozen.mask if frozen.mask.ndim == 3 else frozen.mask[..., None]  # [F, N, 1 or N]
+                constants = torch.where(rows, constants, self._by_window(maps)[:, :, frozen.heads])
+            contexts[:, :, frozen.heads] = constants @ values[:, :, frozen.heads]
+        for heads, mix, pool in frozen.factors:
+            contexts[:, :, heads] = self._of_windows(mix) @ (self._of_windows(pool) @ values[:, :, heads])
         merged: torch.Tensor = self.attention.proj(merge_heads(context))
         return merged
+
+    def _by_window(self, x: torch.Tensor) -> torch.Tensor:
+        """`[B·W, …]` as `[B, W, …]`."""
+        return x.view(-1, len(self.windows), *x.shape[1:])
 
     def _of_windows(self, constants: torch.Tensor) -> torch.Tensor:
         """`[G, M, …]`, or `[G, …]` of a model without windows, as `[W, G, …]`."""
@@ -277,7 +278,7 @@ class FrozenAttention(nn.Module):
 def freeze_attention(model: nn.Module, frozen: Mapping[str, Constants]) -> None:
     """`model` uses the given constants in the named attention modules from now on."""
     for path, constants in frozen.items():
-        _set(model, path, FrozenAttention(model.get_submodule(path), *constants))
+        put_attention(model, path, FrozenAttention(model.get_submodule(path), constants))
 
 
 @contextmanager
@@ -286,13 +287,14 @@ def replaced_attention(model: nn.Module, modules: Mapping[str, nn.Module]) -> It
     originals = {path: model.get_submodule(path) for path in modules}
     try:
         for path, module in modules.items():
-            _set(model, path, module)
+            put_attention(model, path, module)
         yield
     finally:
         for path, module in originals.items():
-            _set(model, path, module)
+            put_attention(model, path, module)
 
 
-def _set(model: nn.Module, path: str, module: nn.Module) -> None:
+def put_attention(model: nn.Module, path: str, module: nn.Module) -> None:
+    """`model` has `module` at the path `path`."""
     parent, _, name = path.rpartition(".")
     setattr(model.get_submodule(parent), name, module)

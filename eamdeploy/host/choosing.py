@@ -131,7 +131,7 @@ def _measure(
     """What each set of frozen maps costs as a whole on all calibration images."""
     attention = attention_shapes(sites, options.window_maps)
     sets = [
-        {path: FrozenAttention(model.get_submodule(path), *each) for path, each in constants.items()}
+        {path: FrozenAttention(model.get_submodule(path), each) for path, each in constants.items()}
         for constants in (constants_of(each.frozen, options.quantizer, attention, each.factors) for each in stored)
     ]
     divergence: list[list[NDArray[np.float64]]] = [[] for _ in sets]

@@ -71,21 +71,26 @@ def constants_of(
         attention: of every module, for the windows that share a map.
         factors: heads of low rank.
     """
-    found = {}
-    for path in (path for path in attention if path in frozen or path in factors):
-        shape, item = attention[path], frozen.get(path)
-        no_maps = np.zeros((0, *shape.rows, shape.tokens), np.float32)
-        heads = np.zeros(0, np.int64) if item is None else item.heads
-        maps = no_maps if item is None else item.maps(quantizer)
-        mask = None if item is None else item.mask
-        found[path] = Constants(
-            heads=torch.from_numpy(heads),
-            maps=torch.from_numpy(maps),
-            mask=None if mask is None else torch.from_numpy(mask),
-            windows=None if shape.windows is None else tuple(shape.windows),
-            factors=tuple(_factors(group, quantizer) for group in factors.get(path, ())),
-        )
-    return found
+    return {
+        path: constants_of_module(frozen.get(path), factors.get(path, ()), quantizer, shape)
+        for path, shape in attention.items()
+        if path in frozen or path in factors
+    }
+
+
+def constants_of_module(
+    maps: FrozenMaps | None, factors: Sequence[FrozenFactors], quantizer: Quantizer, shape: AttentionShape
+) -> Constants:
+    """What is frozen in one attention module, as torch's attention takes it."""
+    no_maps = np.zeros((0, *shape.rows, shape.tokens), np.float32)
+    mask = None if maps is None else maps.mask
+    return Constants(
+        heads=torch.from_numpy(np.zeros(0, np.int64) if maps is None else maps.heads),
+        maps=torch.from_numpy(no_maps if maps is None else maps.maps(quantizer)),
+        mask=None if mask is None else torch.from_numpy(mask),
+        windows=None if shape.windows is None else tuple(shape.windows),
+        factors=tuple(_factors(group, quantizer) for group in factors),
+    )
 
 
 def _factors(group: FrozenFactors, quantizer: Quantizer) -> Factors:

@@ -39,7 +39,7 @@ _FULL_RANGE = {
 }
 _RANGE_UNKNOWN = ("I", "F", *_SIXTEEN_BITS)
 
-_FILTERS = {
+FILTERS = {
     "nearest": Image.Resampling.NEAREST,
     "bilinear": Image.Resampling.BILINEAR,
     "bicubic": Image.Resampling.BICUBIC,
@@ -127,15 +127,10 @@ def preprocess(image: Image.Image, how: Preprocessing) -> NDArray[np.uint8]:
             expected=f"at most {_MAX_RESIZED_PIXELS} pixels afterwards",
             got=f"{width} × {height}",
         )
-    resized = as_rgb(image).resize((width, height), _FILTERS[how.interpolation])
+    resized = as_rgb(image).resize((width, height), FILTERS[how.interpolation])
     # torchvision rounds half to even here, as Python does; it never pads, as no side is below the crop's
     top, left = round((height - H) / 2), round((width - W) / 2)
     return np.array(resized.crop((left, top, left + W, top + H)), dtype=np.uint8)
-
-
-def _in_rgb(image: Image.Image) -> Image.Image:
-    """The image itself if it is RGB: a conversion would be a copy."""
-    return image if image.mode == "RGB" else image.convert("RGB")
 
 
 def _resized_size(height: int, width: int, how: Preprocessing) -> tuple[int, int]:
@@ -195,7 +190,7 @@ def iter_batches(
     for index, file in enumerate(folder.files):
         try:
             waiting.append((index, _read_pixels(file, how, exif_transpose=folder.exif_transpose)))
-        except _UnusableImage as err:
+        except UnusableImage as err:
             if not skip_bad:
                 raise ConfigError(
                     f"cannot use image {file}: {err}", hint="Leave such images out with --skip-bad."
@@ -212,29 +207,38 @@ def iter_batches(
         raise ConfigError(f"no image of {folder.root} can be used", expected="at least 1", got=f"{n_bad} bad files")
 
 
-class _UnusableImage(Exception):
+class UnusableImage(Exception):
     """Its text is the reason, without the file's name."""
 
 
-def _read_pixels(file: Path, how: Preprocessing, *, exif_transpose: bool) -> NDArray[np.uint8]:
+def read_rgb(file: Path, *, exif_transpose: bool) -> Image.Image:
+    """The image in the file, as `as_rgb` makes it.
+
+    Raises:
+        UnusableImage: it can't be decoded, or is too large.
+    """
     try:
         with Image.open(file) as image:
             if image.width * image.height > _MAX_PIXELS:
-                raise _UnusableImage(f"{image.width} × {image.height} are more than {_MAX_PIXELS} pixels")
+                raise UnusableImage(f"{image.width} × {image.height} are more than {_MAX_PIXELS} pixels")
             image.load()
-            rgb = as_rgb(image, exif_transpose=exif_transpose)
+            return as_rgb(image, exif_transpose=exif_transpose)
     except ConfigError as err:
-        raise _UnusableImage(str(err)) from err
+        raise UnusableImage(str(err)) from err
     except UnidentifiedImageError as err:
         kind = in_words(file, "image", "text", "json")
-        raise _UnusableImage(f"not an image that Pillow can read{f', but {kind}' if kind else ''}") from err
+        raise UnusableImage(f"not an image that Pillow can read{f', but {kind}' if kind else ''}") from err
     except _DECODE_FAILURES as err:
         reason = err.strerror if isinstance(err, OSError) else None
-        raise _UnusableImage(reason or str(err) or type(err).__name__) from err
+        raise UnusableImage(reason or str(err) or type(err).__name__) from err
+
+
+def _read_pixels(file: Path, how: Preprocessing, *, exif_transpose: bool) -> NDArray[np.uint8]:
+    rgb = read_rgb(file, exif_transpose=exif_transpose)
     try:
         return preprocess(rgb, how)
     except ConfigError as err:
-        raise _UnusableImage(str(err)) from err
+        raise UnusableImage(str(err)) from err
 
 
 def _batch(folder: ImageFolder, images: list[tuple[int, NDArray[np.uint8]]]) -> ImageBatch:

@@ -84,7 +84,7 @@ def _checkpoint(path: Path, verify: bool) -> tuple[str, dict[str, JsonValue]]:
         details["calibration"] = f"{header.calibration.n_images} images of {header.calibration.source}"
     if (recovery := header.recovery) is not None:
         details["recovery"] = (
-            f"{recovery.method}: new weights in {recovery.n_changed} of {len(recovery.layers)} layers, "
+            f"{recovery.method}: {recovery.what_changed}, "
             f"from {recovery.n_images} images of {recovery.source}; agreement with the unfrozen model "
             f"{recovery.before.agreement:.1f} → {recovery.after.agreement:.1f} %"
         )

@@ -1,25 +1,31 @@
-"""The stage that brings a frozen model closer to its unfrozen self, without labels and without training."""
+"""The stage that brings a frozen model closer to its unfrozen self, with images that need no labels."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import replace
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from types import MappingProxyType
+from typing import Any
 
-from eamdeploy.artifacts.card import Preprocessing, Recovery
-from eamdeploy.artifacts.files import require_output
+from eamdeploy.artifacts.card import Recovery
+from eamdeploy.artifacts.files import digest_bytes, digest_file, require_output
 from eamdeploy.eam import checkpoint as checkpoints
+from eamdeploy.eam.checkpoint import Checkpoint
 from eamdeploy.eam.records import CheckpointHeader
-from eamdeploy.eam.recovery import DEFAULT_RECOVERY, RecoverOptions, check_recovery, held_back_images
+from eamdeploy.eam.recovery import DEFAULT_RECOVERY, RecoverOptions, check_recovery
 from eamdeploy.errors import ConfigError
-from eamdeploy.host.calibrate import as_tensors
-from eamdeploy.host.recovering import SharedBatch, solve
+from eamdeploy.host.distilling import distill
+from eamdeploy.host.processes import Processes, joined_processes
 from eamdeploy.host.reference import load_reference
+from eamdeploy.host.shares import SharedImages, Shares
+from eamdeploy.host.solving import solve
+from eamdeploy.host.spool import Spool
+from eamdeploy.host.training_images import TrainingImages
 from eamdeploy.images.folder import ImageFolder, folder_digest
 from eamdeploy.images.source import ImageSource
 from eamdeploy.observer import SILENT, Observer
-
-_BATCH = 16
+from eamdeploy.vocabulary import RecoveryMethod
 
 
 def recover(
@@ -31,10 +37,13 @@ def recover(
     verify: bool = True,
     observer: Observer = SILENT,
 ) -> CheckpointHeader:
-    """`output` is the frozen model of `checkpoint` with weights that bring it closer to the unfrozen model.
+    """`output` is the frozen model of `checkpoint` with numbers that bring it closer to the unfrozen model.
 
     The images need no labels: the unfrozen model, the weights of `checkpoint` with all attention live, is the teacher.
-    On the images that are held back the KL divergence from the teacher is no larger than before.
+    On the images that are held back the result is no worse than before: by the KL divergence from the teacher for
+    `solve`, by agreement for `distill`.
+
+    Under torchrun all processes distil together, and the first one writes `output`.
 
     Args:
         verify: the checkpoint must be as it was written; False for one that was changed on purpose.
@@ -46,38 +55,107 @@ def recover(
     require_output(output, checkpoint)
     check_recovery(options)
     loaded = checkpoints.load(checkpoint, verify=verify)
-    header = loaded.header
-    _require_recoverable(header, checkpoint)
-    teacher = load_reference(loaded, frozen=False, where=str(checkpoint))
-    student = load_reference(loaded, frozen=True, where=str(checkpoint))
-    folder = images.open(observer)
-    shares = _Shares(held_back_images(len(folder.files), options), folder)
-    done = solve(
+    _require_recoverable(loaded.header, checkpoint)
+    with joined_processes("cpu" if options.method == "solve" else options.device) as processes:
+        told = observer if processes.is_first else SILENT
+        folder = images.open(told)
+        task = _Task(checkpoint, loaded, folder, images, output, options, processes, told)
+        found = _METHODS[options.method](task)
+        header = processes.from_first(lambda: checkpoints.save(found, output))
+        if processes.is_first:
+            _state_file(task).unlink(missing_ok=True)
+        return header
+
+
+@dataclass(frozen=True, eq=False)
+class _Task:
+    """What is to recover, from which images, and how."""
+
+    path: Path
+    checkpoint: Checkpoint
+    folder: ImageFolder
+    images: ImageSource
+    output: Path
+    options: RecoverOptions
+    processes: Processes
+    observer: Observer
+
+    def shared_images(self) -> SharedImages:
+        how = self.checkpoint.header.preprocessing
+        return SharedImages(self.images, self.folder, self.options, how, self.observer)
+
+
+def _solve(task: _Task) -> Checkpoint:
+    """The checkpoint with linear layers that were solved anew."""
+    if task.processes.count > 1:
+        raise ConfigError(
+            "solve is the work of one process", expected="no torchrun", got=f"{task.processes.count} processes"
+        )
+    loaded, images = task.checkpoint, task.shared_images()
+    teacher = load_reference(loaded, frozen=False, where=str(task.path))
+    student = load_reference(loaded, frozen=True, where=str(task.path))
+    found = solve(
         teacher.model,
         student.model,
         teacher.sites,
-        header.freezing.heads.keys(),
+        loaded.header.freezing.heads.keys(),
         loaded.weights,
-        shares.batches(images, header.preprocessing, observer),
-        output.parent,
-        lambda done, total: observer.progress("recovery", done, total),
+        images.batches(),
+        task.output.parent,
+        lambda done, total: task.observer.progress("recovery", done, total),
     )
+    record = _record(task, images.shares, layers=found.layers, before=found.before, after=found.after)
+    return replace(loaded, weights={**loaded.weights, **found.weights}, header=record)
+
+
+def _distill(task: _Task) -> Checkpoint:
+    """The checkpoint with weights, maps and factors that were trained."""
+    loaded, images, processes, state_file = task.checkpoint, task.shared_images(), task.processes, _state_file(task)
+    with Spool(task.output.parent) as held_back:
+        shares = processes.from_first(lambda: images.keep_held_back(held_back))
+        learning = TrainingImages(
+            shares.learning, loaded.header.preprocessing, task.images.exif_transpose, task.options.seed
+        )
+        try:
+            found = distill(
+                loaded, learning, held_back, task.options, processes, state_file, str(task.path), task.observer
+            )
+        except KeyboardInterrupt:
+            if state_file.exists():
+                task.observer.note(f"the same command goes on from the last epoch, which is in {state_file}")
+            raise
+    record = _record(task, shares, training=found.training, before=found.before, after=found.after)
+    return replace(found.checkpoint, header=record)
+
+
+_METHODS: Mapping[RecoveryMethod, Callable[[_Task], Checkpoint]] = MappingProxyType(
+    {"solve": _solve, "distill": _distill}
+)
+
+
+def _record(task: _Task, shares: Shares, **found: Any) -> CheckpointHeader:
+    """The header with what recovery did and found."""
+    header = task.checkpoint.header
     recovery = Recovery(
-        method=options.method,
+        method=task.options.method,
         teacher=header.content_digest,
-        n_images=shares.n_images,
-        n_held_back=shares.n_held_back,
-        digest=folder_digest(folder),
-        source=folder.root.name,
-        exif_transpose=images.exif_transpose,
-        seed=options.seed,
-        layers=done.layers,
-        before=done.before,
-        after=done.after,
+        n_images=len(shares.learning) + len(shares.held_back),
+        n_held_back=len(shares.held_back),
+        digest=folder_digest(task.folder),
+        source=task.folder.root.name,
+        exif_transpose=task.images.exif_transpose,
+        seed=task.options.seed,
+        **found,
     )
-    weights = {**loaded.weights, **done.weights}
-    recovered = header.model_copy(update={"recovery": recovery})
-    return checkpoints.save(replace(loaded, weights=weights, header=recovered), output)
+    return header.model_copy(update={"recovery": recovery})
+
+
+def _state_file(task: _Task) -> Path:
+    """Where training keeps its state: another file for another task, so that none is taken for one of its own."""
+    asked = {key: value for key, value in asdict(task.options).items() if key != "device"}
+    told = [digest_file(task.path), folder_digest(task.folder), sorted(asked.items())]
+    name = digest_bytes(repr(told).encode()).removeprefix("sha256:")[:12]
+    return task.output.with_name(f".{task.output.name}.{name}.training")
 
 
 def _require_recoverable(header: CheckpointHeader, path: Path) -> None:
@@ -90,31 +168,3 @@ def _require_recoverable(header: CheckpointHeader, path: Path) -> None:
             f"{path} has recovered already, and no longer holds the weights of its teacher",
             hint="Give the checkpoint that it was made of.",
         )
-
-
-class _Shares:
-    """Which images are learnt from and which are held back, and how many of each could be read."""
-
-    def __init__(self, held_back: frozenset[int], folder: ImageFolder) -> None:
-        self._folder = folder
-        self._held = {folder.files[number] for number in held_back}
-        self.n_images = self.n_held_back = 0
-
-    def batches(self, images: ImageSource, how: Preprocessing, observer: Observer) -> Iterator[SharedBatch]:
-        """Normalized images, and which of them are held back.
-
-        Raises:
-            ConfigError: an image can't be read, or all that can be are of one share.
-        """
-        for batch in images.batches(self._folder, how, _BATCH, observer):
-            held = [file in self._held for file in batch.files]
-            self.n_images += len(held)
-            self.n_held_back += sum(held)
-            yield from ((tensor, held) for tensor in as_tensors([batch], how))
-            observer.progress("images read", self.n_images, len(self._folder.files))
-        if not 0 < self.n_held_back < self.n_images:
-            raise ConfigError(
-                f"too few images of {self._folder.root} can be read",
-                expected="at least one to learn from and one to check on",
-                got=f"{self.n_images - self.n_held_back} and {self.n_held_back}",
-            )

@@ -16,7 +16,7 @@ from eamdeploy.eam.options import FreezeOptions
 from eamdeploy.eam.records import CheckpointHeader
 from eamdeploy.eam.recovery import RecoverOptions, held_back_images
 from eamdeploy.errors import ConfigError, ExitCode
-from eamdeploy.host import recovering
+from eamdeploy.host import solving
 from eamdeploy.host.calibrate import predict
 from eamdeploy.host.model import ModelSpec
 from eamdeploy.host.reference import load_reference
@@ -154,7 +154,7 @@ def test_an_interruption_leaves_what_was_there(
     def interrupt(*_: object, **__: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(recovering, "best_correction", interrupt)
+    monkeypatch.setattr(solving, "best_correction", interrupt)
     with pytest.raises(KeyboardInterrupt):
         recover(eam_checkpoint, ImageSource(pictures), output)
     assert [file.name for file in tmp_path.iterdir()] == [output.name] and output.read_text() == "of before"
@@ -246,7 +246,7 @@ def test_the_command_line_shows_what_changed(
 
 
 def test_inspect_and_report_say_that_it_recovered(recovered: Path, eam_checkpoint: Path, tmp_path: Path) -> None:
-    assert "new weights in" in str(inspect(recovered).details["recovery"])
+    assert "have new weights" in str(inspect(recovered).details["recovery"])
     page = tmp_path / "report.html"
     written = report([eam_checkpoint, recovered], page)
     assert len(written.models) == 1, "the teacher's checkpoint is no model of its own"

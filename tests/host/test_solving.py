@@ -15,7 +15,7 @@ from tiny_models import FAMILY, SWIN_FAMILY, images, make_member, make_model
 from eamdeploy.errors import CheckpointError, ConfigError
 from eamdeploy.host.attention import Constants, attention_sites, freeze_attention, halves, steps
 from eamdeploy.host.model import to_numpy
-from eamdeploy.host.recovering import Solved, solve
+from eamdeploy.host.solving import Solved, solve
 from eamdeploy.host.spool import Spool
 
 KINDS = [*FAMILY, *SWIN_FAMILY]

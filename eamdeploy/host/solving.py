@@ -26,13 +26,12 @@ from eamdeploy.artifacts.card import FreezingCost, RecoveredLayer
 from eamdeploy.eam.ridge import Correction, Products, best_correction
 from eamdeploy.errors import CheckpointError
 from eamdeploy.host.attention import halves, steps
+from eamdeploy.host.difference import cost_of
+from eamdeploy.host.shares import SharedBatch
 from eamdeploy.host.sites import AttentionSite, Half
 from eamdeploy.host.spool import Spool
-from eamdeploy.parity.accuracy import kl_divergence, same_top1
 
 Weights: TypeAlias = Mapping[str, NDArray[Any]]
-SharedBatch: TypeAlias = tuple[torch.Tensor, Sequence[bool]]
-"""Normalized images, float32 `[B, 3, H, W]`, and which of them are held back."""
 
 
 @dataclass(frozen=True)
@@ -112,7 +111,7 @@ def solve(
     places = _places(teacher, student, sites, frozen)
     fit, held = _embed(teacher, batches, folder)
     expected = _logits(teacher, [place.teacher for place in places], held.teacher)
-    best = before = _cost(expected, _logits(student, [place.student for place in places], held.student))
+    best = before = cost_of(expected, _logits(student, [place.student for place in places], held.student))
     layers: dict[str, RecoveredLayer] = {}
     changed: dict[str, NDArray[Any]] = {}
     for number, place in enumerate(places):
@@ -126,7 +125,7 @@ def solve(
             cost = best
             if new:
                 _set(place, new)
-                cost = _cost(expected, _logits(student, [each.student for each in places[number:]], held.student))
+                cost = cost_of(expected, _logits(student, [each.student for each in places[number:]], held.student))
             if cost.kl < best.kl:
                 best = cost
                 changed |= new
@@ -261,16 +260,6 @@ def _logits(model: Any, rest: Sequence[Half], inputs: Spool) -> NDArray[np.float
             x = half.run(x)
         found.append(model.forward_head(model.norm(x)).numpy())
     return np.concatenate(found)
-
-
-def _cost(expected: NDArray[np.float32], got: NDArray[np.float32]) -> FreezingCost:
-    if not (np.isfinite(expected).all() and np.isfinite(got).all()):
-        raise CheckpointError("the model has logits that are not finite for these images")
-    return FreezingCost(
-        n_images=len(got),
-        kl=float(kl_divergence(expected, got).mean()),
-        agreement=float(same_top1(expected, got).mean() * 100),
-    )
 
 
 # --- what changes -------------------------------------------------------------------------------
