@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Annotated
 
@@ -28,4 +29,5 @@ def recover(
         from eamdeploy.stages.recover import recover as run_recover
     with context.obj as terminal:
         header = run_recover(checkpoint, images.source, output, settings, verify=verify, observer=terminal)
-    print_result(header, show.recovery(header), as_json=as_json)
+    if os.environ.get("RANK", "0") == "0":  # torchrun starts several, of which the first one speaks
+        print_result(header, show.recovery(header), as_json=as_json)

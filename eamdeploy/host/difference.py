@@ -1,25 +1,75 @@
-"""How far a frozen model's answers are from the unfrozen one's."""
+"""How far a frozen model's answers are from the unfrozen one's, and where numbers stop being finite."""
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from typing import Any
+
 import numpy as np
+import torch
 from numpy.typing import NDArray
+from torch import nn
 
 from eamdeploy.artifacts.card import FreezingCost
 from eamdeploy.errors import CheckpointError
+from eamdeploy.host.attention import steps
 from eamdeploy.parity.accuracy import kl_divergence, same_top1
 
 
 def cost_of(expected: NDArray[np.float32], got: NDArray[np.float32]) -> FreezingCost:
-    """What separates the logits `got` from those of the unfrozen model, both float32 `[B, classes]`.
-
-    Raises:
-        CheckpointError: some are not finite.
-    """
-    if not (np.isfinite(expected).all() and np.isfinite(got).all()):
-        raise CheckpointError("the model has logits that are not finite for these images")
+    """What separates finite logits `got` from those of the unfrozen model, both float32 `[B, classes]`."""
     return FreezingCost(
         n_images=len(got),
         kl=float(kl_divergence(expected, got).mean()),
         agreement=float(same_top1(expected, got).mean() * 100),
     )
+
+
+@torch.inference_mode()
+def answers(model: Any, batches: Iterable[torch.Tensor], device: torch.device, where: str) -> NDArray[np.float32]:
+    """The logits of `model`, which is on `device`, float32 `[B, classes]`.
+
+    Args:
+        batches: normalized images, float32 `[B, 3, H, W]`.
+        where: what the error calls the model.
+
+    Raises:
+        CheckpointError: some are not finite; says behind which part of the model the first such number is.
+    """
+    found = []
+    for images in batches:
+        logits = model(images.to(device)).cpu()
+        if not torch.isfinite(logits).all():
+            raise not_finite(where, _first_not_finite(model, images.to(device)))
+        found.append(logits.numpy())
+    return np.concatenate(found)
+
+
+def not_finite(where: str, part: str) -> CheckpointError:
+    """What to say of a model whose part `part` gives numbers that are not finite."""
+    return CheckpointError(
+        f"{where}: {part} gives values that are not finite",
+        expected="numbers, in the frozen model and in the unfrozen one",
+        got="NaN or infinite",
+        hint="The weights may be of a training that diverged.",
+    )
+
+
+def _first_not_finite(model: Any, images: torch.Tensor) -> str:
+    """The path of the first part of `model` between embedding and norm that gives such values."""
+    found: list[str] = []
+
+    def look(path: str, output: torch.Tensor) -> None:
+        if not torch.isfinite(output).all():
+            found.append(path)
+
+    def hook(path: str, module: nn.Module) -> Any:
+        return module.register_forward_hook(lambda _module, _inputs, output: look(path, output))
+
+    handles = [hook(path, module) for path, module in steps(model)]
+    try:
+        model(images)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return found[0] if found else "the classifier"

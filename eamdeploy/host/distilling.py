@@ -26,7 +26,7 @@ from eamdeploy.artifacts.card import FreezingCost, Training
 from eamdeploy.eam.checkpoint import Checkpoint
 from eamdeploy.eam.recovery import RecoverOptions
 from eamdeploy.errors import ConfigError
-from eamdeploy.host.difference import cost_of
+from eamdeploy.host.difference import answers, cost_of
 from eamdeploy.host.processes import Processes
 from eamdeploy.host.reference import load_reference
 from eamdeploy.host.student import Student
@@ -150,7 +150,5 @@ class _Checker:
 
         return self._processes.from_first(work)
 
-    @torch.inference_mode()
     def _answers(self, model: Any) -> NDArray[np.float32]:
-        device = self._processes.device
-        return np.concatenate([model(images.to(device)).cpu().numpy() for images in self._held_back])
+        return answers(model, self._held_back, self._processes.device, self._where)

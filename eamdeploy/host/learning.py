@@ -23,7 +23,7 @@ from eamdeploy.host.attention import Constants, Factors, FrozenAttention
 from eamdeploy.host.reference import constants_of_module
 from eamdeploy.vocabulary import Bits, Quantizer
 
-_UNSEEN = 0.25  # what an entry of code 0 starts at, in steps of its row: half of what code 1 begins at
+_UNSEEN = 0.05  # what an entry of code 0 starts at, in steps of its row; code 1 begins at half a step
 
 
 class LearningRows(nn.Module):

@@ -24,9 +24,8 @@ from torch import nn
 
 from eamdeploy.artifacts.card import FreezingCost, RecoveredLayer
 from eamdeploy.eam.ridge import Correction, Products, best_correction
-from eamdeploy.errors import CheckpointError
 from eamdeploy.host.attention import halves, steps
-from eamdeploy.host.difference import cost_of
+from eamdeploy.host.difference import cost_of, not_finite
 from eamdeploy.host.shares import SharedBatch
 from eamdeploy.host.sites import AttentionSite, Half
 from eamdeploy.host.spool import Spool
@@ -110,8 +109,9 @@ def solve(
     """
     places = _places(teacher, student, sites, frozen)
     fit, held = _embed(teacher, batches, folder)
-    expected = _logits(teacher, [place.teacher for place in places], held.teacher)
-    best = before = cost_of(expected, _logits(student, [place.student for place in places], held.student))
+    expected = _logits(teacher, [(place.name, place.teacher) for place in places], held.teacher)
+    ours = [(place.name, place.student) for place in places]
+    best = before = cost_of(expected, _logits(student, ours, held.student))
     layers: dict[str, RecoveredLayer] = {}
     changed: dict[str, NDArray[Any]] = {}
     for number, place in enumerate(places):
@@ -125,7 +125,7 @@ def solve(
             cost = best
             if new:
                 _set(place, new)
-                cost = cost_of(expected, _logits(student, [each.student for each in places[number:]], held.student))
+                cost = cost_of(expected, _logits(student, ours[number:], held.student))
             if cost.kl < best.kl:
                 best = cost
                 changed |= new
@@ -202,11 +202,7 @@ def _first_input(model: Any, images: torch.Tensor) -> torch.Tensor:
 
 
 def _pass(stream: _Stream, place: _Place, folder: Path, into: Products | None = None) -> _Stream:
-    """The images behind `place`; what its layer was given, and what it lacks, is in the sums `into`.
-
-    Raises:
-        CheckpointError: values are not finite.
-    """
+    """The images behind `place`; what its layer was given, and what it lacks, is in the sums `into`."""
     then = _Stream(Spool(folder), Spool(folder))
     for ours, theirs in zip(stream.student, stream.teacher, strict=True):
         wanted = place.teacher.run(theirs)
@@ -223,12 +219,7 @@ def _pass(stream: _Stream, place: _Place, folder: Path, into: Products | None = 
         inputs, errors, weights = (each.flatten(0, -2).numpy() for each in samples)
         into.add(inputs, errors, weights[:, 0])
     if into is not None and not into.is_finite:
-        raise CheckpointError(
-            f"{place.name} has values that are not finite",
-            expected="numbers, in the frozen model and in the unfrozen one",
-            got="NaN or infinite",
-            hint="The weights may be of a training that diverged.",
-        )
+        raise not_finite("the model", place.name)
     return then
 
 
@@ -252,13 +243,21 @@ def _inputs_of(layer: nn.Linear) -> Iterator[list[torch.Tensor]]:
         handle.remove()
 
 
-def _logits(model: Any, rest: Sequence[Half], inputs: Spool) -> NDArray[np.float32]:
-    """What `model` answers, float32 `[B, classes]`, from the inputs of the first of its halves in `rest` on."""
+def _logits(model: Any, rest: Sequence[tuple[str, Half]], inputs: Spool) -> NDArray[np.float32]:
+    """What `model` answers, float32 `[B, classes]`, from the inputs of the first of its named halves in `rest` on.
+
+    Raises:
+        CheckpointError: values are not finite.
+    """
     found = []
     for x in inputs:
-        for half in rest:
+        for name, half in rest:
             x = half.run(x)
+            if not torch.isfinite(x).all():
+                raise not_finite("the model", name)
         found.append(model.forward_head(model.norm(x)).numpy())
+        if not np.isfinite(found[-1]).all():
+            raise not_finite("the model", "the classifier")
     return np.concatenate(found)
 
 
