@@ -144,16 +144,17 @@ class Training(Record):
     Attributes:
         epochs_asked: how often every image was to be seen.
         batch: images of one step.
-        learning_rate: Adam's largest step of a weight.
+        learning_rate, maps_rate: Adam's largest step of a weight, and of the logarithm of a frozen entry.
         steps: how many there were.
         epochs: what each did that came to its end.
-        kept_epoch: the one whose model was kept, from 1; 0 where none was better than the frozen model.
+        kept_epoch: the one whose model was kept, from 1; 0 where none was better than the model of before.
         stopped: why training ended early; None where it did not.
     """
 
     epochs_asked: int = Field(ge=1)
     batch: int = Field(ge=1)
     learning_rate: float = Field(gt=0, allow_inf_nan=False)
+    maps_rate: float = Field(gt=0, allow_inf_nan=False)
     steps: int = Field(ge=0)
     epochs: list[TrainedEpoch]
     kept_epoch: int = Field(ge=0)
@@ -167,8 +168,8 @@ class Recovery(Record):
         teacher: the seal of the checkpoint that has the teacher's weights; None for one of format 1.
         n_images: how many images, of which `n_held_back` only checked what was learnt from the others.
         digest, source, exif_transpose: of the images, as in the header's `calibration`.
-        layers: every layer that was tried, by its path, in the order of the work; empty where all were trained.
-        training: None for a method that does not train.
+        layers: every layer that was solved or tried, by its path, in the order of the work.
+        training: what came then; None for a method that does not train.
         before, after: what freezing costs against the teacher on the images held back.
     """
 
@@ -193,12 +194,13 @@ class Recovery(Record):
     @property
     def what_changed(self) -> str:
         """In words, for a person."""
+        solved = f"{self.n_changed} of {len(self.layers)} layers have new weights"
         if self.training is None:
-            return f"{self.n_changed} of {len(self.layers)} layers have new weights"
+            return solved
         epochs = f"{len(self.training.epochs)} epochs of {self.training.batch} images a step"
-        kept = f"that of epoch {self.training.kept_epoch}" if self.training.kept_epoch else "the one that was frozen"
+        kept = f"that of epoch {self.training.kept_epoch}" if self.training.kept_epoch else "the one before them"
         early = "" if self.training.stopped is None else f", stopped early: {self.training.stopped}"
-        return f"{epochs}{early}; the best model is {kept}"
+        return f"{solved}, then {epochs}{early}; the best model is {kept}"
 
 
 class ModelCard(Record):

@@ -9,7 +9,7 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from eamdeploy.artifacts.card import RANDOM_WARNING, Freezing, Recovery
+from eamdeploy.artifacts.card import RANDOM_WARNING, Freezing, Recovery, Training
 from eamdeploy.cli import show_profile
 from eamdeploy.cli.show_profile import SLOWEST
 from eamdeploy.eam.records import AttentionShape, CheckpointHeader
@@ -82,16 +82,24 @@ def recovery(header: CheckpointHeader) -> RenderableType:
     found = header.recovery
     assert found is not None, "the stage records it"
     table = Table(title="Recovered", title_justify="left", box=None, padding=(0, 2, 0, 0))
-    names = (
-        ("layer", "new weights", "KL afterwards") if found.training is None else ("epoch", "loss", "KL", "agreement")
-    )
-    for name in names:
+    for name in ("layer", "new weights", "KL afterwards"):
         table.add_column(name)
     for path, layer in found.layers.items():
         table.add_row(path, f"ridge {layer.strength:.2g}" if layer.changed else "kept its own", f"{layer.kl:.3g} nats")
-    for number, epoch in enumerate(found.training.epochs if found.training else (), start=1):
+    shown: list[RenderableType] = [table]
+    if found.training is not None:
+        shown.append(_training(found.training))
+    return _with_warning(Group(*shown, Text(_recovered(found))), header.weights)
+
+
+def _training(found: Training) -> Table:
+    """Every epoch of a training."""
+    table = Table(title="Trained", title_justify="left", box=None, padding=(0, 2, 0, 0))
+    for name in ("epoch", "loss", "KL", "agreement"):
+        table.add_column(name)
+    for number, epoch in enumerate(found.epochs, start=1):
         table.add_row(str(number), f"{epoch.loss:.4g}", f"{epoch.kl:.3g} nats", f"{epoch.agreement:.1f} %")
-    return _with_warning(Group(table, Text(_recovered(found))), header.weights)
+    return table
 
 
 def _recovered(found: Recovery) -> str:

@@ -33,6 +33,9 @@ class RecoverOptions:
     epochs: Annotated[int, Field(description="distill: how often every image is seen.")] = 30
     batch: Annotated[int, Field(description="distill: images of one step, of all processes together.")] = 32
     learning_rate: Annotated[float, Field(description="distill: Adam's largest step of a weight.")] = 3e-5
+    maps_rate: Annotated[
+        float, Field(description="distill: Adam's largest step of the logarithm of a frozen entry.")
+    ] = 1e-2
     device: Annotated[
         TrainingDevice, Field(description="distill: where to train; auto takes a GPU where there is one.")
     ] = "auto"
@@ -58,8 +61,9 @@ def check_recovery(options: RecoverOptions) -> None:
     for name, value, least in (("seed", options.seed, 0), ("epochs", options.epochs, 1), ("batch", options.batch, 1)):
         if value < least:
             raise ConfigError(f"{name} of recovery", expected=f"{least} or more", got=value)
-    if not 0 < options.learning_rate < math.inf:
-        raise ConfigError("the learning rate of recovery", expected="a number above 0", got=options.learning_rate)
+    for name, rate in (("learning rate", options.learning_rate), ("rate of the maps", options.maps_rate)):
+        if not 0 < rate < math.inf:
+            raise ConfigError(f"the {name} of recovery", expected="a number above 0", got=rate)
 
 
 def held_back_images(count: int, options: RecoverOptions) -> frozenset[int]:

@@ -4,8 +4,9 @@
                         │ ‖·‖²         │ KL
     student   view ─▶ block ─▶ … ─▶ logits          frozen maps as they are deployed (`host.learning`)
 
-What is checked and kept is the moving average of the student. After every epoch it is written as a checkpoint's
-tensors, and the model of these tensors is compared with the teacher on the images held back.
+The student begins with the layers that `host.solving` solved. What is checked and kept is its moving average. After
+every epoch the average is written as a checkpoint's tensors, and the model of these tensors is compared with the
+teacher on the images held back.
 Sources: Hinton et al., Distilling the Knowledge in a Neural Network, 2015; Beyer et al., Knowledge distillation: A good
 teacher is patient and consistent, 2022 (teacher and student see the same view).
 """
@@ -14,7 +15,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -37,22 +38,22 @@ from eamdeploy.observer import Observer
 
 @dataclass(frozen=True, eq=False)
 class Distilled:
-    """The best of the models that were checked, the frozen one among them.
+    """The best of the models that were checked, the one that training began with among them.
 
     Attributes:
         checkpoint: with its weights, maps and factors, and the header of the frozen model.
         training: what was done.
-        before, after: what freezing costs on the images held back.
+        after: what freezing costs then, on the images held back.
     """
 
     checkpoint: Checkpoint
     training: Training
-    before: FreezingCost
     after: FreezingCost
 
 
 def distill(
     frozen: Checkpoint,
+    state: TrainingState,
     images: TrainingImages,
     held_back: Iterable[torch.Tensor],
     options: RecoverOptions,
@@ -61,13 +62,15 @@ def distill(
     where: str,
     observer: Observer,
 ) -> Distilled:
-    """The model of `frozen`, trained.
+    """The frozen model, trained.
 
     Args:
+        frozen: with the weights of the teacher.
+        state: where training begins or goes on.
         images: to learn from.
         held_back: batches, normalized, float32 `[B, 3, H, W]`, read again after every epoch; only the first process
             reads them.
-        state_file: what training knows after each epoch; it goes on from there, if the file is there.
+        state_file: keeps the state after each epoch.
         where: what errors call the checkpoint.
 
     Raises:
@@ -77,10 +80,9 @@ def distill(
     size = _batch_size(options, len(images.files), processes)
     per_epoch = len(images.files) // size
     teacher = load_reference(frozen, frozen=False, where=where).model.to(processes.device).requires_grad_(False)
-    student = Student(frozen, options.learning_rate, options.epochs * per_epoch, per_epoch, processes, where)
+    start = replace(frozen, weights={**frozen.weights, **{key: each.numpy() for key, each in state.start.items()}})
+    student = Student(start, options, options.epochs * per_epoch, per_epoch, processes, where)
     checker = _Checker(teacher, held_back, processes, where)
-    before = checker.cost(frozen)
-    state = processes.from_first(lambda: TrainingState.load(state_file)) or TrainingState(before, before)
     if state.student is not None:
         student.restore(state.student)
         observer.note(f"training goes on after epoch {state.done} of {options.epochs}, from {state_file.name}")
@@ -95,7 +97,7 @@ def distill(
                 stopped = f"the loss of step {student.steps} was {losses[-1]}"
                 break
         if stopped is not None:
-            kept = f"of epoch {state.best_epoch}" if state.best_epoch else "that was frozen"
+            kept = f"of epoch {state.best_epoch}" if state.best_epoch else "of before"
             observer.note(f"training diverged and was stopped: {stopped}; the model {kept} is kept")
             break
         cost = checker.cost(student.checkpoint())
@@ -108,13 +110,14 @@ def distill(
         epochs_asked=options.epochs,
         batch=size,
         learning_rate=options.learning_rate,
+        maps_rate=options.maps_rate,
         steps=student.steps,
         epochs=list(state.epochs),
         kept_epoch=state.best_epoch,
         stopped=stopped,
     )
-    best = frozen if state.best is None else student.checkpoint(state.best)
-    return Distilled(best, training, before, state.best_cost)
+    best = start if state.best is None else student.checkpoint(state.best)
+    return Distilled(best, training, state.best_cost)
 
 
 def _batch_size(options: RecoverOptions, images: int, processes: Processes) -> int:

@@ -6,7 +6,8 @@ import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TypeVar
+from datetime import timedelta
+from typing import Final, TypeVar
 
 import torch
 from torch import distributed
@@ -14,6 +15,7 @@ from torch import distributed
 from eamdeploy.errors import ConfigError
 
 _Result = TypeVar("_Result")
+_PATIENCE: Final = timedelta(days=1)  # the others wait while the first process works alone
 
 
 @dataclass(frozen=True)
@@ -68,7 +70,7 @@ def joined_processes(device: str) -> Iterator[Processes]:
     if count == 1:
         yield Processes(0, 1, chosen)
         return
-    distributed.init_process_group("nccl" if chosen.type == "cuda" else "gloo")
+    distributed.init_process_group("nccl" if chosen.type == "cuda" else "gloo", timeout=_PATIENCE)
     try:
         yield Processes(rank, count, chosen)
     finally:

@@ -22,12 +22,12 @@ from torch.nn import functional
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from eamdeploy.eam.checkpoint import Checkpoint, FrozenFactors, FrozenMaps
+from eamdeploy.eam.recovery import RecoverOptions
 from eamdeploy.host.attention import put_attention, steps
 from eamdeploy.host.learning import LearningAttention
 from eamdeploy.host.processes import Processes
 from eamdeploy.host.reference import load_reference
 
-_MAPS_RATE: Final = 500  # a logit moves so many times as far as a weight
 _WARM_UP: Final = 0.1
 _LONGEST_DELAY: Final = 100
 
@@ -37,16 +37,16 @@ class Student:
 
     Args:
         frozen: what it starts as.
-        rate: Adam's largest step of a weight.
+        options: with the rates.
         total: steps of the whole training.
         per_epoch: steps of one epoch.
         where: what errors call the checkpoint.
     """
 
     def __init__(
-        self, frozen: Checkpoint, rate: float, total: int, per_epoch: int, processes: Processes, where: str
+        self, frozen: Checkpoint, options: RecoverOptions, total: int, per_epoch: int, processes: Processes, where: str
     ) -> None:
-        self._frozen, self._processes, self._total, self._rate = frozen, processes, total, rate
+        self._frozen, self._options, self._processes, self._total = frozen, options, processes, total
         self.steps = 0
         model = load_reference(frozen, frozen=False, where=where).model
         freezing = frozen.header.freezing
@@ -66,7 +66,7 @@ class Student:
         self._average = AveragedModel(model, multi_avg_fn=follow)
         maps = [each for name, each in model.named_parameters() if name.endswith(".logits")]
         weights = [each for name, each in model.named_parameters() if not name.endswith(".logits")]
-        self._optimizer = torch.optim.Adam([{"params": weights}, {"params": maps}], lr=rate)
+        self._optimizer = torch.optim.Adam([{"params": weights}, {"params": maps}])
 
     def learn(self, teacher: nn.Module, views: torch.Tensor, size: int) -> float:
         """One step on this process's share `views` `[B, 3, H, W]` of a batch of `size`; the loss of the whole batch."""
@@ -84,8 +84,10 @@ class Student:
         learning = [each.grad for group in self._optimizer.param_groups for each in group["params"]]
         self._processes.add_up([total, *(each for each in learning if each is not None)])
         if math.isfinite(total):
-            for group, factor in zip(self._optimizer.param_groups, (1, _MAPS_RATE), strict=True):
-                group["lr"] = self._rate * factor * _share(self.steps, self._total)
+            for group, rate in zip(
+                self._optimizer.param_groups, (self._options.learning_rate, self._options.maps_rate), strict=True
+            ):
+                group["lr"] = rate * _share(self.steps, self._total)
             self._optimizer.step()
             self._average.update_parameters(self._model)
         self.steps += 1

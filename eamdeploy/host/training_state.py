@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -9,7 +10,7 @@ from typing import Any, TypeAlias
 
 import torch
 
-from eamdeploy.artifacts.card import FreezingCost, TrainedEpoch
+from eamdeploy.artifacts.card import FreezingCost, RecoveredLayer, TrainedEpoch
 from eamdeploy.artifacts.files import atomic_output, is_file
 
 Tensors: TypeAlias = Mapping[str, torch.Tensor]
@@ -20,15 +21,20 @@ class TrainingState:
     """Training after some epochs.
 
     Attributes:
-        before: the cost of the frozen model that training began with.
+        before: the cost of the frozen model.
+        best_cost: that of the best model so far.
+        layers: what was solved before training, by the path of the layer.
+        start: the weights that were solved, by their names in timm's state dict: what training begins with.
         epochs: what each did.
-        best: the tensors of the best averaged student; None while none is better than the frozen model.
-        best_epoch, best_cost: that student's; 0 and `before` where there is none.
+        best: the tensors of the best averaged student; None while none is better than the start.
+        best_epoch: that student's, from 1; 0 where there is none.
         student: whatever the student needs to go on; None before the first epoch.
     """
 
     before: FreezingCost
     best_cost: FreezingCost
+    layers: Mapping[str, RecoveredLayer]
+    start: Tensors
     epochs: tuple[TrainedEpoch, ...] = ()
     best: Tensors | None = None
     best_epoch: int = 0
@@ -51,10 +57,20 @@ class TrainingState:
         """
         epochs = (*self.epochs, TrainedEpoch(loss=loss, kl=cost.kl, agreement=cost.agreement))
         then = replace(self, epochs=epochs, student=student)
-        if (cost.agreement, -cost.kl) <= (self.best_cost.agreement, -self.best_cost.kl):
+        if not self._is_best(cost):
             return then
         best = {name: tensor.detach().cpu().clone() for name, tensor in average.items()}
         return replace(then, best=best, best_epoch=len(epochs), best_cost=cost)
+
+    def _is_best(self, cost: FreezingCost) -> bool:
+        """Whether a model of that cost is better than all so far: by agreement, and where the images held back are too
+        few to tell, which is within one standard error, by the KL divergence.
+        """
+        highest = max([self.best_cost.agreement, *(epoch.agreement for epoch in self.epochs)])
+        error = _standard_error(highest, cost.n_images)
+        if cost.agreement > self.best_cost.agreement + error:
+            return True
+        return cost.agreement >= highest - error and cost.kl < self.best_cost.kl
 
     def save(self, path: Path) -> None:
         """`path` holds the state, or what it held before.
@@ -65,6 +81,8 @@ class TrainingState:
         plain = {
             "before": self.before.model_dump(),
             "best_cost": self.best_cost.model_dump(),
+            "layers": {path: layer.model_dump() for path, layer in self.layers.items()},
+            "start": dict(self.start),
             "epochs": [epoch.model_dump() for epoch in self.epochs],
             "best": self.best,
             "best_epoch": self.best_epoch,
@@ -83,6 +101,8 @@ class TrainingState:
             return cls(
                 before=FreezingCost.model_validate(plain["before"]),
                 best_cost=FreezingCost.model_validate(plain["best_cost"]),
+                layers={path: RecoveredLayer.model_validate(layer) for path, layer in plain["layers"].items()},
+                start=plain["start"],
                 epochs=tuple(map(TrainedEpoch.model_validate, plain["epochs"])),
                 best=plain["best"],
                 best_epoch=plain["best_epoch"],
@@ -90,3 +110,9 @@ class TrainingState:
             )
         except Exception:  # noqa: BLE001 - a damaged file, whatever torch finds wrong with it
             return None
+
+
+def _standard_error(percent: float, count: int) -> float:
+    """Of a share of `count` images, in percent; with one more image of each kind, so that it is never 0."""
+    share = (percent / 100 * count + 1) / (count + 2)
+    return 100 * math.sqrt(share * (1 - share) / count)

@@ -8,6 +8,8 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
+import torch
+
 from eamdeploy.artifacts.card import Recovery
 from eamdeploy.artifacts.files import digest_bytes, digest_file, require_output
 from eamdeploy.eam import checkpoint as checkpoints
@@ -19,9 +21,10 @@ from eamdeploy.host.distilling import distill
 from eamdeploy.host.processes import Processes, joined_processes
 from eamdeploy.host.reference import load_reference
 from eamdeploy.host.shares import SharedImages, Shares
-from eamdeploy.host.solving import solve
+from eamdeploy.host.solving import Solved, solve
 from eamdeploy.host.spool import Spool
 from eamdeploy.host.training_images import TrainingImages
+from eamdeploy.host.training_state import TrainingState
 from eamdeploy.images.folder import ImageFolder, folder_digest
 from eamdeploy.images.source import ImageSource
 from eamdeploy.observer import SILENT, Observer
@@ -91,10 +94,17 @@ def _solve(task: _Task) -> Checkpoint:
         raise ConfigError(
             "solve is the work of one process", expected="no torchrun", got=f"{task.processes.count} processes"
         )
-    loaded, images = task.checkpoint, task.shared_images()
+    images = task.shared_images()
+    found = _solved(task, images)
+    record = _record(task, images.shares, layers=found.layers, before=found.before, after=found.after)
+    return replace(task.checkpoint, weights={**task.checkpoint.weights, **found.weights}, header=record)
+
+
+def _solved(task: _Task, images: SharedImages) -> Solved:
+    loaded = task.checkpoint
     teacher = load_reference(loaded, frozen=False, where=str(task.path))
     student = load_reference(loaded, frozen=True, where=str(task.path))
-    found = solve(
+    return solve(
         teacher.model,
         student.model,
         teacher.sites,
@@ -102,30 +112,46 @@ def _solve(task: _Task) -> Checkpoint:
         loaded.weights,
         images.batches(),
         task.output.parent,
-        lambda done, total: task.observer.progress("recovery", done, total),
+        lambda done, total: task.observer.progress("layers solved", done, total),
     )
-    record = _record(task, images.shares, layers=found.layers, before=found.before, after=found.after)
-    return replace(loaded, weights={**loaded.weights, **found.weights}, header=record)
 
 
 def _distill(task: _Task) -> Checkpoint:
-    """The checkpoint with weights, maps and factors that were trained."""
-    loaded, images, processes, state_file = task.checkpoint, task.shared_images(), task.processes, _state_file(task)
+    """The checkpoint with layers that were solved anew, and then weights, maps and factors that were trained."""
+    loaded, processes, state_file = task.checkpoint, task.processes, _state_file(task)
+    state = processes.from_first(lambda: TrainingState.load(state_file) or _begun(task))
     with Spool(task.output.parent) as held_back:
-        shares = processes.from_first(lambda: images.keep_held_back(held_back))
-        learning = TrainingImages(
-            shares.learning, loaded.header.preprocessing, task.images.exif_transpose, task.options.seed
-        )
+        shares = processes.from_first(lambda: task.shared_images().keep_held_back(held_back))
+        how = loaded.header.preprocessing
+        learning = TrainingImages(shares.learning, how, task.images.exif_transpose, task.options.seed)
         try:
             found = distill(
-                loaded, learning, held_back, task.options, processes, state_file, str(task.path), task.observer
+                loaded,
+                state,
+                learning,
+                held_back,
+                task.options,
+                processes,
+                state_file,
+                str(task.path),
+                task.observer,
             )
         except KeyboardInterrupt:
-            if state_file.exists():
-                task.observer.note(f"the same command goes on from the last epoch, which is in {state_file}")
+            task.observer.note(f"the same command goes on from the last epoch, which is in {state_file}")
             raise
-    record = _record(task, shares, training=found.training, before=found.before, after=found.after)
+    record = _record(
+        task, shares, layers=dict(state.layers), training=found.training, before=state.before, after=found.after
+    )
     return replace(found.checkpoint, header=record)
+
+
+def _begun(task: _Task) -> TrainingState:
+    """Training that has yet to begin."""
+    found = _solved(task, task.shared_images())
+    start = {key: torch.from_numpy(weight) for key, weight in found.weights.items()}
+    state = TrainingState(found.before, found.after, found.layers, start)
+    state.save(_state_file(task))
+    return state
 
 
 _METHODS: Mapping[RecoveryMethod, Callable[[_Task], Checkpoint]] = MappingProxyType(

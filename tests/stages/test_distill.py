@@ -28,7 +28,8 @@ from eamdeploy.host.student import Student
 from eamdeploy.images.source import ImageSource
 from eamdeploy.stages.inspect import inspect
 
-OPTIONS = RecoverOptions(method="distill", epochs=3, batch=8, learning_rate=3e-4)
+OPTIONS = RecoverOptions(method="distill", epochs=3, batch=8, learning_rate=1e-4, maps_rate=0.05)
+WORDS = ("--method", "distill", "--epochs", 3, "--batch", 8, "--learning-rate", 1e-4, "--maps-rate", 0.05)
 
 
 @pytest.fixture(scope="module")
@@ -42,10 +43,11 @@ def test_weights_and_maps_have_learnt(distilled: Path, eam_checkpoint: Path) -> 
     before, after = checkpoints.load(eam_checkpoint), checkpoints.load(distilled)
     found = after.header.recovery
     assert found is not None and found.method == "distill" and found.teacher == before.header.content_digest
-    assert (found.n_images, found.n_held_back, found.layers) == (24, 5, {})
+    assert (found.n_images, found.n_held_back) == (24, 5) and found.n_changed > 0
     training = found.training
     assert training is not None and (training.steps, training.batch, training.epochs_asked) == (6, 8, 3)
     assert len(training.epochs) == 3 and training.stopped is None
+    assert training.kept_epoch > 0
     kept = training.epochs[training.kept_epoch - 1]
     assert (found.after.kl, found.after.agreement) == (kept.kl, kept.agreement)
     assert found.after.kl < 0.8 * found.before.kl and found.after.agreement >= found.before.agreement
@@ -69,9 +71,7 @@ def test_what_was_checked_is_what_was_written(distilled: Path, eam_checkpoint: P
     assert before.kl is not None and after.kl is not None and after.kl < before.kl
 
 
-def test_it_is_exported_like_any_other(
-    distilled: Path, eam_checkpoint: Path, pictures: Path, tmp_path: Path
-) -> None:
+def test_it_is_exported_like_any_other(distilled: Path, eam_checkpoint: Path, pictures: Path, tmp_path: Path) -> None:
     output = tmp_path / "y.onnx"
     export(distilled, output, teacher=eam_checkpoint, images=ImageSource(pictures))
     assert output.is_file()
@@ -88,7 +88,7 @@ def test_the_seed_decides(distilled: Path, eam_checkpoint: Path, pictures: Path,
 
 FROZEN = {
     "rows": FreezeOptions(sparsity=0.6, score="random", granularity="row"),
-    "entries": FreezeOptions(sparsity=0.9, score="random", granularity="entry", bits=8, quantizer="uniform"),
+    "entries": FreezeOptions(sparsity=0.9, score="random", seed=1, granularity="entry", bits=8, quantizer="uniform"),
     "low rank": FreezeOptions(sparsity=0.6, score="random", rank="3"),
 }
 
@@ -101,7 +101,7 @@ def test_every_kind_of_frozen_piece_learns(kind: str, family: str, pictures: Pat
     checkpoint, output, source = tmp_path / "x.eam.safetensors", tmp_path / "y.eam.safetensors", ImageSource(pictures)
     options = replace(FROZEN[kind], window_maps="class")
     freeze(ModelSpec(name, str(weights), kwargs), source, checkpoint, options)
-    header = recover(checkpoint, source, output, replace(OPTIONS, epochs=2))
+    header = recover(checkpoint, source, output, replace(OPTIONS, epochs=5))
     before, after = checkpoints.load(checkpoint), checkpoints.load(output)
     assert header.recovery is not None and header.recovery.training is not None
     assert header.recovery.training.kept_epoch > 0
@@ -144,9 +144,7 @@ class Interrupting(Notebook):
             raise KeyboardInterrupt
 
 
-def test_an_interrupted_training_goes_on(
-    distilled: Path, eam_checkpoint: Path, pictures: Path, tmp_path: Path
-) -> None:
+def test_an_interrupted_training_goes_on(distilled: Path, eam_checkpoint: Path, pictures: Path, tmp_path: Path) -> None:
     output, source = tmp_path / "y.eam.safetensors", ImageSource(pictures)
     output.write_text("of before")
     first = Interrupting("epoch 2 of 3")
@@ -191,9 +189,11 @@ def test_a_training_that_diverges_keeps_the_best_model(eam_checkpoint: Path, pic
     header = recover(eam_checkpoint, ImageSource(pictures), output, wild, observer=notebook)
     found = header.recovery
     assert found is not None and found.training is not None and found.training.stopped is not None
-    assert found.training.kept_epoch == 0 and found.after == found.before
-    assert any("diverged and was stopped" in note and "that was frozen is kept" in note for note in notebook.notes)
-    before, after = checkpoints.load(eam_checkpoint), checkpoints.load(output)
+    assert found.training.kept_epoch == 0
+    solved = recover(eam_checkpoint, ImageSource(pictures), tmp_path / "s.eam.safetensors").recovery
+    assert solved is not None and solved.after == found.after and solved.layers == found.layers
+    assert any("diverged and was stopped" in note and "the model of before is kept" in note for note in notebook.notes)
+    before, after = checkpoints.load(tmp_path / "s.eam.safetensors"), checkpoints.load(output)
     assert all(np.array_equal(weight, after.weights[name]) for name, weight in before.weights.items())
     assert all(np.array_equal(maps.codes, after.frozen[path].codes) for path, maps in before.frozen.items())
 
@@ -220,7 +220,7 @@ def test_a_full_disk_leaves_the_last_epoch(
     written: list[Path] = []
 
     def full(path: Path) -> Any:
-        if written:
+        if len(written) > 1:
             raise ConfigError(f"cannot write {path}: No space left on device")
         written.append(path)
         return atomic_output(path)
@@ -230,7 +230,7 @@ def test_a_full_disk_leaves_the_last_epoch(
     with pytest.raises(ConfigError, match="No space left"):
         recover(eam_checkpoint, source, output, OPTIONS)
     monkeypatch.undo()
-    assert list(tmp_path.iterdir()) == written
+    assert set(tmp_path.iterdir()) == set(written)
     notebook = Notebook()
     recover(eam_checkpoint, source, output, OPTIONS, observer=notebook)
     assert any("goes on after epoch 1 of 3" in note for note in notebook.notes)
@@ -258,6 +258,7 @@ def test_numbers_that_are_not_finite_are_found_where_they_arise(
         ({"seed": -1}, "seed of recovery"),
         ({"learning_rate": 0.0}, "learning rate"),
         ({"learning_rate": float("nan")}, "learning rate"),
+        ({"maps_rate": -1.0}, "rate of the maps"),
         ({"device": "tpu"}, "cannot train there"),
         ({"device": "cuda"}, "cannot train on a GPU"),
     ],
@@ -291,8 +292,7 @@ def test_two_processes_learn_what_one_does(
     distilled: Path, eam_checkpoint: Path, pictures: Path, tmp_path: Path
 ) -> None:
     output = tmp_path / "y.eam.safetensors"
-    options = ("--method", "distill", "--epochs", 3, "--batch", 8, "--learning-rate", 3e-4)
-    done = torchrun("recover", eam_checkpoint, "--data", pictures, "-o", output, *options, "--json")
+    done = torchrun("recover", eam_checkpoint, "--data", pictures, "-o", output, *WORDS, "--json")
     assert done.returncode == 0, done.stderr
     header = CheckpointHeader.model_validate_json(done.stdout)
     one, two = checkpoints.load(distilled), checkpoints.load(output)
@@ -300,7 +300,11 @@ def test_two_processes_learn_what_one_does(
     assert header.recovery is not None and header.recovery.training is not None
     assert header.recovery.training.steps == 6
     for name, weight in one.weights.items():
-        np.testing.assert_allclose(two.weights[name], weight, rtol=0, atol=2e-5, err_msg=name)
+        a, b = (
+            np.delete(each, slice(48, 96)) if name.endswith("qkv.bias") else each
+            for each in (weight, two.weights[name])
+        )
+        np.testing.assert_allclose(b, a, rtol=0, atol=2e-5, err_msg=name)  # a key's bias has no gradient but rounding
     for path, maps in one.frozen.items():
         assert np.mean(maps.codes != two.frozen[path].codes) < 0.01
     assert header.recovery.after.kl == pytest.approx(one.header.recovery.after.kl, rel=1e-2)
@@ -323,8 +327,7 @@ def test_the_command_line_shows_every_epoch(
     run_cli: RunCli, eam_checkpoint: Path, distilled: Path, pictures: Path, tmp_path: Path
 ) -> None:
     words = ("recover", eam_checkpoint, "--data", pictures, "-o", tmp_path / "y.eam.safetensors")
-    options = ("--method", "distill", "--epochs", 3, "--batch", 8, "--learning-rate", 3e-4)
-    done = run_cli(*words, *options)
+    done = run_cli(*words, *WORDS)
     assert "epoch" in done.out and "3 epochs of 8 images a step" in done.out
     assert done.err.count("epoch ") == 3
     assert (tmp_path / "y.eam.safetensors").read_bytes() == distilled.read_bytes()
