@@ -4,27 +4,24 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from command_line import RunCli, only_error
-from numpy.typing import NDArray
+from rank_models import Arrays, low_rank, packed, whole
 from tiny_models import KWARGS, NAME, SWIN_KWARGS, SWIN_NAME, SWIN_PATHS, TOKENS, make_model, save_weights
 
 from eamdeploy import export, freeze, pack
 from eamdeploy.eam import checkpoint as checkpoints
 from eamdeploy.eam.options import FreezeOptions
-from eamdeploy.eam.records import CheckpointHeader, FrozenFactors
+from eamdeploy.eam.records import FrozenFactors
 from eamdeploy.errors import CheckpointError, ConfigError
 from eamdeploy.host.maps_file import read_maps
 from eamdeploy.host.model import ModelSpec
 from eamdeploy.host.reference import load_reference
 from eamdeploy.images.source import ImageSource
 from eamdeploy.vocabulary import WindowMaps
-
-Arrays = dict[str, NDArray[Any]]
 
 
 @pytest.fixture
@@ -36,31 +33,6 @@ def spec(tiny_weights: Path) -> ModelSpec:
 def swin(tmp_path: Path) -> ModelSpec:
     weights = save_weights(make_model(SWIN_NAME), tmp_path / "swin.safetensors")
     return ModelSpec(SWIN_NAME, str(weights), SWIN_KWARGS)
-
-
-def rows(*shape: int) -> NDArray[np.float32]:
-    *outer, keys = shape
-    return np.random.default_rng(sum(shape)).dirichlet(np.full(keys, 0.3), outer).astype(np.float32)
-
-
-def low_rank(path: str, heads: list[int], rank: int, tokens: int = TOKENS, windows: tuple[int, ...] = ()) -> Arrays:
-    name = f"{path}.rank{rank}"
-    return {
-        f"{name}.heads": np.array(heads),
-        f"{name}.mix": rows(len(heads), *windows, tokens, rank),
-        f"{name}.pool": rows(len(heads), *windows, rank, tokens),
-    }
-
-
-def whole(path: str, heads: list[int], tokens: int = TOKENS, windows: tuple[int, ...] = ()) -> Arrays:
-    return {f"{path}.heads": np.array(heads), f"{path}.maps": rows(len(heads), *windows, tokens, tokens)}
-
-
-def packed(spec: ModelSpec, arrays: Arrays, output: Path) -> CheckpointHeader:
-    file = output.with_name("maps.npz")
-    np.savez(file, **arrays)  # type: ignore[arg-type]
-    given = read_maps(file, 4, "squared")
-    return pack(spec, given.maps, output, bits=4, quantizer="squared", factors=given.factors)
 
 
 def test_the_header_says_kinds_and_sparsity(spec: ModelSpec, tmp_path: Path) -> None:
