@@ -107,7 +107,10 @@ def pack(
     model: ModelArguments,
     maps: Annotated[
         Path,
-        typer.Option(help="Frozen maps, .npz or .safetensors: <module>.heads with .maps or .codes, perhaps .mask."),
+        typer.Option(
+            help="Frozen maps, .npz or .safetensors: <module>.heads with .maps or .codes, perhaps .mask; heads of low "
+            "rank: <module>.rank<r>.heads with .mix and .pool."
+        ),
     ],
     output: options.Output,
     overrides: PreprocessingOverrides,
@@ -123,13 +126,15 @@ def pack(
         from eamdeploy.stages.pack import pack as run_pack
     options.require_outputs([output], [Path(model.weights), maps])
     width = options.parse_bits(bits)
+    given = read_maps(maps, width, quantizer)
     header = run_pack(
         model.spec(seed),
-        read_maps(maps, width, quantizer),
+        given.maps,
         output,
         bits=width,
         quantizer=quantizer,
         overrides=overrides,
         class_names=read_class_names(class_names),
+        factors=given.factors,
     )
     print_result(header, show.checkpoint(header), as_json=as_json)

@@ -27,7 +27,6 @@ Source: docs/design.md, Checkpoint; docs/reference/formats.md.
 from __future__ import annotations
 
 import json
-import re
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -47,6 +46,7 @@ from eamdeploy.eam.records import (
     CheckpointHeader,
     FrozenFactors,
     FrozenMaps,
+    split_rank,
     spread_mask,
 )
 from eamdeploy.eam.validation import check_header, validate
@@ -70,7 +70,6 @@ _SUFFIXES: dict[Granularity, tuple[str, ...]] = {
     "entry": ("heads", "mask", "codes", "scales"),
 }
 _FACTORS = ("heads", "mix_codes", "mix_scales", "pool_codes", "pool_scales")
-_RANK = re.compile(r"(.+)\.rank([1-9][0-9]{0,5})")
 _UNSEALED = 1  # the format of before
 _KNOWN = (_UNSEALED, 2, FORMAT)
 _DTYPES = ("F16", "F32", "F64", "I8", "I16", "I32", "I64", "U8", "U16", "U32", "U64", "BOOL")
@@ -229,7 +228,7 @@ def _group_by_module(
         if key.startswith("model.") and key != "model.":
             continue
         module, _, suffix = key.removeprefix("eam.").rpartition(".")
-        of_rank = _RANK.fullmatch(module)
+        of_rank = split_rank(module)
         known = suffixes if of_rank is None else _FACTORS
         if not key.startswith("eam.") or not module or suffix not in known:
             raise CheckpointError(
@@ -242,7 +241,7 @@ def _group_by_module(
         if of_rank is None:
             modules.setdefault(module, {})[suffix] = tensor
         else:
-            ranks.setdefault((of_rank[1], int(of_rank[2])), {})[suffix] = tensor
+            ranks.setdefault(of_rank, {})[suffix] = tensor
     for module, parts in modules.items():
         _check_complete(f"eam.{module}", parts, suffixes, f" for granularity {granularity}", path)
     for (module, rank), parts in ranks.items():

@@ -7,6 +7,7 @@ model has no windows. A model with windows keeps M frozen maps per head, and eve
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Final, Literal
@@ -23,6 +24,7 @@ from eamdeploy.vocabulary import Quantizer
 FORMAT: Final = 3
 """What `save` writes. Format 2 is the same without heads of low rank, format 1 without a seal."""
 MASK_AXES: Final = {"row": 1, "entry": 2}  # of a mask after its heads, by granularity
+_RANK = re.compile(r"(.+)\.rank([1-9][0-9]{0,5})")
 
 
 class AttentionShape(Record):
@@ -181,6 +183,12 @@ class FrozenFactors:
     def maps(self, quantizer: Quantizer) -> NDArray[np.float32]:
         """The maps U·P that the factors stand for, float32 [G, *rows, N]."""
         return self.mix(quantizer) @ self.pool(quantizer)
+
+
+def split_rank(name: str) -> tuple[str, int] | None:
+    """Module path and rank of a name such as `blocks.3.attn.rank4`; None for a name without a rank."""
+    found = _RANK.fullmatch(name)
+    return None if found is None else (found[1], int(found[2]))
 
 
 def spread_mask(mask: NDArray[np.bool_] | None, shape: tuple[int, ...]) -> NDArray[np.bool_]:

@@ -155,10 +155,20 @@ def _check_heads(heads: NDArray[np.int64], attention: AttentionShape, name: str)
 def _check_factors(group: FrozenFactors, attention: AttentionShape, freezing: Freezing, name: str) -> None:
     """Mix and pool have the forms of their rank, and rows that sum to 1."""
     if freezing.granularity != "head":
-        raise CheckpointError(f"{name} does not fit granularity {freezing.granularity}", expected="granularity head")
+        raise CheckpointError(
+            f"{name} does not fit granularity {freezing.granularity}",
+            expected="granularity head: factors stand for whole heads",
+            got=freezing.granularity,
+            hint="Leave the masks out, or the factors.",
+        )
     rank, tokens = group.rank, attention.tokens
     if not 1 <= rank <= tokens:
-        raise CheckpointError(f"{name}: the rank", expected=f"a number in 1…{tokens}, the tokens", got=rank)
+        raise CheckpointError(
+            f"{name}: the rank",
+            expected=f"a number in 1…{tokens}, the tokens",
+            got=rank,
+            hint="A head of that many pooled tokens saves nothing: freeze its whole map.",
+        )
     _check_heads(group.heads, attention, name)
     mix_rows = (len(group.heads), *attention.rows)
     pool_rows = (len(group.heads), *attention.rows[:-1], rank)
@@ -183,7 +193,13 @@ def _check_apart(checkpoint: Checkpoint, path: str, name: str) -> None:
     maps = [checkpoint.frozen[path].heads] if path in checkpoint.frozen else []
     heads = np.concatenate([*maps, *(group.heads for group in groups)]).tolist()
     if len(set(heads)) < len(heads):
-        raise CheckpointError(f"{name} freezes a head twice", expected="every head once", got=sorted(heads))
+        twice = sorted({head for head in heads if heads.count(head) > 1})
+        raise CheckpointError(
+            f"{name} freezes a head twice",
+            expected="every head either in the maps or in one rank",
+            got=f"{twice} twice of {sorted(heads)}",
+            hint="Leave such a head out of all arrays but one.",
+        )
 
 
 def _check_mask(frozen: FrozenMaps, tokens: int, freezing: Freezing, name: str) -> None:

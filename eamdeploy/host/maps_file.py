@@ -14,14 +14,17 @@ In a model with windows, maps and codes are [F, M, N, N] and scales [F, M, N] wi
 for each shift mask (numbered as they first occur, row by row), or one for each window; without that axis, M is 1. The
 mask is the same for all M. The axes of the mask say what is frozen as one piece, alike for all modules.
 
+The same file may hold factors of heads of low rank, see `factors_file`; a head has either a map or factors.
+
 What is not frozen is ignored, so it may hold anything. The scale of a row that is frozen whole is 1 ÷ Σ code²
 (`squared`) or 1 ÷ Σ code (`uniform`), so that it sums to 1.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -29,9 +32,11 @@ from numpy.typing import NDArray
 from eamdeploy.artifacts.file_kinds import in_words
 from eamdeploy.artifacts.files import is_file
 from eamdeploy.artifacts.npz import read_npz
-from eamdeploy.eam.quantizers import integer_values, quantize_rows
-from eamdeploy.eam.records import FrozenMaps, spread_mask
+from eamdeploy.eam.quantizers import quantize_rows
+from eamdeploy.eam.records import FrozenFactors, FrozenMaps, split_rank, spread_mask
 from eamdeploy.errors import CheckpointError, ConfigError
+from eamdeploy.host.factors_file import FACTOR_ARRAYS, read_factors
+from eamdeploy.host.given_rows import check_given_heads, read_codes, whole_row_scales
 from eamdeploy.vocabulary import Bits, Quantizer
 
 _HINT = (
@@ -41,36 +46,97 @@ _HINT = (
 _KINDS = ("heads", "maps", "codes", "mask", "scales")
 
 
-def read_maps(path: Path, bits: Bits, quantizer: Quantizer) -> dict[str, FrozenMaps]:
-    """The frozen maps in the file, by module path, with heads ascending.
+_Parts = dict[str, NDArray[Any]]
+
+
+class GivenMaps(NamedTuple):
+    """What is frozen of the modules in the file, by module path, with heads ascending.
+
+    Attributes:
+        maps: whole maps, or rows or entries of them.
+        factors: heads of low rank, ranks ascending.
+    """
+
+    maps: dict[str, FrozenMaps]
+    factors: dict[str, tuple[FrozenFactors, ...]]
+
+
+def read_maps(path: Path, bits: Bits, quantizer: Quantizer) -> GivenMaps:
+    """The frozen maps and factors in the file.
 
     Raises:
         ConfigError: the file can't be read or has another suffix.
         CheckpointError: it is damaged, an array is missing, unknown or misshapen, a code out of range, a head given
-            twice, or a row of a map does not sum to 1.
+            twice, or a row of a map or of a factor does not sum to 1.
     """
-    arrays = _read_arrays(path)
-    modules: dict[str, dict[str, NDArray[Any]]] = {}
+    modules, ranks = _by_module(_read_arrays(path), path)
+    maps = {module: _module_maps(parts, f"{path}: {module}", bits, quantizer) for module, parts in modules.items()}
+    factors: dict[str, tuple[FrozenFactors, ...]] = {}
+    for module, rank in sorted(ranks):
+        group = read_factors(ranks[module, rank], f"{path}: {module}.rank{rank}", rank, bits, quantizer)
+        factors[module] = (*factors.get(module, ()), group)
+    for module in factors:
+        _check_apart(maps.get(module), factors[module], f"{path}: {module}")
+    return GivenMaps(maps, factors)
+
+
+def _by_module(
+    arrays: Mapping[str, NDArray[Any]], path: Path
+) -> tuple[dict[str, _Parts], dict[tuple[str, int], _Parts]]:
+    """The arrays of maps by module, and those of factors by module and rank, each by the last part of its name."""
+    modules: dict[str, _Parts] = {}
+    ranks: dict[tuple[str, int], _Parts] = {}
     for key, array in arrays.items():
         module, _, kind = key.rpartition(".")
-        if not module or kind not in _KINDS:
+        of_rank = split_rank(module)
+        if not module or kind not in (_KINDS if of_rank is None else FACTOR_ARRAYS) or _is_no_rank(module):
             raise CheckpointError(
-                f"{path}: unknown array {key}", expected=f"<module path>.{', .'.join(_KINDS)}", got=key
+                f"{path}: unknown array {key}",
+                expected=f"<module path>.{', .'.join(_KINDS)},"
+                f" or <module path>.rank<r>.{', .'.join(FACTOR_ARRAYS)} with r from 1 on",
+                got=key,
+                hint=_HINT,
             )
-        modules.setdefault(module, {})[kind] = array
-    if not modules:
-        raise CheckpointError(f"{path} holds no maps", expected="<module path>.heads and .maps or .codes")
-    return {module: _module_maps(parts, f"{path}: {module}", bits, quantizer) for module, parts in modules.items()}
+        if of_rank is None:
+            modules.setdefault(module, {})[kind] = array
+        else:
+            ranks.setdefault(of_rank, {})[kind] = array
+    if not modules and not ranks:
+        raise CheckpointError(
+            f"{path} holds no maps",
+            expected="<module path>.heads and .maps or .codes, or <module path>.rank<r>.heads, .mix and .pool",
+        )
+    return modules, ranks
 
 
-def _module_maps(parts: dict[str, NDArray[Any]], where: str, bits: Bits, quantizer: Quantizer) -> FrozenMaps:
+def _is_no_rank(module: str) -> bool:
+    """Whether the name ends like that of a rank but has none: `rank0`, `rank04`, `rank`."""
+    return module.rpartition(".")[2].startswith("rank") and split_rank(module) is None
+
+
+def _check_apart(maps: FrozenMaps | None, groups: tuple[FrozenFactors, ...], where: str) -> None:
+    """No head of a module has both a map and factors, or factors of two ranks."""
+    found: dict[int, str] = {} if maps is None else dict.fromkeys(maps.heads.tolist(), "heads")
+    for group in groups:
+        name = f"rank{group.rank}.heads"
+        for head in group.heads.tolist():
+            if head in found:
+                raise CheckpointError(
+                    f"{where}: head {head} is frozen twice",
+                    expected="a head in one of these arrays",
+                    got=f"{head} in .{found[head]} and in .{name}",
+                    hint="Leave the head out of one of the two, with its maps or its factors.",
+                )
+            found[head] = name
+
+
+def _module_maps(parts: _Parts, where: str, bits: Bits, quantizer: Quantizer) -> FrozenMaps:
     if "heads" not in parts or ("maps" in parts) == ("codes" in parts):
         raise CheckpointError(
             f"{where} is incomplete", expected="heads, and either maps or codes", got=", ".join(sorted(parts))
         )
     heads, values = parts["heads"], parts["maps"] if "maps" in parts else parts["codes"]
-    if heads.ndim != 1 or not np.issubdtype(heads.dtype, np.integer) or len(np.unique(heads)) != len(heads):
-        raise CheckpointError(f"{where}.heads", expected="distinct integers [F]", got=heads.tolist())
+    check_given_heads(heads, f"{where}.heads", "F")
     if values.ndim not in (3, 4) or len(values) != len(heads) or values.shape[-2] != values.shape[-1]:
         raise CheckpointError(
             f"{where} has maps of the wrong shape",
@@ -87,8 +153,8 @@ def _module_maps(parts: dict[str, NDArray[Any]], where: str, bits: Bits, quantiz
             values = _completed(values, frozen)
         codes, scales = quantize_rows(values, bits, quantizer, where=where, mask=frozen)
     else:
-        codes = _read_codes(values, frozen, f"{where}.codes", bits)
-        scales = _whole_row_scales(codes, frozen, where, quantizer) if scales is None else scales[order]
+        codes = read_codes(values, frozen, f"{where}.codes", "[F, N, N]", bits)
+        scales = whole_row_scales(codes, frozen, f"{where}.codes", quantizer) if scales is None else scales[order]
         scales = np.where(frozen.any(axis=-1), scales, 0).astype(np.float32)
     return FrozenMaps(heads[order].astype(np.int64), codes, scales, mask)
 
@@ -112,7 +178,7 @@ def _read_mask(mask: NDArray[Any], where: str, heads: int, tokens: int) -> NDArr
     return frozen
 
 
-def _read_scales(parts: dict[str, NDArray[Any]], where: str, rows: tuple[int, ...]) -> NDArray[Any] | None:
+def _read_scales(parts: _Parts, where: str, rows: tuple[int, ...]) -> NDArray[Any] | None:
     """The scales where the file must give them: with codes of entries, whose sum is not known otherwise."""
     needed = "codes" in parts and "mask" in parts and parts["mask"].ndim == 3
     if needed != ("scales" in parts):
@@ -137,34 +203,6 @@ def _completed(maps: NDArray[Any], frozen: NDArray[np.bool_]) -> NDArray[np.floa
     live = np.count_nonzero(~frozen, axis=-1, keepdims=True)
     rest = np.maximum(1 - kept.sum(axis=-1, keepdims=True), 0) / np.maximum(live, 1)
     return np.where(frozen, kept, rest)
-
-
-def _read_codes(codes: NDArray[Any], frozen: NDArray[np.bool_], where: str, bits: Bits) -> NDArray[np.uint8]:
-    """The codes, 0 where nothing is frozen."""
-    largest = 2**bits - 1
-    if codes.size == 0 or not np.issubdtype(codes.dtype, np.integer):
-        raise CheckpointError(
-            f"{where} are no codes", expected="integers [F, N, N]", got=f"{codes.dtype} {list(codes.shape)}"
-        )
-    kept = np.where(frozen, codes, 0)
-    if kept.min() < 0 or kept.max() > largest:
-        raise CheckpointError(
-            f"{where} out of range",
-            expected=f"integers in 0 … {largest} ({bits} bits)",
-            got=f"{kept.min()} … {kept.max()}",
-            hint="See --bits.",
-        )
-    return kept.astype(np.uint8)
-
-
-def _whole_row_scales(
-    codes: NDArray[np.uint8], frozen: NDArray[np.bool_], where: str, quantizer: Quantizer
-) -> NDArray[np.float64]:
-    sums = integer_values(codes, quantizer).sum(axis=-1, dtype=np.int64)
-    if (frozen.any(axis=-1) & (sums == 0)).any():
-        raise CheckpointError(f"{where}.codes: a row has no code but 0", expected="rows that can sum to 1")
-    scales: NDArray[np.float64] = 1 / np.maximum(sums, 1)
-    return scales
 
 
 def _read_arrays(path: Path) -> dict[str, NDArray[Any]]:

@@ -26,7 +26,6 @@ import onnx_graphsurgeon as gs
 
 from eamdeploy.eam.int8 import fit_int8
 from eamdeploy.graph.dequantized import DequantizedRows, find_dequantized_rows
-from eamdeploy.graph.nodes import redirect
 from eamdeploy.graph.skip import Skip
 from eamdeploy.graph.writer import GraphWriter
 from eamdeploy.passes.quantize_products import Range, quantized
@@ -74,9 +73,11 @@ class IntegerMapProducts:
         maps = writer.node("dequantized", "DequantizeLinear", constants, match.shape)
         product.inputs = [maps, quantized(graph, values, self._ranges[values.name])]
         result = product.outputs[0]
-        readers = list(result.outputs)
+        unscaled = gs.Variable(f"{product.name}/integers/unscaled", np.float32, result.shape)
+        product.outputs = [unscaled]
         row_scales = writer.constant("scales", scales.reshape(*match.shape[:-1], 1))
-        redirect(result, writer.node("scaled", "Mul", [result, row_scales], result.shape), readers)
+        scaled = writer.node("scaled", "Mul", [unscaled, row_scales], result.shape)
+        scaled.inputs[0].outputs = [result]  # the tensor keeps its name, by which its range is known
 
     def _match(self, item: DequantizedRows | Skip) -> MapProduct | Skip:
         if isinstance(item, Skip):

@@ -108,6 +108,8 @@ class QuantizeProducts:
                     raise Refused("a constant operand is no matrix on the right", node)
             elif _reads_integers(tensor):
                 raise Refused("an operand is integers already", node)
+            elif _is_frozen(tensor):
+                raise Refused("an operand is computed from constants alone", node)
             else:
                 ranges[tensor.name] = self._range(tensor, node)
         merged = _merged(node)
@@ -125,9 +127,22 @@ def calibrated_tensors(graph: gs.Graph) -> list[str]:
     """Names of the tensors whose ranges the pass asks for, each once, in topological order."""
     names: dict[str, None] = {}
     for node in graph.nodes:
-        if node.op == "MatMul" and not is_classifier(graph, node) and not any(map(_reads_integers, node.inputs)):
+        if node.op == "MatMul" and not is_classifier(graph, node) and not any(map(_stays, node.inputs)):
             names |= dict.fromkeys(tensor.name for tensor in node.inputs if not isinstance(tensor, gs.Constant))
     return list(names)
+
+
+def _stays(tensor: gs.Tensor) -> bool:
+    """Whether a product with that operand is left alone."""
+    return _reads_integers(tensor) or (not isinstance(tensor, gs.Constant) and _is_frozen(tensor))
+
+
+def _is_frozen(tensor: gs.Tensor) -> bool:
+    """Whether the tensor is computed from constants alone: the mixes of several ranks, side by side."""
+    if not tensor.inputs:
+        return isinstance(tensor, gs.Constant)
+    node = tensor.inputs[0]
+    return node.op in (*_ON_THE_WAY, "Cast", "DequantizeLinear") and all(map(_is_frozen, node.inputs))
 
 
 def _reads_integers(tensor: gs.Tensor) -> bool:

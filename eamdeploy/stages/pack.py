@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 
 from eamdeploy.artifacts.card import Freezing
 from eamdeploy.artifacts.files import require_output
-from eamdeploy.eam.records import CheckpointHeader, FrozenMaps
+from eamdeploy.eam.records import CheckpointHeader, FrozenFactors, FrozenMaps, heads_of, ranks_of
 from eamdeploy.eam.selection import sparsity_of
 from eamdeploy.host.attention import attention_sites
 from eamdeploy.host.given_maps import fit_maps
@@ -27,11 +28,14 @@ def pack(
     quantizer: Quantizer,
     overrides: PreprocessingOverrides = TIMM_PREPROCESSING,
     class_names: list[str] | None = None,
+    factors: Mapping[str, tuple[FrozenFactors, ...]] = MappingProxyType({}),
 ) -> CheckpointHeader:
     """`output` is an EAM checkpoint of a model and frozen maps from somebody's own EAM training.
 
     Args:
-        maps: by attention module path, as `host.maps_file.read_maps` reads them.
+        maps: whole maps, or rows or entries of them, by attention module path, as `host.maps_file.read_maps` reads
+            them.
+        factors: heads of low rank, likewise.
 
     Raises:
         ConfigError, CheckpointError, UnsupportedGraph: model, weights or maps can't be used, or `output` not written.
@@ -40,17 +44,18 @@ def pack(
     model = load_model(spec)
     sites = attention_sites(model)
     check_class_names(class_names, model.num_classes)
-    granularity, windows, fitted = fit_maps(maps, sites, spec.name)
-    shapes = attention_shapes(sites, windows)
+    fitted = fit_maps(maps, factors, sites, spec.name)
+    shapes = attention_shapes(sites, fitted.windows)
     freezing = Freezing(
-        granularity=granularity,
-        window_maps=windows,
+        granularity=fitted.granularity,
+        window_maps=fitted.windows,
         bits=bits,
         quantizer=quantizer,
         score="given",
         sparsity_asked=None,
-        sparsity=sparsity_of(fitted, shapes),
-        heads={path: item.heads.tolist() for path, item in fitted.items()},
+        sparsity=sparsity_of(fitted.maps, shapes, fitted.factors),
+        heads=heads_of(fitted.maps, fitted.factors),
+        ranks=ranks_of(fitted.maps, fitted.factors),
     )
     how = preprocessing_of(model, overrides)
-    return save_checkpoint(spec, model, sites, how, class_names, freezing, fitted, None, output)
+    return save_checkpoint(spec, model, sites, how, class_names, freezing, fitted.maps, None, output, fitted.factors)

@@ -19,6 +19,7 @@ from eamdeploy.eam.int8 import int8_checkpoint
 from eamdeploy.eam.quantizers import quantize_rows
 from eamdeploy.eam.records import heads_of, ranks_of
 from eamdeploy.errors import CheckpointError
+from eamdeploy.vocabulary import Granularity
 
 PATH = "blocks.1.attn"
 Tensors = dict[str, NDArray[Any]]
@@ -129,6 +130,15 @@ def edit(path: Path, tensor: str, change: Any) -> None:
         ("rank4.mix_scales", lambda a: a * 1.01, r"rank4\.mix: 5 of 5 rows do not sum to 1"),
         ("rank4.pool_scales", lambda a: a * 0, r"rank4\.pool_scales at .* a positive finite"),
         ("rank1.pool_scales", lambda a: a * np.nan, r"rank1\.pool_scales"),
+        ("rank4.mix_scales", lambda a: np.full_like(a, np.inf), r"rank4\.mix_scales at .* finite number; got inf"),
+        ("rank4.mix_scales", lambda a: a * [1, 1, 1.5, 1, 1], r"rank4\.mix_scales has the wrong dtype"),
+        (
+            "rank4.mix_scales",
+            lambda a: a * np.float32([1, 1, 1.5, 1, 1]),
+            r"rank4\.mix: 1 of 5 rows do not sum to 1; .*got 1\.5 at \(frozen head, row\) \(0, 2\)",
+        ),
+        ("rank4.pool_codes", lambda a: a * 0, r"rank4\.pool: 4 of 4 rows do not sum to 1; .*got 0 at"),
+        ("rank1.mix_codes", lambda a: a * 0, r"rank1\.mix: 5 of 5 rows do not sum to 1; .*got 0 at"),
         ("rank4.heads", lambda a: a + 1, r"attn freezes a head twice"),
         ("rank4.heads", lambda a: a + 2, r"freezing\.heads.*disagree"),
         ("rank4.heads", lambda a: a + 4, r"strictly ascending head indices in 0…3"),
@@ -143,6 +153,67 @@ def test_damaged_factors_are_named(saved: Path, tensor: str, change: Any, messag
         load(saved, verify=False)
     with pytest.raises(CheckpointError):
         load(saved)
+
+
+def regrouped(made: Checkpoint, *groups: FrozenFactors, granularity: Granularity = "head") -> Checkpoint:
+    """`made` with other factors in the module that has a map of head 1."""
+    freezing = made.header.freezing.model_copy(update={"granularity": granularity})
+    header = made.header.model_copy(update={"freezing": freezing})
+    return Checkpoint(made.weights, made.frozen, header, {**made.factors, PATH: groups})
+
+
+SHAPE = AttentionShape(heads=4, tokens=5)
+FOUR = made_factors(SHAPE, [0], 4)
+REFUSED: dict[str, tuple[tuple[FrozenFactors, ...], str]] = {
+    "a rank above the tokens": (
+        (made_factors(SHAPE, [0], 6),),
+        r"rank6: the rank; expected a number in 1…5, the tokens; got 6\. .*freeze its whole map",
+    ),
+    "a head in two ranks": (
+        (made_factors(SHAPE, [3], 2), made_factors(SHAPE, [0, 3], 4)),
+        r"attn freezes a head twice; .*got \[3\] twice of \[0, 1, 3, 3\]\. Leave",
+    ),
+    "a head in maps too": (
+        (made_factors(SHAPE, [1, 2], 4),),
+        r"attn freezes a head twice; .*got \[1\] twice of \[1, 1, 2\]",
+    ),
+    "a rank twice": (
+        (FOUR, made_factors(SHAPE, [2], 4)),
+        r"ranks; expected at least one, each once, ascending; got \[4, 4\]",
+    ),
+    "ranks that descend": ((FOUR, made_factors(SHAPE, [2], 1)), r"ranks; .*got \[4, 1\]"),
+    "no ranks": ((), r"ranks; expected at least one.*got \[\]"),
+    "a code that the bits don't hold": (
+        (dataclasses.replace(FOUR, mix_codes=FOUR.mix_codes + np.uint8(8)),),
+        r"rank4\.mix_codes do not fit 3 bits; expected at most 7; got",
+    ),
+    "a pool of another rank": (
+        (dataclasses.replace(FOUR, pool_codes=FOUR.pool_codes[:, :3], pool_scales=FOUR.pool_scales[:, :3]),),
+        r"rank4\.pool_codes has the wrong dtype or shape; expected uint8 \[1, 4, 5\]; got uint8 \[1, 3, 5\]",
+    ),
+}
+
+
+@pytest.mark.parametrize(("groups", "message"), REFUSED.values(), ids=REFUSED.keys())
+def test_factors_that_do_not_fit_are_never_saved(
+    checkpoint: Checkpoint, tmp_path: Path, groups: tuple[FrozenFactors, ...], message: str
+) -> None:
+    with pytest.raises(CheckpointError, match=message):
+        save(regrouped(mixed(checkpoint), *groups), tmp_path / "x")
+    assert not (tmp_path / "x").exists()
+
+
+def test_factors_together_with_masks_are_refused(checkpoint: Checkpoint, tmp_path: Path) -> None:
+    made = regrouped(mixed(checkpoint), FOUR, granularity="row")
+    maps = dataclasses.replace(made.frozen[PATH], mask=np.ones((1, 5), np.bool_))
+    masked = dataclasses.replace(made, frozen={PATH: maps})
+    with pytest.raises(
+        CheckpointError, match=r"rank\d does not fit granularity row; expected granularity head: .*got row"
+    ):
+        save(masked, tmp_path / "x")
+    alone = dataclasses.replace(made, frozen={})
+    with pytest.raises(CheckpointError, match=r"rank\d does not fit granularity row.*Leave the masks out"):
+        save(alone, tmp_path / "x")
 
 
 @pytest.mark.parametrize(

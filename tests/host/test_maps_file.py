@@ -46,7 +46,7 @@ def file(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
 def test_maps_are_quantized_and_heads_sorted(file: Path, quantizer: Any) -> None:
     maps = some_maps(3)
     write(file, {f"{PATH}.heads": np.array([4, 0, 2], np.int32), f"{PATH}.maps": maps})
-    (got,) = read_maps(file, 3, quantizer).values()
+    (got,) = read_maps(file, 3, quantizer).maps.values()
     codes, scales = quantize_rows(maps[[1, 2, 0]], 3, quantizer)
     assert got.heads.dtype == np.int64 and got.heads.tolist() == [0, 2, 4]
     np.testing.assert_array_equal(got.codes, codes)
@@ -60,7 +60,7 @@ def test_codes_are_kept_and_get_the_scale_that_makes_rows_sum_to_one(
 ) -> None:
     codes = some_codes(2).astype(dtype)
     write(file, {f"{PATH}.heads": np.array([7, 1]), f"{PATH}.codes": codes})
-    (got,) = read_maps(file, 4, quantizer).values()
+    (got,) = read_maps(file, 4, quantizer).maps.values()
     assert got.codes.dtype == np.uint8
     np.testing.assert_array_equal(got.codes, codes[::-1])
     np.testing.assert_allclose(got.scales, 1 / (codes[::-1].astype(float) ** power).sum(-1), rtol=1e-6)
@@ -74,7 +74,7 @@ def test_modules_stay_apart(file: Path) -> None:
         "blocks.1.attn.heads": np.array([0, 2]),
         "blocks.1.attn.maps": some_maps(2),
     }
-    got = read_maps(write(file, arrays), 4, "squared")
+    got = read_maps(write(file, arrays), 4, "squared").maps
     assert {path: item.heads.tolist() for path, item in got.items()} == {"blocks.0.attn": [1], "blocks.1.attn": [0, 2]}
 
 
@@ -100,7 +100,7 @@ def test_maps_keep_the_sum_of_what_is_frozen_and_ignore_the_rest(
     arrays[f"{PATH}.maps"] = np.where(spread, maps, np.float32(np.nan))
     if mask is not None:
         arrays[f"{PATH}.mask"] = mask
-    (got,) = read_maps(write(file, arrays), 8, "squared").values()
+    (got,) = read_maps(write(file, arrays), 8, "squared").maps.values()
     assert got.heads.tolist() == [1, 5]
     wanted = np.where(spread, maps, 0)[::-1]
     np.testing.assert_allclose(got.maps("squared"), wanted, atol=0.005)
@@ -115,7 +115,7 @@ def test_codes_of_rows_are_kept_and_those_of_live_rows_dropped(file: Path, dtype
     codes, mask = some_codes(2), masks_of(2, 1)
     codes[~mask] = 99  # no code, but nobody asked
     arrays = {f"{PATH}.heads": np.array([0, 1]), f"{PATH}.codes": codes, f"{PATH}.mask": mask.astype(dtype)}
-    (got,) = read_maps(write(file, arrays), 4, "uniform").values()
+    (got,) = read_maps(write(file, arrays), 4, "uniform").maps.values()
     np.testing.assert_array_equal(got.codes, np.where(mask[..., None], codes, 0))
     np.testing.assert_allclose(got.maps("uniform").sum(-1), mask, rtol=1e-6)
     assert (got.scales[~mask] == 0).all()
@@ -131,7 +131,7 @@ def test_codes_of_entries_come_with_their_scales(file: Path) -> None:
         f"{PATH}.mask": mask,
         f"{PATH}.scales": scales,
     }
-    (got,) = read_maps(write(file, arrays), 4, "squared").values()
+    (got,) = read_maps(write(file, arrays), 4, "squared").maps.values()
     wanted = np.where(mask, codes.astype(float) ** 2 / 5000, 0)[::-1]
     np.testing.assert_allclose(got.maps("squared"), wanted, rtol=1e-6)
     assert got.scales.dtype == np.float32 and got.scales[1, 3] == 0 and got.scales[0, 3] > 0
@@ -236,7 +236,7 @@ def test_maps_that_mean_nothing_are_refused_by_name(file: Path, arrays: dict[str
 
 def test_row_sums_within_rounding_are_fine(file: Path) -> None:
     write(file, {f"{PATH}.heads": HEADS, f"{PATH}.maps": off_by(some_maps(1), 5e-4)})
-    assert len(read_maps(file, 4, "squared")) == 1
+    assert len(read_maps(file, 4, "squared").maps) == 1
 
 
 def test_stray_arrays_and_empty_files_are_refused(file: Path) -> None:

@@ -91,6 +91,12 @@ def _models(folder: Path) -> None:
     loaded = checkpoints.load(checkpoint)
     for granularity in ("row", "entry"):
         checkpoints.save(make(loaded, granularity, "class"), folder / f"{granularity}.eam.safetensors")
+    freeze(
+        ModelSpec(NAME, str(folder / "weights.safetensors"), KWARGS_HERE),
+        ImageSource(folder / "pictures"),
+        folder / "rank.eam.safetensors",
+        FreezeOptions(sparsity=0.4, score="random", rank="3"),
+    )
     _unsealed(checkpoint, folder / "old.eam.safetensors")
     export(checkpoint, folder / "x.onnx", exporter="torchscript", images=ImageSource(folder / "pictures"))
     build_ort(folder / "x.onnx", folder / "x.ort.onnx", threads=1)
@@ -122,6 +128,15 @@ def _maps(folder: Path) -> None:
     }
     np.savez(folder / "maps.npz", **arrays)
     save_file(arrays, folder / "maps.safetensors")
+    rng = np.random.default_rng(2)
+    factors: dict[str, Any] = {
+        "blocks.0.attn.heads": np.array([2]),
+        "blocks.0.attn.maps": maps[1:],
+        "blocks.0.attn.rank3.heads": np.array([0]),
+        "blocks.0.attn.rank3.mix": rng.dirichlet(np.ones(3), size=(1, 17)).astype(np.float32),
+        "blocks.0.attn.rank3.pool": rng.dirichlet(np.ones(17), size=(1, 3)).astype(np.float32),
+    }
+    np.savez(folder / "factors.npz", **factors)
 
 
 def _pictures(folder: Path) -> None:

@@ -22,6 +22,7 @@ from eamdeploy.convert.ort_form import OrtForm
 from eamdeploy.convert.ranges import ActivationRanges
 from eamdeploy.devices.tegrastats import parse_line
 from eamdeploy.eam import checkpoint as checkpoints
+from eamdeploy.eam.records import FrozenFactors
 from eamdeploy.engines.manifest import Manifest, read_manifest
 from eamdeploy.engines.registry import open_runner
 from eamdeploy.engines.trt.request import TrtOptions
@@ -116,7 +117,8 @@ def _checkpoint(path: Path) -> str:
         for module, maps in sorted(loaded.frozen.items())
         for part in (module, maps.heads, maps.codes, maps.scales, maps.mask)
     ]
-    return fingerprint(loaded.header, *(part for item in sorted(loaded.weights.items()) for part in item), *frozen)
+    weights = (part for item in sorted(loaded.weights.items()) for part in item)
+    return fingerprint(loaded.header, *weights, *frozen, *_parts_of(loaded.factors))
 
 
 def _reference(path: Path) -> str:
@@ -130,8 +132,22 @@ def _weights(path: Path) -> str:
     return fingerprint(*(part for key, value in state for part in (key, value.shape, value.dtype, raw[key])))
 
 
+def _parts_of(factors: Mapping[str, tuple[FrozenFactors, ...]]) -> list[object]:
+    return [
+        part
+        for module, groups in sorted(factors.items())
+        for group in groups
+        for part in (
+            *(module, group.heads, group.mix_codes, group.mix_scales),
+            *(group.pool_codes, group.pool_scales),
+        )
+    ]
+
+
 def _maps(path: Path) -> str:
-    return fingerprint(*(part for key, maps in read_maps(path, 4, "squared").items() for part in (key, maps.codes)))
+    given = read_maps(path, 4, "squared")
+    maps = (part for key, item in given.maps.items() for part in (key, item.heads, item.codes))
+    return fingerprint(*maps, *_parts_of(given.factors))
 
 
 def _run(path: Path) -> str:
@@ -294,6 +310,10 @@ SOURCES: Mapping[str, Source] = MappingProxyType(
                 sealed="inside", special=CHECKPOINT_MUTATIONS, command=_inspect,
             ),
             Source(
+                *("checkpoint of ranks", "rank.eam.safetensors", _checkpoint, 250),
+                sealed="inside", special=CHECKPOINT_MUTATIONS, command=_inspect,
+            ),
+            Source(
                 *("checkpoint, sealed again", "x.eam.safetensors", _checkpoint, 500),
                 special=SEALED_AGAIN, only_special=True, command=_evaluate, beside=("pictures",),
             ),
@@ -315,6 +335,10 @@ SOURCES: Mapping[str, Source] = MappingProxyType(
             ),
             Source(
                 *("maps, .npz", "maps.npz", _maps, 400),
+                special=NPZ_MUTATIONS, command=_pack, beside=("weights.safetensors",), command_every=10,
+            ),
+            Source(
+                *("maps and factors", "factors.npz", _maps, 200),
                 special=NPZ_MUTATIONS, command=_pack, beside=("weights.safetensors",), command_every=10,
             ),
             Source(

@@ -46,6 +46,17 @@ def test_the_product_is_one_of_integers_and_scaled_behind(integers: np.ndarray) 
     assert 0 < np.abs(got - reference).max() < 0.05 * np.ptp(reference)
 
 
+def test_the_scaled_result_has_the_products_name() -> None:
+    """By which its range is known: of the pooled tokens of a single head, which a linear layer reads."""
+    stock = model()
+    (values,) = frozen_values(to_graph(stock))
+    (context,) = [node.output[0] for node in stock.graph.node if values in node.input]
+    changed, _ = rewritten(stock, IntegerMapProducts(ranges(stock)), 1)
+    (scaled,) = [node for node in changed.graph.node if node.op_type == "Mul" and node.output[0] == context]
+    (product,) = [node for node in changed.graph.node if node.output[0] == scaled.input[0]]
+    assert product.op_type == "MatMul"
+
+
 def test_a_finer_range_of_the_values_is_nearer() -> None:
     stock = model()
     reference = run_unoptimized(stock, IMAGES)

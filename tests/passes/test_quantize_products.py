@@ -7,7 +7,19 @@ import numpy as np
 import onnx
 import onnxruntime
 import pytest
-from attention_graphs import CLASSES, IMAGES, WEIGHTS, D, GraphBuilder, N, Spelling, floats, run_unoptimized, scalar
+from attention_graphs import (
+    CLASSES,
+    IMAGES,
+    WEIGHTS,
+    D,
+    GraphBuilder,
+    N,
+    Spelling,
+    floats,
+    ints,
+    run_unoptimized,
+    scalar,
+)
 from lint_models import found
 from numpy.typing import NDArray
 from rewriting import initializers, left_alone, ops, rewritten
@@ -214,3 +226,29 @@ def test_weights_for_pairs_have_neighbours_of_at_most_128_together() -> None:
     assert len(most(model)) == 5 and max(most(model)) <= 128 < min(most(full))
     reference = run_unoptimized(plain(), IMAGES)
     assert np.abs(run_unoptimized(model, IMAGES) - reference).max() < 0.05 * np.ptp(reference)
+
+
+@pytest.mark.parametrize("stored", ["integers", "floats"])
+def test_mixes_of_several_ranks_are_constants_too(stored: str) -> None:
+    """Side by side they are computed, but from constants alone: a pair would round what is frozen once more."""
+    g = GraphBuilder()
+    parts = []
+    for rank in (1, N - 1):
+        codes = np.random.default_rng(rank).integers(1, 8, (N, rank)).astype(np.uint8)
+        scales = (1 / codes.sum(axis=1)).astype(np.float32)
+        if stored == "integers":
+            rows: str | NDArray[np.float32] = g.op("DequantizeLinear", codes, scales, np.zeros(N, np.uint8), axis=0)
+        else:
+            rows = codes * scales[:, None]
+        parts.append(g.op("Reshape", rows, ints(1, N, rank)))
+    mix = g.op("Concat", *parts, axis=2)
+    stock = g.classify(g.op("Add", g.x, g.op("MatMul", mix, g.x)))
+    assert mix not in calibrated_tensors(to_graph(stock))
+    ranges = ranges_of(stock) | {mix: (0.0, 1.0)}
+    model, result = rewritten(stock, QuantizeProducts(ranges), 1)  # the patches
+    reasons = {
+        "integers": "an operand is computed from constants alone",
+        "floats": "a constant operand is no matrix on the right",  # what was computed from floats was folded
+    }
+    assert [skip.reason for skip in result.skipped] == [reasons[stored], "it is the classifier"]
+    assert all(node.input[0] != mix for node in model.graph.node if node.op_type == "QuantizeLinear")
