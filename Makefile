@@ -5,7 +5,7 @@ BIN    := $(VENV)/bin
 READY  := $(VENV)/.ready
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-fast lint format docs bench bench-sparsity bench-passes
+.PHONY: help install demo test test-fast lint format docs bench bench-sparsity bench-passes bench-kinds
 .PHONY: trt-attributes gpu-check campaign campaign-kill image-models image-lint image-check image-check-arm64 clean
 
 help: ## What can be made
@@ -65,6 +65,10 @@ bench-sparsity: $(READY) ## Sparsity against speed
 # What each exact rewrite is worth; PASSES="--weights W --data IMAGES -o passes.json" or "--model swin_…", random otherwise
 bench-passes: $(READY) ## What each exact rewrite is worth
 	$(BIN)/python benchmarks/passes.py $(PASSES)
+
+# Whole maps, ranks 1 to 8 and auto, alone and recovered; KINDS="--weights W --data IMAGES --work build/kinds -o kinds.json"
+bench-kinds: $(READY) ## What each kind of frozen head costs and gains
+	$(BIN)/python benchmarks/kinds.py $(KINDS)
 
 # 820 MB of downloads; needs CPython 3.10, gcc, nm and readelf
 trt-attributes: $(READY) ## The attributes of real TensorRT modules
