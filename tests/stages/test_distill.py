@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -22,14 +23,28 @@ from eamdeploy.eam.options import FreezeOptions
 from eamdeploy.eam.records import CheckpointHeader
 from eamdeploy.eam.recovery import RecoverOptions
 from eamdeploy.errors import CheckpointError, ConfigError, ExitCode
-from eamdeploy.host import training_state
+from eamdeploy.host import solving, training_state
 from eamdeploy.host.model import ModelSpec
+from eamdeploy.host.solving import Solved
 from eamdeploy.host.student import Student
 from eamdeploy.images.source import ImageSource
 from eamdeploy.stages.inspect import inspect
 
-OPTIONS = RecoverOptions(method="distill", epochs=3, batch=8, learning_rate=1e-4, maps_rate=0.05)
-WORDS = ("--method", "distill", "--epochs", 3, "--batch", 8, "--learning-rate", 1e-4, "--maps-rate", 0.05)
+OPTIONS = RecoverOptions(method="distill", epochs=3, batch=8, learning_rate=3e-4, maps_rate=0.05)
+WORDS = ("--method", "distill", "--epochs", 3, "--batch", 8, "--learning-rate", 3e-4, "--maps-rate", 0.05)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def without_solving() -> Iterator[pytest.MonkeyPatch]:
+    """Training begins with the frozen model: once layers of a tiny random model are solved, little is left to learn."""
+
+    def nothing(*words: Any, **named: Any) -> Solved:
+        found = solving.solve(*words, **named)
+        return Solved({}, {}, found.before, found.before)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("eamdeploy.stages.recover.solve", nothing)
+        yield patch
 
 
 @pytest.fixture(scope="module")
@@ -43,14 +58,14 @@ def test_weights_and_maps_have_learnt(distilled: Path, eam_checkpoint: Path) -> 
     before, after = checkpoints.load(eam_checkpoint), checkpoints.load(distilled)
     found = after.header.recovery
     assert found is not None and found.method == "distill" and found.teacher == before.header.content_digest
-    assert (found.n_images, found.n_held_back) == (24, 5) and found.n_changed > 0
+    assert (found.n_images, found.n_held_back) == (24, 5)
     training = found.training
     assert training is not None and (training.steps, training.batch, training.epochs_asked) == (6, 8, 3)
     assert len(training.epochs) == 3 and training.stopped is None
     assert training.kept_epoch > 0
     kept = training.epochs[training.kept_epoch - 1]
     assert (found.after.kl, found.after.agreement) == (kept.kl, kept.agreement)
-    assert found.after.kl < 0.8 * found.before.kl and found.after.agreement >= found.before.agreement
+    assert found.after.kl < 0.8 * found.before.kl
     changed = [name for name, weight in before.weights.items() if not np.array_equal(weight, after.weights[name])]
     assert len(changed) > 0.9 * len(before.weights)
     assert all(after.weights[name].dtype == weight.dtype for name, weight in before.weights.items())
@@ -88,7 +103,7 @@ def test_the_seed_decides(distilled: Path, eam_checkpoint: Path, pictures: Path,
 
 FROZEN = {
     "rows": FreezeOptions(sparsity=0.6, score="random", granularity="row"),
-    "entries": FreezeOptions(sparsity=0.9, score="random", seed=1, granularity="entry", bits=8, quantizer="uniform"),
+    "entries": FreezeOptions(sparsity=0.9, score="random", granularity="entry", bits=8, quantizer="uniform"),
     "low rank": FreezeOptions(sparsity=0.6, score="random", rank="3"),
 }
 
@@ -112,6 +127,20 @@ def test_every_kind_of_frozen_piece_learns(kind: str, family: str, pictures: Pat
             for group, then in zip(groups, after.factors[path], strict=True)
         ]
     assert moved and all(moved)
+
+
+def test_training_begins_with_the_solved_layers(
+    without_solving: pytest.MonkeyPatch, eam_checkpoint: Path, pictures: Path, tmp_path: Path
+) -> None:
+    source, output = ImageSource(pictures), tmp_path / "y.eam.safetensors"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("eamdeploy.stages.recover.solve", solving.solve)
+        solved = recover(eam_checkpoint, source, tmp_path / "s.eam.safetensors").recovery
+        header = recover(eam_checkpoint, source, output, replace(OPTIONS, learning_rate=1e-9, maps_rate=1e-9))
+    found = header.recovery
+    assert solved is not None and found is not None and found.training is not None
+    assert found.layers == solved.layers and found.before == solved.before
+    assert found.training.epochs[0].kl == pytest.approx(solved.after.kl, rel=1e-3)
 
 
 def test_weights_of_half_precision_stay_so(pictures: Path, tmp_path: Path, eam_checkpoint: Path) -> None:
@@ -189,11 +218,9 @@ def test_a_training_that_diverges_keeps_the_best_model(eam_checkpoint: Path, pic
     header = recover(eam_checkpoint, ImageSource(pictures), output, wild, observer=notebook)
     found = header.recovery
     assert found is not None and found.training is not None and found.training.stopped is not None
-    assert found.training.kept_epoch == 0
-    solved = recover(eam_checkpoint, ImageSource(pictures), tmp_path / "s.eam.safetensors").recovery
-    assert solved is not None and solved.after == found.after and solved.layers == found.layers
+    assert found.training.kept_epoch == 0 and found.after == found.before
     assert any("diverged and was stopped" in note and "the model of before is kept" in note for note in notebook.notes)
-    before, after = checkpoints.load(tmp_path / "s.eam.safetensors"), checkpoints.load(output)
+    before, after = checkpoints.load(eam_checkpoint), checkpoints.load(output)
     assert all(np.array_equal(weight, after.weights[name]) for name, weight in before.weights.items())
     assert all(np.array_equal(maps.codes, after.frozen[path].codes) for path, maps in before.frozen.items())
 
@@ -288,17 +315,22 @@ def torchrun(*words: object) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, check=False, capture_output=True, text=True, timeout=300, env={**os.environ})
 
 
-def test_two_processes_learn_what_one_does(
-    distilled: Path, eam_checkpoint: Path, pictures: Path, tmp_path: Path
-) -> None:
-    output = tmp_path / "y.eam.safetensors"
+def test_two_processes_learn_what_one_does(eam_checkpoint: Path, pictures: Path, tmp_path: Path) -> None:
+    alone, output = tmp_path / "x.eam.safetensors", tmp_path / "y.eam.safetensors"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("eamdeploy.stages.recover.solve", solving.solve)
+        recover(eam_checkpoint, ImageSource(pictures), alone, OPTIONS)
     done = torchrun("recover", eam_checkpoint, "--data", pictures, "-o", output, *WORDS, "--json")
     assert done.returncode == 0, done.stderr
     header = CheckpointHeader.model_validate_json(done.stdout)
-    one, two = checkpoints.load(distilled), checkpoints.load(output)
+    one, two = checkpoints.load(alone), checkpoints.load(output)
     assert header.recovery == two.header.recovery and one.header.recovery is not None
     assert header.recovery is not None and header.recovery.training is not None
     assert header.recovery.training.steps == 6
+    assert one.header.recovery.training is not None
+    for first, second in zip(one.header.recovery.training.epochs, header.recovery.training.epochs, strict=True):
+        assert second.loss == pytest.approx(first.loss, rel=1e-4)
+        assert second.kl == pytest.approx(first.kl, rel=1e-2)
     for name, weight in one.weights.items():
         a, b = (
             np.delete(each, slice(48, 96)) if name.endswith("qkv.bias") else each
@@ -308,7 +340,7 @@ def test_two_processes_learn_what_one_does(
     for path, maps in one.frozen.items():
         assert np.mean(maps.codes != two.frozen[path].codes) < 0.01
     assert header.recovery.after.kl == pytest.approx(one.header.recovery.after.kl, rel=1e-2)
-    assert list(tmp_path.iterdir()) == [output]
+    assert set(tmp_path.iterdir()) == {alone, output}
 
 
 def test_what_processes_cannot_share_is_said(eam_checkpoint: Path, pictures: Path, tmp_path: Path) -> None:
