@@ -32,10 +32,10 @@ class RecoverOptions:
     seed: Annotated[int, Field(description="Draws the images that are held back; for distill, order and crops.")] = 0
     epochs: Annotated[int, Field(description="distill: how often every image is seen.")] = 30
     batch: Annotated[int, Field(description="distill: images of one step, of all processes together.")] = 32
-    learning_rate: Annotated[float, Field(description="distill: Adam's largest step of a weight.")] = 3e-5
+    learning_rate: Annotated[float, Field(description="distill: Adam's largest step of a weight.")] = 2e-5
     maps_rate: Annotated[
         float, Field(description="distill: Adam's largest step of the logarithm of a frozen entry.")
-    ] = 1e-2
+    ] = 5e-3
     device: Annotated[
         TrainingDevice, Field(description="distill: where to train; auto takes a GPU where there is one.")
     ] = "auto"

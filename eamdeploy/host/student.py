@@ -2,7 +2,7 @@
 
 One step is one of Adam on
 
-    KL(teacher ‖ student) + mean over the blocks of ‖student − teacher‖² / ‖teacher‖²
+    KL(teacher ‖ student) + 10 · mean over the blocks of ‖student − teacher‖² / ‖teacher‖²
 
 where the norms are those of what a block gives for an image. The rate rises over the first tenth of the steps and falls
 to 0 along a cosine. The moving average follows the student with a delay of an epoch's steps, of at most 100.
@@ -28,6 +28,7 @@ from eamdeploy.host.learning import LearningAttention
 from eamdeploy.host.processes import Processes
 from eamdeploy.host.reference import load_reference
 
+_WEIGHT_OF_BLOCKS: Final = 10  # of what blocks give, against the logits
 _WARM_UP: Final = 0.1
 _LONGEST_DELAY: Final = 100
 
@@ -77,7 +78,7 @@ class Student:
             found = self._model(views)
         inside = [_distance(*each) for each in zip(wanted[:-1], got[:-1], strict=True)]  # the logits speak for the last
         distance = torch.stack(inside).mean(dim=0).sum() if inside else 0
-        loss = (_divergence(answers, found) + distance) / size
+        loss = (_divergence(answers, found) + _WEIGHT_OF_BLOCKS * distance) / size
         self._optimizer.zero_grad()
         torch.autograd.backward(loss)
         total = loss.detach().clone()
