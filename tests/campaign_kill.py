@@ -24,7 +24,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 from hostile.kill_targets import make_targets
 from hostile.killing import Killed, kill_once, measure
 
-SHARES = {"run": 50, "freeze": 40, "export": 40, "build-ort": 40, "report": 30}
+SHARES = {"run": 50, "freeze": 30, "recover": 30, "export": 30, "build-ort": 30, "report": 30}
 
 
 def main() -> int:

@@ -134,7 +134,7 @@ def edit(path: Path, tensor: str, change: Any) -> None:
         ("rank4.mix_scales", lambda a: a * [1, 1, 1.5, 1, 1], r"rank4\.mix_scales has the wrong dtype"),
         (
             "rank4.mix_scales",
-            lambda a: a * np.float32([1, 1, 1.5, 1, 1]),
+            lambda a: a * np.array([1, 1, 1.5, 1, 1], np.float32),
             r"rank4\.mix: 1 of 5 rows do not sum to 1; .*got 1\.5 at \(frozen head, row\) \(0, 2\)",
         ),
         ("rank4.pool_codes", lambda a: a * 0, r"rank4\.pool: 4 of 4 rows do not sum to 1; .*got 0 at"),

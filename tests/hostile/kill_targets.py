@@ -106,6 +106,7 @@ def make_targets(folder: Path) -> dict[str, tuple[Target, Path]]:
     draw_pictures(common / "pictures", 4)
     made = {
         "freeze": _freeze(common, folder / "freeze"),
+        "recover": _recover(common, folder / "recover"),
         "export": _export(common, folder / "export"),
         "build-ort": _build(folder / "export", folder / "build-ort"),
         "report": _report(folder / "report"),
@@ -135,6 +136,17 @@ def _freeze(common: Path, start: Path) -> tuple[Target, Path]:
     _done(_freeze_words(0.4, "out/x.eam.safetensors", "--heatmap", "out/x.svg"), start)
     words = _freeze_words(0.7, "out/x.eam.safetensors", "--heatmap", "out/x.svg")
     return Target("freeze", words, "out", read_outputs), start
+
+
+def _recover(common: Path, start: Path) -> tuple[Target, Path]:
+    _folder(start, *common.iterdir())
+    for name, sparsity in (("old", 0.4), ("new", 0.7)):
+        _done(_freeze_words(sparsity, f"{name}.eam.safetensors"), start)
+    more = ["--data", "pictures", "--held-back", 0.5, "-o", "out/y.eam.safetensors"]
+    _done(eamdeploy("recover", "old.eam.safetensors", *more), start)
+    training = ["--method", "distill", "--epochs", 4, "--batch", 2]
+    words = eamdeploy("recover", "new.eam.safetensors", *more, *training)
+    return Target("recover", words, "out", read_outputs), start
 
 
 def _export(common: Path, start: Path) -> tuple[Target, Path]:

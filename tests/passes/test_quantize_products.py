@@ -244,7 +244,7 @@ def test_mixes_of_several_ranks_are_constants_too(stored: str) -> None:
     mix = g.op("Concat", *parts, axis=2)
     stock = g.classify(g.op("Add", g.x, g.op("MatMul", mix, g.x)))
     assert mix not in calibrated_tensors(to_graph(stock))
-    ranges = ranges_of(stock) | {mix: (0.0, 1.0)}
+    ranges = {**ranges_of(stock), str(mix): (0.0, 1.0)}
     model, result = rewritten(stock, QuantizeProducts(ranges), 1)  # the patches
     reasons = {
         "integers": "an operand is computed from constants alone",

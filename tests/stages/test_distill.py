@@ -16,7 +16,7 @@ from command_line import RunCli, only_error
 from notebook import Notebook
 from tiny_models import KWARGS, NAME, SWIN_KWARGS, SWIN_NAME, make_model, save_weights
 
-from eamdeploy import evaluate, export, freeze, recover
+from eamdeploy import evaluate, export, freeze, recover, report
 from eamdeploy.artifacts.files import atomic_output
 from eamdeploy.eam import checkpoint as checkpoints
 from eamdeploy.eam.options import FreezeOptions
@@ -365,3 +365,11 @@ def test_the_command_line_shows_every_epoch(
     assert (tmp_path / "y.eam.safetensors").read_bytes() == distilled.read_bytes()
     refused = run_cli(*words, "--method", "distill", "--epochs", 0)
     assert "epochs of recovery" in only_error(refused, ExitCode.BAD_INPUT)
+
+
+def test_the_report_says_how_it_was_trained(eam_checkpoint: Path, distilled: Path, tmp_path: Path) -> None:
+    page = tmp_path / "report.html"
+    report([eam_checkpoint, distilled], page)
+    text = page.read_text()
+    assert "recovered (distill): agreement" in text
+    assert "--method distill" in text and "--epochs 3 --batch 8 --learning-rate 0.0003 --maps-rate 0.05" in text

@@ -10,7 +10,7 @@ import shlex
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from eamdeploy.artifacts.card import Preprocessing, Recovery
+from eamdeploy.artifacts.card import Freezing, Preprocessing, Recovery, Training
 from eamdeploy.artifacts.run_state import RunState
 from eamdeploy.eam.analysis import Analysis
 from eamdeploy.eam.records import CheckpointHeader
@@ -109,11 +109,20 @@ def _freeze(item: Sourced[CheckpointHeader], others: Sequence[Sourced[Checkpoint
         "--sparsity": freezing.sparsity_asked,
         "--granularity": freezing.granularity,
         "--window-maps": freezing.window_maps,
+        "--rank": _rank(freezing),
         "--score": freezing.score,
     }
     unknown = "folders of images and weights, --split, --images, --bins, --spacing, --seed, --score-images"
     text = command_line("freeze", {**model, **chosen, **stored})
     return Command(item.file, text, f"{unknown}; {calibration.n_images} images were used")
+
+
+def _rank(freezing: Freezing) -> str | None:
+    """What `--rank` was: one number for all heads, or the choice among several kinds; None for whole maps alone."""
+    ranks = {freezing.rank_of(path, head) for path, heads in freezing.heads.items() for head in heads}
+    if ranks <= {None}:
+        return None
+    return "auto" if len(ranks) > 1 else str(*ranks)
 
 
 def _recover(file: str, found: Recovery, teacher: str | None) -> Command:
@@ -122,6 +131,7 @@ def _recover(file: str, found: Recovery, teacher: str | None) -> Command:
         "--exif-transpose": found.exif_transpose,
         "--method": found.method,
         "--seed": found.seed,
+        **({} if found.training is None else _training(found.training)),
         "-o": file,
     }
     missing = [
@@ -130,6 +140,15 @@ def _recover(file: str, found: Recovery, teacher: str | None) -> Command:
     ]
     text = command_line("recover", options, teacher or "CHECKPOINT")
     return Command(file, text, f"{', '.join(missing)}; {found.n_images} images were used")
+
+
+def _training(found: Training) -> dict[str, Any]:
+    return {
+        "--epochs": found.epochs_asked,
+        "--batch": found.batch,
+        "--learning-rate": found.learning_rate,
+        "--maps-rate": found.maps_rate,
+    }
 
 
 def _export(item: Sourced[Export], sources: Sources) -> Command:
