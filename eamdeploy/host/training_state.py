@@ -12,6 +12,7 @@ import torch
 
 from eamdeploy.artifacts.card import FreezingCost, RecoveredLayer, TrainedEpoch
 from eamdeploy.artifacts.files import atomic_output, is_file
+from eamdeploy.host.solving import Solved
 
 Tensors: TypeAlias = Mapping[str, torch.Tensor]
 
@@ -39,6 +40,12 @@ class TrainingState:
     best: Tensors | None = None
     best_epoch: int = 0
     student: Mapping[str, Any] | None = None
+
+    @classmethod
+    def begun(cls, solved: Solved) -> TrainingState:
+        """Training that has yet to begin, with these layers."""
+        start = {key: torch.from_numpy(weight) for key, weight in solved.weights.items()}
+        return cls(solved.before, solved.after, solved.layers, start)
 
     @property
     def done(self) -> int:

@@ -8,8 +8,6 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
-import torch
-
 from eamdeploy.artifacts.card import Recovery
 from eamdeploy.artifacts.files import digest_bytes, digest_file, require_output
 from eamdeploy.eam import checkpoint as checkpoints
@@ -147,9 +145,7 @@ def _distill(task: _Task) -> Checkpoint:
 
 def _begun(task: _Task) -> TrainingState:
     """Training that has yet to begin."""
-    found = _solved(task, task.shared_images())
-    start = {key: torch.from_numpy(weight) for key, weight in found.weights.items()}
-    state = TrainingState(found.before, found.after, found.layers, start)
+    state = TrainingState.begun(_solved(task, task.shared_images()))
     state.save(_state_file(task))
     return state
 
