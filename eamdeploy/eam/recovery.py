@@ -30,7 +30,7 @@ class RecoverOptions:
         float, Field(description="Share of the images that only checks what was learnt from the others, in (0, 1).")
     ] = 0.2
     seed: Annotated[int, Field(description="Draws the images that are held back; for distill, order and crops.")] = 0
-    epochs: Annotated[int, Field(description="distill: how often every image is seen.")] = 30
+    epochs: Annotated[int, Field(description="distill: how often every image is seen.")] = 10
     batch: Annotated[int, Field(description="distill: images of one step, of all processes together.")] = 32
     learning_rate: Annotated[float, Field(description="distill: Adam's largest step of a weight.")] = 2e-5
     maps_rate: Annotated[
