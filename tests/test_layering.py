@@ -51,13 +51,14 @@ ROOMS: dict[str, set[str]] = {
         *("artifacts", "convert", "devices", "eam", "engines", "graph", "images", "parity", "passes"),
         *("profiling", "records"),
     },
+    "recovery": {"artifacts", "eam", "host", "images", "parity"},
     "remote": {"artifacts", "devices", "engines", "records"},
     "reporting": {
         *("artifacts", "devices", "eam", "engines", "parity", "profiling", "records", "remote"),
     },
     "stages": {
         *("artifacts", "convert", "devices", "eam", "engines", "graph", "host", "images", "parity", "profiling"),
-        *("records", "remote", "reporting"),
+        *("records", "recovery", "remote", "reporting"),
     },
     "pipeline": {
         *("artifacts", "convert", "devices", "eam", "engines", "host", "images", "parity"),
@@ -70,7 +71,7 @@ ROOMS: dict[str, set[str]] = {
 }
 # What a board does not run: rooms, and modules of rooms that a board does run.
 HOST_ONLY = {
-    *("graph", "passes", "host", "lint"),
+    *("graph", "passes", "host", "recovery", "lint"),
     *("convert.ort", "convert.ort_int8", "convert.trt", "convert.trt_half", "convert.trt_passes"),
     *("stages.analyze", "stages.freeze", "stages.pack", "stages.recover", "stages.export"),
 }
@@ -89,7 +90,7 @@ PACKAGES: dict[str, set[str]] = {
     "tomli": {"pipeline.config"},
     "tomllib": {"pipeline.config"},  # Python's own from 3.11
     "onnxruntime": {"convert.ort_tools", "engines.ort", "engines.registry", "graph.model", "graph.running"},
-    "torch": {"host"},
+    "torch": {"host", "recovery"},
     "timm": {"host"},
     "onnx": {"convert", "graph", "host", "lint", "passes", "stages.inspect"},
     "onnx_graphsurgeon": {"convert", "graph", "passes"},

@@ -15,17 +15,17 @@ from eamdeploy.eam.checkpoint import Checkpoint
 from eamdeploy.eam.records import CheckpointHeader
 from eamdeploy.eam.recovery import DEFAULT_RECOVERY, RecoverOptions, check_recovery
 from eamdeploy.errors import ConfigError
-from eamdeploy.host.distilling import distill
-from eamdeploy.host.processes import Processes, joined_processes
 from eamdeploy.host.reference import load_reference
-from eamdeploy.host.shares import SharedImages, Shares
-from eamdeploy.host.solving import Solved, solve
-from eamdeploy.host.spool import Spool
-from eamdeploy.host.training_images import TrainingImages
-from eamdeploy.host.training_state import TrainingState
 from eamdeploy.images.folder import ImageFolder, folder_digest
 from eamdeploy.images.source import ImageSource
 from eamdeploy.observer import SILENT, Observer
+from eamdeploy.recovery.distilling import distill
+from eamdeploy.recovery.processes import Processes, joined_processes
+from eamdeploy.recovery.shares import SharedImages, Shares
+from eamdeploy.recovery.solving import Solved, solve
+from eamdeploy.recovery.spool import Spool
+from eamdeploy.recovery.training_images import TrainingImages
+from eamdeploy.recovery.training_state import TrainingState
 from eamdeploy.vocabulary import RecoveryMethod
 
 

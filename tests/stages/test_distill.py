@@ -23,11 +23,11 @@ from eamdeploy.eam.options import FreezeOptions
 from eamdeploy.eam.records import CheckpointHeader
 from eamdeploy.eam.recovery import RecoverOptions
 from eamdeploy.errors import CheckpointError, ConfigError, ExitCode
-from eamdeploy.host import solving, training_state
 from eamdeploy.host.model import ModelSpec
-from eamdeploy.host.solving import Solved
-from eamdeploy.host.student import Student
 from eamdeploy.images.source import ImageSource
+from eamdeploy.recovery import solving, training_state
+from eamdeploy.recovery.solving import Solved
+from eamdeploy.recovery.student import Student
 from eamdeploy.stages.inspect import inspect
 
 OPTIONS = RecoverOptions(method="distill", epochs=3, batch=8, learning_rate=3e-4, maps_rate=0.05)

@@ -16,13 +16,13 @@ from eamdeploy.eam.options import FreezeOptions
 from eamdeploy.eam.records import CheckpointHeader
 from eamdeploy.eam.recovery import RecoverOptions, held_back_images
 from eamdeploy.errors import ConfigError, ExitCode
-from eamdeploy.host import solving
 from eamdeploy.host.calibrate import predict
 from eamdeploy.host.model import ModelSpec
 from eamdeploy.host.reference import load_reference
 from eamdeploy.images.preprocess import normalize
 from eamdeploy.images.source import ImageSource
 from eamdeploy.parity.reference_set import ReferenceSet, reference_path
+from eamdeploy.recovery import solving
 from eamdeploy.stages.inspect import inspect
 
 

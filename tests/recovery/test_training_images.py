@@ -8,7 +8,7 @@ import torch
 from tiny_models import draw_pictures
 
 from eamdeploy.artifacts.card import Preprocessing
-from eamdeploy.host.training_images import TrainingImages
+from eamdeploy.recovery.training_images import TrainingImages
 
 HOW = Preprocessing(size=(16, 16), mean=(0.5, 0.4, 0.3), std=(0.2, 0.3, 0.4))
 

@@ -13,9 +13,9 @@ from tiny_models import SWIN_NAME, images, make_model
 from eamdeploy.eam.quantizers import dequantize, quantize_rows
 from eamdeploy.eam.records import AttentionShape, FrozenFactors, FrozenMaps, spread_mask
 from eamdeploy.host.attention import FrozenAttention, attention_sites, put_attention
-from eamdeploy.host.learning import LearningAttention, LearningRows
 from eamdeploy.host.reference import constants_of_module
 from eamdeploy.host.sites import attention_shapes
+from eamdeploy.recovery.learning import LearningAttention, LearningRows
 from eamdeploy.vocabulary import BITS, GRANULARITIES, QUANTIZERS, Bits, Granularity, Quantizer
 
 SHAPE = AttentionShape(heads=3, tokens=17, windows=None)

@@ -2,9 +2,9 @@
 
     teacher   view ─▶ block ─▶ … ─▶ logits          all attention live; learns nothing
                         │ ‖·‖²         │ KL
-    student   view ─▶ block ─▶ … ─▶ logits          frozen maps as they are deployed (`host.learning`)
+    student   view ─▶ block ─▶ … ─▶ logits          frozen maps as they are deployed (`recovery.learning`)
 
-The student begins with the layers that `host.solving` solved. What is checked and kept is its moving average. After
+The student begins with the layers that `recovery.solving` solved. What is checked and kept is its moving average. After
 every epoch the average is written as a checkpoint's tensors, and the model of these tensors is compared with the
 teacher on the images held back.
 Sources: Hinton et al., Distilling the Knowledge in a Neural Network, 2015; Beyer et al., Knowledge distillation: A good
@@ -27,13 +27,13 @@ from eamdeploy.artifacts.card import FreezingCost, Training
 from eamdeploy.eam.checkpoint import Checkpoint
 from eamdeploy.eam.recovery import RecoverOptions
 from eamdeploy.errors import ConfigError
-from eamdeploy.host.difference import answers, cost_of
-from eamdeploy.host.processes import Processes
 from eamdeploy.host.reference import load_reference
-from eamdeploy.host.student import Student
-from eamdeploy.host.training_images import TrainingImages
-from eamdeploy.host.training_state import TrainingState
 from eamdeploy.observer import Observer
+from eamdeploy.recovery.difference import answers, cost_of
+from eamdeploy.recovery.processes import Processes
+from eamdeploy.recovery.student import Student
+from eamdeploy.recovery.training_images import TrainingImages
+from eamdeploy.recovery.training_state import TrainingState
 
 
 @dataclass(frozen=True, eq=False)

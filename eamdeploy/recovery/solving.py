@@ -25,10 +25,10 @@ from torch import nn
 from eamdeploy.artifacts.card import FreezingCost, RecoveredLayer
 from eamdeploy.eam.ridge import Correction, Products, best_correction
 from eamdeploy.host.attention import halves, steps
-from eamdeploy.host.difference import cost_of, not_finite
-from eamdeploy.host.shares import SharedBatch
 from eamdeploy.host.sites import AttentionSite, Half
-from eamdeploy.host.spool import Spool
+from eamdeploy.recovery.difference import cost_of, not_finite
+from eamdeploy.recovery.shares import SharedBatch
+from eamdeploy.recovery.spool import Spool
 
 Weights: TypeAlias = Mapping[str, NDArray[Any]]
 

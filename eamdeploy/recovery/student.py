@@ -1,4 +1,4 @@
-"""The model that learns in `host.distilling`: one step of training, and what a checkpoint has of it.
+"""The model that learns in `recovery.distilling`: one step of training, and what a checkpoint has of it.
 
 One step is one of Adam on
 
@@ -24,9 +24,9 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from eamdeploy.eam.checkpoint import Checkpoint, FrozenFactors, FrozenMaps
 from eamdeploy.eam.recovery import RecoverOptions
 from eamdeploy.host.attention import put_attention, steps
-from eamdeploy.host.learning import LearningAttention
-from eamdeploy.host.processes import Processes
 from eamdeploy.host.reference import load_reference
+from eamdeploy.recovery.learning import LearningAttention
+from eamdeploy.recovery.processes import Processes
 
 _WEIGHT_OF_BLOCKS: Final = 10  # of what blocks give, against the logits
 _WARM_UP: Final = 0.1

@@ -15,8 +15,8 @@ from tiny_models import FAMILY, SWIN_FAMILY, images, make_member, make_model
 from eamdeploy.errors import CheckpointError, ConfigError
 from eamdeploy.host.attention import Constants, attention_sites, freeze_attention, halves, steps
 from eamdeploy.host.model import to_numpy
-from eamdeploy.host.solving import Solved, solve
-from eamdeploy.host.spool import Spool
+from eamdeploy.recovery.solving import Solved, solve
+from eamdeploy.recovery.spool import Spool
 
 KINDS = [*FAMILY, *SWIN_FAMILY]
 SOME = ["vit", "no qkv bias", "deit-3", "swin", "swin, padded", "swin, oblong windows"]
@@ -210,7 +210,7 @@ def test_a_spool_holds_one_tensor_in_memory(tmp_path: Path) -> None:
 
 def test_a_full_disk_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with Path("/dev/full").open("r+b", buffering=0) as full:
-        monkeypatch.setattr("eamdeploy.host.spool.tempfile.TemporaryFile", lambda **_: full)
+        monkeypatch.setattr("eamdeploy.recovery.spool.tempfile.TemporaryFile", lambda **_: full)
         with Spool(tmp_path) as kept, pytest.raises(ConfigError, match="No space left"):
             kept.append(torch.zeros(4))
     with pytest.raises(ConfigError, match="cannot keep activations"):

@@ -13,10 +13,10 @@ from eamdeploy.artifacts.card import Preprocessing
 from eamdeploy.eam.recovery import RecoverOptions, held_back_images
 from eamdeploy.errors import ConfigError
 from eamdeploy.host.calibrate import as_tensors
-from eamdeploy.host.spool import Spool
 from eamdeploy.images.folder import ImageFolder
 from eamdeploy.images.source import ImageSource
 from eamdeploy.observer import Observer
+from eamdeploy.recovery.spool import Spool
 
 SharedBatch: TypeAlias = tuple[torch.Tensor, Sequence[bool]]
 """Normalized images, float32 `[B, 3, H, W]`, and which of them are held back."""

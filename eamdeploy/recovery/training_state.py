@@ -12,7 +12,7 @@ import torch
 
 from eamdeploy.artifacts.card import FreezingCost, RecoveredLayer, TrainedEpoch
 from eamdeploy.artifacts.files import atomic_output, is_file
-from eamdeploy.host.solving import Solved
+from eamdeploy.recovery.solving import Solved
 
 Tensors: TypeAlias = Mapping[str, torch.Tensor]
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from eamdeploy.artifacts.card import FreezingCost, RecoveredLayer
-from eamdeploy.host.training_state import TrainingState
+from eamdeploy.recovery.training_state import TrainingState
 
 
 def cost(agreement: float, kl: float, n_images: int = 100) -> FreezingCost:
