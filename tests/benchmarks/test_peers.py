@@ -97,8 +97,13 @@ def test_every_plan_has_a_row_and_what_runs_agrees(measured: Peers, model: int) 
     rows = measured.models[model].rows
     assert [row.name for row in rows] == [plan.name for plan in PLANS]
     missing = [*([] if INSTALLED else OPENVINO), *([] if PROVIDED else OUR_OPENVINO)]
-    assert [row.name for row in rows if row.skipped] == missing
+    # Without VNNI, ONNX Runtime 1.32 can't load what its own quantizer made of a Swin; the row says so.
+    unloadable = {row.name for row in rows if row.skipped and "Attempt to replace the existing tensor" in row.skipped}
+    assert unloadable <= ({"ORT static INT8"} if model == 1 else set())
+    assert [row.name for row in rows if row.skipped and row.name not in unloadable] == missing
     for row in rows:
+        if row.name in unloadable:
+            continue
         if row.skipped:
             package = "onnxruntime-openvino" if row.family == "ours" else "'eamdeploy[bench]'"
             assert f"pip install {package}" in row.skipped
