@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import nn
 
 from eamdeploy.artifacts.card import FreezingCost
 from eamdeploy.errors import CheckpointError
@@ -55,21 +55,21 @@ def not_finite(where: str, part: str) -> CheckpointError:
     )
 
 
-def _first_not_finite(model: Any, images: torch.Tensor) -> str:
-    """The path of the first part of `model` between embedding and norm that gives such values."""
-    found: list[str] = []
-
-    def look(path: str, output: torch.Tensor) -> None:
-        if not torch.isfinite(output).all():
-            found.append(path)
-
-    def hook(path: str, module: nn.Module) -> Any:
-        return module.register_forward_hook(lambda _module, _inputs, output: look(path, output))
-
-    handles = [hook(path, module) for path, module in steps(model)]
+@contextmanager
+def step_outputs(model: Any) -> Iterator[list[torch.Tensor]]:
+    """Inside the block, what every step of `model` between embedding and norm gives joins the list."""
+    seen: list[torch.Tensor] = []
+    handles = [module.register_forward_hook(lambda *found: seen.append(found[2])) for _, module in steps(model)]
     try:
-        model(images)
+        yield seen
     finally:
         for handle in handles:
             handle.remove()
-    return found[0] if found else "the classifier"
+
+
+def _first_not_finite(model: Any, images: torch.Tensor) -> str:
+    """The path of the first step of `model` that gives such values."""
+    with step_outputs(model) as found:
+        model(images)
+    broken = (path for (path, _), output in zip(steps(model), found, strict=True) if not torch.isfinite(output).all())
+    return next(broken, "the classifier")

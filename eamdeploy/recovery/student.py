@@ -11,8 +11,7 @@ to 0 along a cosine. The moving average follows the student with a delay of an e
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any, Final
 
@@ -23,8 +22,9 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from eamdeploy.eam.checkpoint import Checkpoint, FrozenFactors, FrozenMaps
 from eamdeploy.eam.recovery import RecoverOptions
-from eamdeploy.host.attention import put_attention, steps
+from eamdeploy.host.attention import put_attention
 from eamdeploy.host.reference import load_reference
+from eamdeploy.recovery.difference import step_outputs
 from eamdeploy.recovery.learning import LearningAttention
 from eamdeploy.recovery.processes import Processes
 
@@ -72,9 +72,9 @@ class Student:
     def learn(self, teacher: nn.Module, views: torch.Tensor, size: int) -> float:
         """One step on this process's share `views` `[B, 3, H, W]` of a batch of `size`; the loss of the whole batch."""
         views = views.to(self._processes.device)
-        with torch.no_grad(), _outputs(teacher) as wanted:
+        with torch.no_grad(), step_outputs(teacher) as wanted:
             answers = teacher(views)
-        with _outputs(self._model) as got:
+        with step_outputs(self._model) as got:
             found = self._model(views)
         inside = [_distance(*each) for each in zip(wanted[:-1], got[:-1], strict=True)]  # the logits speak for the last
         distance = torch.stack(inside).mean(dim=0).sum() if inside else 0
@@ -148,18 +148,6 @@ def _share(step: int, total: int) -> float:
     """Which share of the largest rate a step has, in [0, 1]."""
     rising = (step + 1) / max(1.0, _WARM_UP * total)
     return min(1.0, rising) * 0.5 * (1 + math.cos(math.pi * step / total))
-
-
-@contextmanager
-def _outputs(model: Any) -> Iterator[list[torch.Tensor]]:
-    """Inside the block, what every step of `model` between embedding and norm gives joins the list."""
-    seen: list[torch.Tensor] = []
-    handles = [module.register_forward_hook(lambda *found: seen.append(found[2])) for _, module in steps(model)]
-    try:
-        yield seen
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def _divergence(wanted: torch.Tensor, got: torch.Tensor) -> torch.Tensor:

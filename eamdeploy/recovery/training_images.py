@@ -16,7 +16,8 @@ from eamdeploy.artifacts.card import Preprocessing
 from eamdeploy.images.augment import random_view
 from eamdeploy.images.preprocess import normalize, read_rgb
 
-_THREADS, _AHEAD = 2, 2  # batches that are ready before they are wanted
+_THREADS = 2
+_AHEAD = 2  # batches that are being read while one is learnt from
 
 
 @dataclass(frozen=True)
@@ -45,18 +46,19 @@ class TrainingImages:
         """
         order = np.random.default_rng((self.seed, epoch)).permutation(len(self.files)).tolist()
         batches = [order[start : start + size][part::parts] for start in range(0, len(order) - size + 1, size)]
-        with ThreadPoolExecutor(_THREADS) as pool:
-            waiting: deque[list[Future[NDArray[np.uint8]]]] = deque()
-            try:
-                for numbers in [*batches, *[None] * _AHEAD]:
-                    if numbers is not None:
-                        waiting.append([pool.submit(self._view, epoch, number) for number in numbers])
-                    if len(waiting) > _AHEAD or (numbers is None and waiting):
-                        views = [each.result() for each in waiting.popleft()]
-                        yield torch.from_numpy(normalize(np.stack(views), self.how))
-            finally:
-                for each in [future for futures in waiting for future in futures]:
-                    each.cancel()
+        pool, waiting = ThreadPoolExecutor(_THREADS), deque[list[Future[NDArray[np.uint8]]]]()
+        try:
+            for numbers in batches:
+                waiting.append([pool.submit(self._view, epoch, number) for number in numbers])
+                if len(waiting) > _AHEAD:
+                    yield self._tensor(waiting.popleft())
+            while waiting:
+                yield self._tensor(waiting.popleft())
+        finally:
+            pool.shutdown(cancel_futures=True)
+
+    def _tensor(self, views: Sequence[Future[NDArray[np.uint8]]]) -> torch.Tensor:
+        return torch.from_numpy(normalize(np.stack([view.result() for view in views]), self.how))
 
     def _view(self, epoch: int, number: int) -> NDArray[np.uint8]:
         image = read_rgb(self.files[number], exif_transpose=self.exif_transpose)

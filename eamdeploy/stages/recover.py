@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -41,8 +42,8 @@ def recover(
     """`output` is the frozen model of `checkpoint` with numbers that bring it closer to the unfrozen model.
 
     The images need no labels: the unfrozen model, the weights of `checkpoint` with all attention live, is the teacher.
-    On the images that are held back the result is no worse than before: by the KL divergence from the teacher for
-    `solve`, by agreement for `distill`.
+    On the images that are held back, the KL divergence from the teacher is no larger than before after `solve`. What
+    `distill` adds is kept where agreement is higher, or the KL divergence lower and agreement within a standard error.
 
     Under torchrun all processes distil together, and the first one writes `output`.
 
@@ -63,8 +64,8 @@ def recover(
         task = _Task(checkpoint, loaded, folder, images, output, options, processes, told)
         found = _METHODS[options.method](task)
         header = processes.from_first(lambda: checkpoints.save(found, output))
-        if processes.is_first:
-            _state_file(task).unlink(missing_ok=True)
+        if processes.is_first and options.method == "distill":
+            task.state_file.unlink(missing_ok=True)
         return header
 
 
@@ -80,6 +81,18 @@ class _Task:
     options: RecoverOptions
     processes: Processes
     observer: Observer
+
+    @cached_property
+    def images_digest(self) -> str:
+        return folder_digest(self.folder)
+
+    @cached_property
+    def state_file(self) -> Path:
+        """Where training keeps its state: another file for another task, so that none is taken for one of its own."""
+        asked = {key: value for key, value in asdict(self.options).items() if key != "device"}
+        told = [digest_file(self.path), self.images_digest, sorted(asked.items())]
+        name = digest_bytes(repr(told).encode()).removeprefix("sha256:")[:12]
+        return self.output.with_name(f".{self.output.name}.{name}.training")
 
     def shared_images(self) -> SharedImages:
         how = self.checkpoint.header.preprocessing
@@ -116,7 +129,7 @@ def _solved(task: _Task, images: SharedImages) -> Solved:
 
 def _distill(task: _Task) -> Checkpoint:
     """The checkpoint with layers that were solved anew, and then weights, maps and factors that were trained."""
-    loaded, processes, state_file = task.checkpoint, task.processes, _state_file(task)
+    loaded, processes, state_file = task.checkpoint, task.processes, task.state_file
     state = processes.from_first(lambda: TrainingState.load(state_file) or _begun(task))
     with Spool(task.output.parent) as held_back:
         shares = processes.from_first(lambda: task.shared_images().keep_held_back(held_back))
@@ -146,7 +159,7 @@ def _distill(task: _Task) -> Checkpoint:
 def _begun(task: _Task) -> TrainingState:
     """Training that has yet to begin."""
     state = TrainingState.begun(_solved(task, task.shared_images()))
-    state.save(_state_file(task))
+    state.save(task.state_file)
     return state
 
 
@@ -163,21 +176,13 @@ def _record(task: _Task, shares: Shares, **found: Any) -> CheckpointHeader:
         teacher=header.content_digest,
         n_images=len(shares.learning) + len(shares.held_back),
         n_held_back=len(shares.held_back),
-        digest=folder_digest(task.folder),
+        digest=task.images_digest,
         source=task.folder.root.name,
         exif_transpose=task.images.exif_transpose,
         seed=task.options.seed,
         **found,
     )
     return header.model_copy(update={"recovery": recovery})
-
-
-def _state_file(task: _Task) -> Path:
-    """Where training keeps its state: another file for another task, so that none is taken for one of its own."""
-    asked = {key: value for key, value in asdict(task.options).items() if key != "device"}
-    told = [digest_file(task.path), folder_digest(task.folder), sorted(asked.items())]
-    name = digest_bytes(repr(told).encode()).removeprefix("sha256:")[:12]
-    return task.output.with_name(f".{task.output.name}.{name}.training")
 
 
 def _require_recoverable(header: CheckpointHeader, path: Path) -> None:
