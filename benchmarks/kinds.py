@@ -25,11 +25,11 @@ import json
 import sys
 from collections import Counter
 from collections.abc import Callable, Sequence
-from functools import partial
 from pathlib import Path
 
 from kinds_show import Kinds, Row, table
 from kinds_steps import PLAIN, RANKS, UNFROZEN, Plan, Steps, Variant, form_of
+from passes import take_turns
 from rich.console import Console
 from study import Settings, Study, versions
 
@@ -37,11 +37,9 @@ from eamdeploy.artifacts.card import Freezing
 from eamdeploy.artifacts.files import require_output
 from eamdeploy.devices.machine import describe_machine
 from eamdeploy.devices.provenance import usable_cores
-from eamdeploy.engines.registry import open_runner
 from eamdeploy.host.model import RANDOM, ModelSpec
 from eamdeploy.host.scoring import HEAD_IMAGES
-from eamdeploy.profiling.timing import Schedule, Sittings, runs_of, speed_up, summarize, time_sittings
-from eamdeploy.profiling.turns import taking_turns
+from eamdeploy.profiling.timing import Schedule, Sittings, runs_of, speed_up, summarize
 from eamdeploy.vocabulary import BITS, RECOVERY_METHODS
 
 STOCK = "stock"
@@ -117,7 +115,7 @@ def measure(
         note(f"{study.spec.name}: {len(engines)} engines take turns")
         places = {each: number for number, each in enumerate(every, 1)}
         baselines = [None, *(places.get((Variant(PLAIN), tuned)) for _, tuned in every)]
-        rows = _timed(rows, _take_turns(engines, plan.threads, batch, schedule), baselines, batch)
+        rows = _timed(rows, take_turns(engines, plan.threads, batch, schedule), baselines, batch)
     return Kinds(
         machine=describe_machine(),
         versions=versions(),
@@ -181,12 +179,6 @@ def _timed(rows: Sequence[Row], times: Sittings, plain: Sequence[int | None], ba
         )
         for index, row in enumerate(rows)
     ]
-
-
-def _take_turns(engines: Sequence[Path], threads: int, batch: int, schedule: Schedule) -> Sittings:
-    """`profile` measures the same way, but against one baseline alone."""
-    opening = [partial(open_runner, engine, threads) for engine in engines]
-    return time_sittings(taking_turns(opening, batch), len(engines), schedule)
 
 
 def _parse() -> argparse.Namespace:

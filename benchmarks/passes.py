@@ -109,7 +109,7 @@ def measure(
         variants = make_variants(subject, setups, threads, Path(folder), note)
         engines = list(dict.fromkeys(variant.engine for variant in variants.values()))
         note(f"{subject.spec.name}: {len(engines)} engines take turns")
-        times = _take_turns(engines, threads, batch, schedule)
+        times = take_turns(engines, threads, batch, schedule)
 
     def side(variant: Variant) -> Side:
         latency = summarize(runs_of(times, engines.index(variant.engine)), batch)
@@ -138,7 +138,8 @@ def measure(
     )
 
 
-def _take_turns(engines: Sequence[Path], threads: int, batch: int, schedule: Schedule) -> Sittings:
+def take_turns(engines: Sequence[Path], threads: int, batch: int, schedule: Schedule) -> Sittings:
+    """The times of all engines in turns; the stage `profile` measures likewise, against one baseline alone."""
     opening = [partial(open_runner, engine, threads) for engine in engines]
     return time_sittings(taking_turns(opening, batch), len(engines), schedule)
 

@@ -53,7 +53,7 @@ def measured(study: Study) -> Kinds:
         return [np.tile(np.arange(1, len(engines) + 1) * 1000, (2, 2, 1))]
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(kinds, "_take_turns", numbered)
+        patch.setattr(kinds, "take_turns", numbered)
         return kinds.measure(study, PLAN, VARIANTS, forms=False, batch=1, schedule=QUICK, note=lambda _: None)
 
 

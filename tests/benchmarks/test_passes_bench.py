@@ -67,7 +67,7 @@ def test_a_worth_is_the_time_without_over_the_time_with(monkeypatch: pytest.Monk
         counts = [len(onnx.load(engine).graph.node) for engine in engines]
         return [np.tile(np.array(counts, np.int64) * 1000, (2, 2, 1))]
 
-    monkeypatch.setattr(passes, "_take_turns", nodes)
+    monkeypatch.setattr(passes, "take_turns", nodes)
     measured = passes.measure(SWIN, ["gather_tokens", "zero_mask"], 1, 1, QUICK, lambda _: None)
     for row in measured.rows:
         assert row.worth is not None
